@@ -1,0 +1,80 @@
+//! Compiles `kernels/fill.cu` into the image that the library embeds: machine code for every
+//! architecture in the list that this nvcc knows, and PTX for those that come after. Without nvcc, or
+//! when it fails, the committed image of the same source is embedded.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const SOURCE: &str = "kernels/fill.cu";
+const COMMITTED: &str = "kernels/fill.fatbin";
+const ARCHITECTURES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=kernels");
+    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    let image =
+        PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("fill.fatbin");
+    let compiled = match find_nvcc() {
+        None => false,
+        Some(nvcc) => match compile(&nvcc, &image) {
+            Ok(()) => true,
+            Err(why) => {
+                println!("cargo::warning={SOURCE}: {why}; the committed image is embedded instead");
+                false
+            }
+        },
+    };
+    if !compiled {
+        std::fs::copy(COMMITTED, &image).expect("the committed image is in the package");
+    }
+}
+
+/// `NVCC`, or `nvcc` on the path, or in the usual homes of a toolkit. docs.rs never compiles kernels.
+fn find_nvcc() -> Option<PathBuf> {
+    if env::var_os("DOCS_RS").is_some() {
+        return None;
+    }
+    if let Some(nvcc) = env::var_os("NVCC") {
+        return Some(nvcc.into());
+    }
+    let path = env::var_os("PATH").unwrap_or_default();
+    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
+    env::split_paths(&path)
+        .chain(homes.map(|home| Path::new(&home).join("bin")))
+        .chain(["/usr/local/cuda/bin", "/opt/cuda/bin"].map(PathBuf::from))
+        .map(|directory| directory.join(format!("nvcc{}", env::consts::EXE_SUFFIX)))
+        .find(|nvcc| nvcc.is_absolute() && nvcc.is_file())
+}
+
+fn compile(nvcc: &Path, image: &Path) -> Result<(), String> {
+    let known = run(Command::new(nvcc).arg("--list-gpu-code"))?;
+    let mut build = cc::Build::new();
+    // `cc` finds nvcc's host compiler and flags; of its own it would add some for object files.
+    build.cuda(true).cudart("none").no_default_flags(true).warnings(false).compiler(nvcc);
+    let tool = build.try_get_compiler().map_err(|error| error.to_string())?;
+    let mut command = tool.to_command();
+    command.args(["-fatbin", "-std=c++17", SOURCE, "-o"]).arg(image);
+    for architecture in ARCHITECTURES {
+        if known.split_whitespace().any(|code| code == format!("sm_{architecture}")) {
+            command.arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"));
+        }
+    }
+    command.arg(format!("-gencode=arch=compute_{0},code=compute_{0}", ARCHITECTURES[0]));
+    run(&mut command).map(drop)
+}
+
+fn run(command: &mut Command) -> Result<String, String> {
+    let output = command
+        .output()
+        .map_err(|error| format!("{} did not start: {error}", command.get_program().display()))?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        let line = text.lines().find(|line| !line.trim().is_empty()).unwrap_or("no message");
+        return Err(format!("{} failed: {line}", command.get_program().display()));
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}

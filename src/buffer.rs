@@ -1,0 +1,516 @@
+//! The paired buffer: host and device memory of one shape, as elements.
+//!
+//! The ordering model is that of [`storage`](crate::storage), where the in-flight rule stands. This file
+//! turns shapes, rows and elements into its bytes.
+
+use std::alloc::Layout;
+use std::any::type_name;
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::{Range, RangeBounds};
+use std::slice;
+
+use bytemuck::Pod;
+
+use crate::device::Device;
+use crate::device_memory::DeviceMemory;
+use crate::element::{DType, Element};
+use crate::error::{Error, Result};
+use crate::host::{HostFlags, Pinning};
+use crate::shape::{Shape, select};
+use crate::storage::Storage;
+use crate::stream::Stream;
+use crate::view::GpuView;
+
+/// How a buffer is made.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Pinning};
+///
+/// let options = BufferOptions { pinning: Pinning::Never, ..Default::default() };
+/// let buffer = CpuGpuBuffer::<f32>::with_options([8, 4], Device::auto(), options)?;
+/// assert!(!buffer.is_pinned());
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BufferOptions {
+    /// Whether the host half is pinned: [`Pinning::Preferred`] unless given.
+    pub pinning: Pinning,
+    /// How it is pinned: all flags unless given.
+    pub host_flags: HostFlags,
+}
+
+impl Default for BufferOptions {
+    fn default() -> BufferOptions {
+        BufferOptions { pinning: Pinning::Preferred, host_flags: HostFlags::all() }
+    }
+}
+
+/// Pinned host memory and device memory of one shape, with asynchronous copies between them that no
+/// safe program can race with.
+///
+/// A copy is enqueued on a stream and runs beside the program. The buffer remembers it: an accessor of
+/// the host half waits for the copies that make it unsafe to look, and for nothing else. Whether the
+/// buffer is moved, sent to another thread, swapped, dropped or forgotten meanwhile makes no difference.
+///
+/// ```
+/// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+///
+/// let device = Device::auto();
+/// let stream = Stream::new(device)?;
+/// let mut tokens = CpuGpuBuffer::<i32>::new([32, 8], device)?;
+///
+/// tokens.cpu_mut()?[..16].fill(7);
+/// tokens.copy_to_gpu(..2, &stream)?; // returns at once
+/// tokens.copy_to_cpu(.., &stream)?; // so does this
+/// assert_eq!(tokens.cpu()?[..17], [vec![7; 16], vec![0]].concat()); // waits for the second
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+///
+/// # Dropping
+///
+/// Drop waits for what the buffer has in flight. Releasing CUDA memory then waits for the whole device,
+/// as `cudaFree` and `cudaHostUnregister` do; keep buffers rather than making new ones. Where the driver
+/// no longer says whether a transfer has finished, the memory is leaked.
+pub struct CpuGpuBuffer<T: Pod> {
+    storage: Storage,
+    shape: Shape,
+    numel: usize,
+    options: BufferOptions,
+    elements: PhantomData<T>,
+}
+
+// SAFETY: the buffer owns elements of `T` in its host half, as a `Vec<T>` does, and its other parts are
+// `Send` and `Sync`.
+unsafe impl<T: Pod + Send> Send for CpuGpuBuffer<T> {}
+// SAFETY: through a shared reference elements can be read, as of a `Vec<T>`.
+unsafe impl<T: Pod + Sync> Sync for CpuGpuBuffer<T> {}
+
+// The buffer's own parts must not rely on the promises above.
+const _: () = {
+    const fn send_and_sync<P: Send + Sync>() {}
+    send_and_sync::<Storage>();
+};
+
+impl<T: Pod> CpuGpuBuffer<T> {
+    /// A buffer with both halves zeroed, its host half pinned where that works.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`], [`Error::Unavailable`] for a device that cannot be used,
+    /// [`Error::OutOfMemory`], or an error of the driver's.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<f32>::new([32, 768], Device::Cpu)?;
+    /// assert_eq!(buffer.cpu()?, [0.0; 32 * 768]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn new(shape: impl Into<Shape>, device: Device) -> Result<Self> {
+        Self::with_options(shape, device, BufferOptions::default())
+    }
+
+    /// A buffer with both halves zeroed, made as `options` say.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`] where pinning is required.
+    pub fn with_options(
+        shape: impl Into<Shape>,
+        device: Device,
+        options: BufferOptions,
+    ) -> Result<Self> {
+        let shape = shape.into();
+        let numel = shape.numel(size_of::<T>())?;
+        Ok(CpuGpuBuffer {
+            storage: Self::allocate(numel, device, options)?,
+            shape,
+            numel,
+            options,
+            elements: PhantomData,
+        })
+    }
+
+    fn allocate(numel: usize, device: Device, options: BufferOptions) -> Result<Storage> {
+        let bytes = numel * size_of::<T>();
+        let align = align_of::<T>().max(DeviceMemory::ALIGN);
+        let layout = Layout::from_size_align(bytes, align).map_err(|_| Error::InvalidShape {
+            reason: format!("{bytes} bytes at an alignment of {align} overflow isize"),
+        })?;
+        Storage::new(layout, device, options)
+    }
+
+    // ---- the host half ----
+
+    /// The host half, to read. Waits for a pending copy *into* it, and for nothing else: not for an
+    /// upload, a kernel, or a fill of the device half.
+    ///
+    /// # Errors
+    ///
+    /// An error of the driver's, which may be that of earlier work on the stream.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut sampled = CpuGpuBuffer::<u32>::new(4, Device::Cpu)?;
+    /// sampled.fill_gpu(9, &stream)?;
+    /// sampled.copy_to_cpu(..3, &stream)?;
+    /// assert_eq!(sampled.cpu()?, [9, 9, 9, 0]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    #[inline]
+    pub fn cpu(&self) -> Result<&[T]> {
+        self.storage.wait_to_read()?;
+        // SAFETY: no copy writes the host half, and none can be enqueued while this borrow lives.
+        Ok(unsafe { self.host_slice() })
+    }
+
+    /// The host half, to write. Waits for any pending copy into or out of it, and for nothing else.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<u8>::new(3, Device::Cpu)?;
+    /// buffer.cpu_mut()?.copy_from_slice(b"abc");
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    #[inline]
+    pub fn cpu_mut(&mut self) -> Result<&mut [T]> {
+        self.storage.wait_to_write()?;
+        // SAFETY: no copy touches the host half, and none can be enqueued while this borrow lives.
+        Ok(unsafe { self.host_slice_mut() })
+    }
+
+    /// The host half, to read; `None` where [`cpu`](Self::cpu) would wait.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    pub fn try_cpu(&self) -> Result<Option<&[T]>> {
+        Ok(match self.storage.may_read()? {
+            // SAFETY: as in `cpu`.
+            true => Some(unsafe { self.host_slice() }),
+            false => None,
+        })
+    }
+
+    /// The host half, to write; `None` where [`cpu_mut`](Self::cpu_mut) would wait.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    pub fn try_cpu_mut(&mut self) -> Result<Option<&mut [T]>> {
+        Ok(match self.storage.may_write()? {
+            // SAFETY: as in `cpu_mut`.
+            true => Some(unsafe { self.host_slice_mut() }),
+            false => None,
+        })
+    }
+
+    // ---- transfers ----
+
+    /// Copies rows of the host half to the same rows of the device half, on `stream`, after everything
+    /// that this buffer has pending on any stream. Returns as soon as the copy is enqueued
+    /// (`cudaMemcpyAsync`); a host half that is not pinned may be staged first.
+    ///
+    /// `rows` selects the first dimension: `..`, `..n`, `a..b`.
+    ///
+    /// # Errors
+    ///
+    /// With nothing changed: [`Error::OutOfRange`], [`Error::DeviceMismatch`],
+    /// [`Error::StreamCapturing`]. After an error of the driver's the copy counts as in flight, until
+    /// the driver says otherwise.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut ids = CpuGpuBuffer::<i64>::new([64, 2], Device::Cpu)?;
+    /// ids.cpu_mut()?[..6].copy_from_slice(&[1, 2, 3, 4, 5, 6]);
+    /// ids.copy_to_gpu(..3, &stream)?;
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn copy_to_gpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
+        let range = self.bytes_of(&rows)?;
+        self.storage.copy_to_gpu(range, stream)
+    }
+
+    /// Copies rows of the device half to the same rows of the host half, on `stream`, after everything
+    /// that this buffer has pending on any stream. Returns as soon as the copy is enqueued, unless the
+    /// host half is not pinned.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    pub fn copy_to_cpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
+        let range = self.bytes_of(&rows)?;
+        self.storage.copy_to_cpu(range, stream)
+    }
+
+    /// [`copy_to_gpu`](Self::copy_to_gpu) into device memory that somebody else owns, of this buffer's
+    /// shape at least up to the last row copied: row `i` goes to row `i` of `to`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// # Safety
+    ///
+    /// The rows of `to` are memory of `stream`'s device (on the CPU, of the program), and nothing else
+    /// touches them until the copy has finished in stream order.
+    pub unsafe fn copy_to_device_ptr(
+        &mut self,
+        rows: impl RangeBounds<usize>,
+        to: *mut T,
+        stream: &Stream,
+    ) -> Result<()> {
+        let range = self.bytes_of(&rows)?;
+        let to = to.cast::<u8>().wrapping_add(range.start);
+        // SAFETY: the caller vouches for the rows of `to`.
+        unsafe { self.storage.copy_to_device_ptr(range, to, stream) }
+    }
+
+    /// [`copy_to_cpu`](Self::copy_to_cpu) out of device memory that somebody else owns, of this buffer's
+    /// shape at least up to the last row copied: row `i` of `from` goes to row `i`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// # Safety
+    ///
+    /// The rows of `from` are initialised memory of `stream`'s device (on the CPU, of the program), and
+    /// nothing writes them until the copy has finished in stream order.
+    pub unsafe fn copy_from_device_ptr(
+        &mut self,
+        rows: impl RangeBounds<usize>,
+        from: *const T,
+        stream: &Stream,
+    ) -> Result<()> {
+        let range = self.bytes_of(&rows)?;
+        let from = from.cast::<u8>().wrapping_add(range.start);
+        // SAFETY: the caller vouches for the rows of `from`.
+        unsafe { self.storage.copy_from_device_ptr(range, from, stream) }
+    }
+
+    /// Whether nothing that this buffer was used for is still running: transfers, fills, and what the
+    /// streams given to [`gpu_on`](Self::gpu_on) were sent until now.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu); [`Error::StreamCapturing`] where a stream of `gpu_on`'s has since begun
+    /// to be captured.
+    pub fn is_idle(&self) -> Result<bool> {
+        self.storage.is_idle()
+    }
+
+    /// Waits until [`is_idle`](Self::is_idle), and for nothing else.
+    ///
+    /// # Errors
+    ///
+    /// As for [`is_idle`](Self::is_idle).
+    pub fn synchronize(&self) -> Result<()> {
+        self.storage.wait_for_all()
+    }
+
+    // ---- both halves ----
+
+    /// Sets every element of both halves: the host half before this returns, which waits for pending
+    /// copies as [`cpu_mut`](Self::cpu_mut) does, the device half on `stream`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut buffer = CpuGpuBuffer::<f64>::new(5, Device::Cpu)?;
+    /// buffer.fill(-1.0, &stream)?;
+    /// assert_eq!(buffer.cpu()?, [-1.0; 5]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn fill(&mut self, value: T, stream: &Stream) -> Result<()> {
+        self.storage.admit(stream)?;
+        self.storage.wait_to_write()?;
+        self.fill_gpu(value, stream)?;
+        // SAFETY: no copy touches the host half since the wait: a fill enqueues none.
+        unsafe { self.host_slice_mut() }.fill(value);
+        Ok(())
+    }
+
+    /// Sets every element of the host half, after pending copies into or out of it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    pub fn fill_cpu(&mut self, value: T) -> Result<()> {
+        self.cpu_mut()?.fill(value);
+        Ok(())
+    }
+
+    /// Sets every element of the device half on `stream`, after everything that this buffer has
+    /// pending on any stream. Returns as soon as that is enqueued: as a memset of the driver's where the
+    /// bytes of `value` repeat every 1, 2 or 4, and as a kernel otherwise.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    pub fn fill_gpu(&mut self, value: T, stream: &Stream) -> Result<()> {
+        if self.device() != Device::Cpu {
+            return self.storage.fill_gpu(bytemuck::bytes_of(&value), stream);
+        }
+        self.storage.admit(stream)?;
+        if self.nbytes() > 0 {
+            let address = self.storage.gpu_ptr().cast::<T>();
+            // SAFETY: on the CPU the device half is ordinary memory of this many elements, and has no
+            // work in flight.
+            unsafe { slice::from_raw_parts_mut(address, self.numel) }.fill(value);
+        }
+        Ok(())
+    }
+
+    /// Sets every byte of both halves to zero, as [`fill`](Self::fill) does.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    pub fn zero(&mut self, stream: &Stream) -> Result<()> {
+        self.fill(T::zeroed(), stream)
+    }
+
+    /// Gives the buffer another shape, with both halves zeroed. Memory is kept where the new shape fits:
+    /// then this waits for pending copies of the host half only, and the device address stays.
+    /// Otherwise both halves are made anew, after everything that the buffer has pending.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new) and [`cpu`](Self::cpu). The buffer is as it was.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<u8>::new([4, 4], Device::Cpu)?;
+    /// buffer.resize([2, 3, 5])?;
+    /// assert_eq!(buffer.shape(), [2, 3, 5]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn resize(&mut self, shape: impl Into<Shape>) -> Result<()> {
+        let shape = shape.into();
+        let numel = shape.numel(size_of::<T>())?;
+        let bytes = numel * size_of::<T>();
+        if bytes <= self.storage.capacity() {
+            self.storage.restart(bytes)?;
+        } else {
+            let larger = Self::allocate(numel, self.device(), self.options)?;
+            self.storage.wait_for_all()?;
+            self.storage = larger;
+        }
+        self.shape = shape;
+        self.numel = numel;
+        Ok(())
+    }
+
+    // ---- the device half ----
+
+    /// The device half, for kernels and libraries on `stream`: orders the stream after everything that
+    /// this buffer has pending, and remembers that it may use the memory from now on. Whatever the
+    /// buffer does next, on any stream, waits for what `stream` was sent by then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    pub fn gpu_on(&mut self, stream: &Stream) -> Result<GpuView<'_, T>> {
+        self.storage.use_on(stream)?;
+        Ok(GpuView::new(self.device_ptr(), self.shape, self.numel, self.device()))
+    }
+
+    /// The address of the device half, ordered with nothing, not even with its first zeroing: for graph
+    /// capture, where [`gpu_on`](Self::gpu_on) was called before, and for logging. Null where
+    /// there are no bytes. It changes only with a [`resize`](Self::resize) beyond all earlier sizes.
+    pub fn device_ptr(&self) -> *mut T {
+        self.storage.gpu_ptr().cast()
+    }
+
+    // ---- what it is ----
+
+    /// The dimensions, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        self.shape.dims()
+    }
+
+    /// The number of elements of one half.
+    pub fn numel(&self) -> usize {
+        self.numel
+    }
+
+    /// The bytes of one half.
+    pub fn nbytes(&self) -> usize {
+        self.numel * size_of::<T>()
+    }
+
+    /// The device of the device half.
+    pub fn device(&self) -> Device {
+        self.storage.device()
+    }
+
+    /// Whether the host half is pinned.
+    pub fn is_pinned(&self) -> bool {
+        self.storage.is_pinned()
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType
+    where
+        T: Element,
+    {
+        T::DTYPE
+    }
+
+    /// The bytes of a range of rows.
+    #[inline]
+    fn bytes_of(&self, rows: &impl RangeBounds<usize>) -> Result<Range<usize>> {
+        let rows = select(rows, self.shape.rows())?;
+        let row = self.nbytes().checked_div(self.shape.rows()).unwrap_or(0);
+        Ok(rows.start * row..rows.end * row)
+    }
+
+    /// # Safety
+    ///
+    /// No copy writes the host half while the slice lives.
+    #[inline]
+    unsafe fn host_slice(&self) -> &[T] {
+        // SAFETY: the host half holds `numel` elements, aligned and initialised (it began as zeroes, and
+        // any bytes are a `Pod`); it is borrowed with `self`.
+        unsafe { slice::from_raw_parts(self.storage.host_ptr().cast(), self.numel) }
+    }
+
+    /// # Safety
+    ///
+    /// No copy touches the host half while the slice lives.
+    #[inline]
+    unsafe fn host_slice_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `host_slice`, and borrowed exclusively.
+        unsafe { slice::from_raw_parts_mut(self.storage.host_ptr().cast(), self.numel) }
+    }
+}
+
+impl<T: Pod> fmt::Debug for CpuGpuBuffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dtype = DType::of::<T>().map_or(type_name::<T>(), DType::name);
+        write!(
+            f,
+            "CpuGpuBuffer(shape={:?}, dtype={dtype}, device={}, pinned={})",
+            self.shape,
+            self.device(),
+            self.is_pinned()
+        )
+    }
+}

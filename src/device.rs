@@ -1,0 +1,223 @@
+//! Devices: their names, and the context that stands behind a CUDA device.
+//!
+//! The first use of a CUDA device retains its primary context, the one that the runtime and every other
+//! library in the process share, and loads the fill kernels into it. Both happen then and not at the
+//! first fill, because loading waits for the whole device, which may be held up by work that depends on
+//! the caller. A context stays for the life of the process.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Mutex;
+
+use crate::error::{Error, Result};
+use crate::fill::Kernels;
+use crate::fork;
+use crate::raw;
+use crate::sys;
+
+/// A device: the CPU, or a CUDA device by its ordinal.
+///
+/// A value names a device, which need not exist: that is checked where it is used.
+///
+/// ```
+/// use cpu_gpu_buffer::Device;
+///
+/// assert_eq!("cuda:1".parse(), Ok(Device::Cuda(1)));
+/// assert_eq!("cuda".parse(), Ok(Device::Cuda(0)));
+/// assert_eq!(Device::Cpu.to_string(), "cpu");
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Device {
+    /// Ordinary memory: every operation has the meaning it has on a GPU, and is done when it returns.
+    Cpu,
+    /// The CUDA device of this ordinal, in the order that `CUDA_VISIBLE_DEVICES` leaves.
+    Cuda(u32),
+}
+
+/// Memory of a device, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct MemoryInfo {
+    /// What could be allocated now.
+    pub free: usize,
+    /// All there is.
+    pub total: usize,
+}
+
+impl Device {
+    /// The first CUDA device that can be used, or else [`Device::Cpu`]. Never fails and never panics.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::Device;
+    ///
+    /// println!("running on {}", Device::auto());
+    /// ```
+    pub fn auto() -> Device {
+        (0..Device::cuda_count() as u32)
+            .find(|ordinal| context(*ordinal).is_ok())
+            .map_or(Device::Cpu, Device::Cuda)
+    }
+
+    /// The CUDA device of this ordinal.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unavailable`] says why it cannot be used: no library, no driver, no such device.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::Device;
+    ///
+    /// match Device::cuda(0) {
+    ///     Ok(device) => println!("{device}"),
+    ///     Err(error) => println!("{error}"),
+    /// }
+    /// ```
+    pub fn cuda(ordinal: u32) -> Result<Device> {
+        context(ordinal).map(|_| Device::Cuda(ordinal))
+    }
+
+    /// The number of CUDA devices; 0 where CUDA cannot be used.
+    ///
+    /// ```
+    /// println!("{} CUDA devices", cpu_gpu_buffer::Device::cuda_count());
+    /// ```
+    pub fn cuda_count() -> usize {
+        count().unwrap_or(0)
+    }
+
+    /// Free and total memory, in bytes: of the CUDA device, or of this machine.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unavailable`] for a CUDA device that cannot be used, and for the CPU on a system that
+    /// does not tell.
+    ///
+    /// ```
+    /// # #[cfg(target_os = "linux")] {
+    /// let memory = cpu_gpu_buffer::Device::Cpu.memory()?;
+    /// assert!(memory.free <= memory.total);
+    /// # }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn memory(self) -> Result<MemoryInfo> {
+        match self {
+            Device::Cpu => host_memory().ok_or_else(|| Error::Unavailable {
+                reason: "this system does not say how much memory it has".into(),
+            }),
+            Device::Cuda(ordinal) => {
+                let _current = context(ordinal)?.enter()?;
+                let (free, total) = raw::memory_info()?;
+                Ok(MemoryInfo { free, total })
+            }
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl FromStr for Device {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Device> {
+        let device = match text {
+            "cpu" => Some(Device::Cpu),
+            "cuda" => Some(Device::Cuda(0)),
+            _ => text
+                .strip_prefix("cuda:")
+                .filter(|ordinal| ordinal.bytes().all(|byte| byte.is_ascii_digit()))
+                .and_then(|ordinal| ordinal.parse().ok())
+                .map(Device::Cuda),
+        };
+        device.ok_or_else(|| Error::InvalidDevice { text: text.into() })
+    }
+}
+
+/// `MemAvailable` and `MemTotal`: what the kernel says could be used without swapping, and all.
+fn host_memory() -> Option<MemoryInfo> {
+    let table = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let bytes = |name: &str| {
+        let line = table.lines().find_map(|line| line.strip_prefix(name))?;
+        let kilobytes: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        kilobytes.checked_mul(1024)
+    };
+    Some(MemoryInfo { free: bytes("MemAvailable:")?, total: bytes("MemTotal:")? })
+}
+
+/// A CUDA device in use: its primary context, and the kernels loaded into it.
+pub(crate) struct Context {
+    handle: sys::CUcontext,
+    pub(crate) kernels: Kernels,
+}
+
+// SAFETY: a context may be used from any thread, and by several at once ("CUDA Driver API, Context
+// Management"); the handles are never changed.
+unsafe impl Send for Context {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Makes the context this thread's current one while the answer lives.
+    #[inline]
+    pub(crate) fn enter(&self) -> Result<raw::Entered> {
+        fork::refuse_child()?;
+        // SAFETY: the primary context was retained and is never released.
+        unsafe { raw::enter(self.handle) }
+    }
+}
+
+/// The context of a device, made by the first call that succeeds.
+pub(crate) fn context(ordinal: u32) -> Result<&'static Context> {
+    static CONTEXTS: Mutex<Vec<Option<&'static Context>>> = Mutex::new(Vec::new());
+    fork::refuse_child()?;
+    let mut contexts = CONTEXTS.lock().unwrap_or_else(|poison| poison.into_inner());
+    let index = ordinal as usize;
+    if let Some(Some(context)) = contexts.get(index) {
+        return Ok(context);
+    }
+    let devices = count()?;
+    if index >= devices {
+        return Err(Error::Unavailable {
+            reason: format!("there is no device cuda:{ordinal}: this machine has {devices}"),
+        });
+    }
+    let made: &Context = Box::leak(Box::new(make(ordinal)?));
+    if contexts.len() <= index {
+        contexts.resize(index + 1, None);
+    }
+    contexts[index] = Some(made);
+    Ok(made)
+}
+
+fn make(ordinal: u32) -> Result<Context> {
+    let handle = raw::retain_primary(ordinal)?;
+    // SAFETY: the line above retained it.
+    let kernels = unsafe { raw::enter(handle) }.and_then(|_current| Kernels::load());
+    match kernels {
+        Ok(kernels) => Ok(Context { handle, kernels }),
+        Err(error) => {
+            // What went wrong first is what the caller should hear.
+            let _ = raw::release_primary(ordinal);
+            Err(error)
+        }
+    }
+}
+
+/// The number of CUDA devices, or why there is none.
+fn count() -> Result<usize> {
+    fork::refuse_child()?;
+    fork::watch();
+    match raw::device_count() {
+        Ok(0) => Err(Error::Unavailable { reason: "this machine has no CUDA device".into() }),
+        Ok(count) => Ok(count),
+        Err(Error::Cuda { code, call }) => {
+            Err(Error::Unavailable { reason: format!("{call} failed with {code}") })
+        }
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,95 @@
+//! Element types that have a name of their own.
+
+use std::any::TypeId;
+use std::fmt;
+
+/// The type of a buffer's elements, where it is one that array libraries know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+#[non_exhaustive]
+pub enum DType {
+    U8,
+    I8,
+    U16,
+    I16,
+    U32,
+    I32,
+    U64,
+    I64,
+    F16,
+    BF16,
+    F32,
+    F64,
+}
+
+impl DType {
+    /// The name that array libraries use: `f32`, `bf16`.
+    pub fn name(self) -> &'static str {
+        match self {
+            DType::U8 => "u8",
+            DType::I8 => "i8",
+            DType::U16 => "u16",
+            DType::I16 => "i16",
+            DType::U32 => "u32",
+            DType::I32 => "i32",
+            DType::U64 => "u64",
+            DType::I64 => "i64",
+            DType::F16 => "f16",
+            DType::BF16 => "bf16",
+            DType::F32 => "f32",
+            DType::F64 => "f64",
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// An element type with a [`DType`].
+///
+/// ```
+/// use cpu_gpu_buffer::{DType, Element};
+///
+/// assert_eq!(f32::DTYPE, DType::F32);
+/// ```
+pub trait Element: bytemuck::Pod {
+    /// The element type's name as a value.
+    const DTYPE: DType;
+}
+
+macro_rules! elements {
+    ($($(#[$attribute:meta])? $type:ty => $dtype:ident,)*) => {
+        $($(#[$attribute])? impl Element for $type {
+            const DTYPE: DType = DType::$dtype;
+        })*
+
+        impl DType {
+            /// The [`DType`] of `T`, if it has one.
+            pub(crate) fn of<T: 'static>() -> Option<DType> {
+                let id = TypeId::of::<T>();
+                $($(#[$attribute])? if id == TypeId::of::<$type>() {
+                    return Some(DType::$dtype);
+                })*
+                None
+            }
+        }
+    };
+}
+
+elements! {
+    u8 => U8,
+    i8 => I8,
+    u16 => U16,
+    i16 => I16,
+    u32 => U32,
+    i32 => I32,
+    u64 => U64,
+    i64 => I64,
+    #[cfg(feature = "half")] half::f16 => F16,
+    #[cfg(feature = "half")] half::bf16 => BF16,
+    f32 => F32,
+    f64 => F64,
+}

@@ -1,0 +1,140 @@
+//! What can go wrong, as one type.
+
+use std::fmt;
+
+use crate::device::Device;
+use crate::sys;
+
+/// The result of this crate's operations.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong. Unless an operation says otherwise, a value that answered an error is as it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Error {
+    /// A CUDA call failed. The runtime's last error has been cleared, so that the next library's check
+    /// does not find it.
+    Cuda {
+        /// The status, an integer with names for what is known; its text is CUDA's.
+        code: sys::cudaError_t,
+        /// The function that returned it.
+        call: &'static str,
+    },
+    /// There is not as much memory as was asked for. What had been allocated so far was given back.
+    OutOfMemory {
+        /// The half that could not be allocated.
+        side: Side,
+        /// How much was asked for, in bytes.
+        bytes: usize,
+        /// The device of the buffer.
+        device: Device,
+    },
+    /// [`Pinning::Required`](crate::Pinning::Required), and memory could not be pinned.
+    PinningUnavailable {
+        /// How much was asked for, in bytes.
+        bytes: usize,
+        /// Why it could not be pinned.
+        reason: String,
+    },
+    /// A CUDA device cannot be used: there is no runtime library, no driver, or no such device.
+    Unavailable {
+        /// Which of them, and what was tried.
+        reason: String,
+    },
+    /// A shape has no dimension or more than 8, or its bytes overflow `isize`.
+    InvalidShape {
+        /// Which of them.
+        reason: String,
+    },
+    /// A range of rows is reversed or ends beyond the first dimension.
+    OutOfRange {
+        /// The first row asked for.
+        start: usize,
+        /// One past the last row asked for.
+        end: usize,
+        /// The rows there are.
+        rows: usize,
+    },
+    /// A stream or an event belongs to another device.
+    DeviceMismatch {
+        /// The device of the value that was called.
+        expected: Device,
+        /// The device of the argument.
+        actual: Device,
+    },
+    /// The stream is being captured into a graph: work sent to it now would not run now.
+    StreamCapturing,
+    /// A raw stream that cannot be adopted.
+    InvalidStream {
+        /// Why not.
+        reason: &'static str,
+    },
+    /// A text that names no device.
+    InvalidDevice {
+        /// The text.
+        text: String,
+    },
+    /// Time was asked from an event to one that was recorded before it.
+    EventOrder,
+    /// The value was made before `fork` and this is the child: CUDA does not work here.
+    Forked,
+}
+
+/// A half of a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// The host half.
+    Host,
+    /// The device half.
+    Device,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Side::Host => "host",
+            Side::Device => "device",
+        })
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Cuda { code, call } => write!(f, "{call} failed with {code}"),
+            Error::OutOfMemory { side, bytes, device } => {
+                write!(
+                    f,
+                    "out of memory: {bytes} bytes for the {side} half of a buffer on {device}"
+                )
+            }
+            Error::PinningUnavailable { bytes, reason } => {
+                write!(f, "{bytes} bytes of host memory cannot be pinned: {reason}")
+            }
+            Error::Unavailable { reason } => write!(f, "CUDA cannot be used: {reason}"),
+            Error::InvalidShape { reason } => write!(f, "invalid shape: {reason}"),
+            Error::OutOfRange { start, end, rows } => {
+                write!(f, "rows {start}..{end} are not within 0..{rows}")
+            }
+            Error::DeviceMismatch { expected, actual } => {
+                write!(f, "expected something of device {expected}, not of {actual}")
+            }
+            Error::StreamCapturing => f.write_str("the stream is being captured into a graph"),
+            Error::InvalidStream { reason } => write!(f, "invalid stream: {reason}"),
+            Error::InvalidDevice { text } => {
+                write!(f, "{text:?} is no device: expected \"cpu\", \"cuda\" or \"cuda:N\"")
+            }
+            Error::EventOrder => f.write_str("the earlier event was recorded after the later one"),
+            Error::Forked => f.write_str("made before a fork, and unusable in the child"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Cuda { code, .. } => Some(code),
+            _ => None,
+        }
+    }
+}

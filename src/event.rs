@@ -1,0 +1,195 @@
+//! Events: points in the work of a stream.
+//!
+//! An event that a user records takes a ticket of its stream like a transfer does, so that seeing it
+//! finished tells every buffer on that stream that its earlier transfers are too.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use bitflags::bitflags;
+
+use crate::device::{Context, Device};
+use crate::error::{Error, Result};
+use crate::fork;
+use crate::raw;
+use crate::stream::{Stream, WaitPolicy};
+use crate::sys;
+
+bitflags! {
+    /// How an event is made: `cudaEventCreateWithFlags`.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct EventFlags: u32 {
+        /// Waiting for the event yields the thread instead of spinning.
+        const BLOCKING_SYNC = sys::cudaEventBlockingSync;
+        /// The event takes no time stamp, which makes it cheaper.
+        const DISABLE_TIMING = sys::cudaEventDisableTiming;
+    }
+}
+
+/// An event of the runtime's, destroyed with the value.
+pub(crate) struct EventHandle {
+    raw: sys::cudaEvent_t,
+    flags: EventFlags,
+}
+
+// SAFETY: the runtime's events may be used from any thread, by several at once.
+unsafe impl Send for EventHandle {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for EventHandle {}
+
+impl EventHandle {
+    pub(crate) fn new(context: &Context, flags: EventFlags) -> Result<EventHandle> {
+        let _current = context.enter()?;
+        let raw = raw::event_create(flags.bits())?;
+        Ok(EventHandle { raw, flags })
+    }
+
+    pub(crate) fn raw(&self) -> sys::cudaEvent_t {
+        self.raw
+    }
+
+    pub(crate) fn flags(&self) -> EventFlags {
+        self.flags
+    }
+
+    pub(crate) fn is_complete(&self) -> Result<bool> {
+        fork::refuse_child()?;
+        // SAFETY: the event is destroyed with the value, not before.
+        unsafe { raw::event_query(self.raw) }
+    }
+
+    pub(crate) fn synchronize(&self) -> Result<()> {
+        fork::refuse_child()?;
+        // SAFETY: as above.
+        unsafe { raw::event_synchronize(self.raw) }
+    }
+}
+
+impl Drop for EventHandle {
+    fn drop(&mut self) {
+        if fork::forked() {
+            return;
+        }
+        // SAFETY: the value owns the event, and this is its end. An event may be destroyed before it
+        // has finished (CUDA Runtime API, `cudaEventDestroy`).
+        let destroyed = unsafe { raw::event_destroy(self.raw) };
+        // Nobody could act on the error, and there is nothing left to give back.
+        let _ = destroyed;
+    }
+}
+
+/// A point in the work of a stream, made by [`Stream::record`]: it is complete when everything that was
+/// sent to the stream before it is.
+///
+/// ```
+/// use cpu_gpu_buffer::{Device, Stream};
+///
+/// let stream = Stream::new(Device::Cpu)?;
+/// let before = stream.record()?;
+/// let after = stream.record()?;
+/// after.synchronize()?;
+/// println!("took {:?}", after.elapsed_since(&before)?);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+pub struct Event(Kind);
+
+enum Kind {
+    Cpu(Instant),
+    Cuda { handle: EventHandle, stream: Stream, ticket: u64 },
+}
+
+impl Event {
+    pub(crate) fn record(stream: &Stream) -> Result<Event> {
+        let Some(context) = stream.context() else {
+            return Ok(Event(Kind::Cpu(Instant::now())));
+        };
+        stream.refuse_capture()?;
+        let flags = match stream.wait_policy() {
+            WaitPolicy::Spin => EventFlags::empty(),
+            WaitPolicy::Block => EventFlags::BLOCKING_SYNC,
+        };
+        let handle = EventHandle::new(context, flags)?;
+        let ticket = stream.tickets().submit(|| Ok(()), || stream.record_into(&handle))?;
+        let stream = stream.clone();
+        Ok(Event(Kind::Cuda { handle, stream, ticket }))
+    }
+
+    /// The device whose stream it was recorded on.
+    pub fn device(&self) -> Device {
+        match &self.0 {
+            Kind::Cpu(_) => Device::Cpu,
+            Kind::Cuda { stream, .. } => stream.device(),
+        }
+    }
+
+    pub(crate) fn handle(&self) -> Option<&EventHandle> {
+        match &self.0 {
+            Kind::Cpu(_) => None,
+            Kind::Cuda { handle, .. } => Some(handle),
+        }
+    }
+
+    /// Whether everything before the event has finished.
+    ///
+    /// # Errors
+    ///
+    /// An error of `cudaEventQuery`, which may be that of earlier work.
+    pub fn is_complete(&self) -> Result<bool> {
+        match &self.0 {
+            Kind::Cpu(_) => Ok(true),
+            Kind::Cuda { handle, stream, ticket } => {
+                let complete = stream.tickets().is_complete(*ticket) || handle.is_complete()?;
+                if complete {
+                    stream.tickets().complete(*ticket);
+                }
+                Ok(complete)
+            }
+        }
+    }
+
+    /// Waits until everything before the event has finished.
+    ///
+    /// # Errors
+    ///
+    /// An error of `cudaEventSynchronize`, which may be that of earlier work.
+    pub fn synchronize(&self) -> Result<()> {
+        if let Kind::Cuda { handle, stream, ticket } = &self.0
+            && !stream.tickets().is_complete(*ticket)
+        {
+            handle.synchronize()?;
+            stream.tickets().complete(*ticket);
+        }
+        Ok(())
+    }
+
+    /// The time between two events as the device saw it, to about half a microsecond; waits for both.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::DeviceMismatch`] for events of two devices, [`Error::EventOrder`] where `earlier`
+    /// is the later one, or an error of the driver's.
+    pub fn elapsed_since(&self, earlier: &Event) -> Result<Duration> {
+        match (&earlier.0, &self.0) {
+            (Kind::Cpu(from), Kind::Cpu(to)) => {
+                to.checked_duration_since(*from).ok_or(Error::EventOrder)
+            }
+            (Kind::Cuda { handle: from, .. }, Kind::Cuda { handle: to, .. })
+                if earlier.device() == self.device() =>
+            {
+                earlier.synchronize()?;
+                self.synchronize()?;
+                // SAFETY: both are live, and of one device.
+                let milliseconds = unsafe { raw::event_elapsed(from.raw, to.raw) }?;
+                Duration::try_from_secs_f64(f64::from(milliseconds) / 1e3)
+                    .map_err(|_| Error::EventOrder)
+            }
+            _ => Err(Error::DeviceMismatch { expected: self.device(), actual: earlier.device() }),
+        }
+    }
+}
+
+impl fmt::Debug for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Event").field("device", &self.device()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,210 @@
+//! Filling device memory with an element of any size: what goes to the driver's memset, what to a kernel.
+//!
+//! An element whose bytes repeat every 1, 2 or 4 is a memset, which costs the caller a third of a kernel
+//! launch. Any other is written out on the host until it comes round to a multiple of 16 bytes, and a
+//! kernel of `kernels/fill.cu` repeats that. An element too long for a kernel's parameters is written
+//! once, piece by piece, and then repeated from device memory.
+
+use std::ffi::c_void;
+
+use crate::error::{Error, Result};
+use crate::raw;
+use crate::stream::Stream;
+use crate::sys;
+
+/// Made by `build.rs` from `kernels/fill.cu`, or committed.
+static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/fill.fatbin"));
+
+/// The same source as PTX that every driver since CUDA 12.0's compiles, for one that refuses the image.
+static PTX: &str = concat!(include_str!("../kernels/fill.ptx"), "\0");
+
+/// The fill kernels, loaded into a context for the life of the process.
+pub(crate) struct Kernels {
+    fill: sys::CUfunction,
+    repeat1: sys::CUfunction,
+    repeat16: sys::CUfunction,
+}
+
+impl Kernels {
+    /// Loads the kernels into the current context.
+    pub(crate) fn load() -> Result<Kernels> {
+        // SAFETY: a whole fat binary.
+        let image = unsafe { raw::module_load(IMAGE) };
+        let module = image.or_else(|refused| {
+            // SAFETY: PTX that ends with a NUL.
+            let compiled = unsafe { raw::module_load(PTX.as_bytes()) };
+            // What the image was refused for is the better reason: the PTX is the second choice.
+            compiled.map_err(|_| refused)
+        })?;
+        // SAFETY: the module was just loaded.
+        let function = |name| unsafe { raw::module_function(module, name) };
+        let load = || {
+            Ok(Kernels {
+                fill: function(c"cgb_fill")?,
+                repeat1: function(c"cgb_repeat1")?,
+                repeat16: function(c"cgb_repeat16")?,
+            })
+        };
+        load().inspect_err(|_: &Error| {
+            // SAFETY: loaded above, and nothing of it was launched.
+            let _ = unsafe { raw::module_unload(module) };
+        })
+    }
+}
+
+/// As in `kernels/fill.cu`.
+const PATTERN_BYTES: usize = 224 * 16;
+const STORES: usize = 4;
+const THREADS: usize = 256;
+
+/// The kernel's parameter: whole periods of what is to be written.
+#[repr(C, align(16))]
+struct Pattern([u8; PATTERN_BYTES]);
+
+/// Enqueues a fill of `bytes` bytes at `to` with copies of `element`.
+///
+/// # Safety
+///
+/// The range is device memory of `stream`'s device that nothing else touches until the fill has finished in
+/// stream order; `element` is not empty, and `bytes` is a multiple of its length.
+pub(crate) unsafe fn enqueue(
+    to: *mut u8,
+    bytes: usize,
+    element: &[u8],
+    stream: &Stream,
+) -> Result<()> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    match repeating(element, to.addr()) {
+        Some(Unit::One(value)) => {
+            // SAFETY: the caller vouches for the range.
+            stream.enqueue(|raw| unsafe { raw::memset_d8(to, value, bytes, raw) })
+        }
+        Some(Unit::Two(value)) => {
+            // SAFETY: the caller vouches for the range, and 2 divides its address and length.
+            stream.enqueue(|raw| unsafe { raw::memset_d16(to, value, bytes / 2, raw) })
+        }
+        Some(Unit::Four(value)) => {
+            // SAFETY: the caller vouches for the range, and 4 divides its address and length.
+            stream.enqueue(|raw| unsafe { raw::memset_d32(to, value, bytes / 4, raw) })
+        }
+        None => {
+            let Some(context) = stream.context() else {
+                return Ok(());
+            };
+            let _current = context.enter()?;
+            let kernels = &context.kernels;
+            let period = element.len() / gcd(element.len(), 16) * 16;
+            if period <= PATTERN_BYTES {
+                // SAFETY: the caller vouches for the range, and the context is current.
+                return unsafe { launch_fill(kernels, to, bytes, element, period, stream) };
+            }
+            for (piece, bytes) in element.chunks(PATTERN_BYTES).enumerate() {
+                // SAFETY: a piece of the first element, which lies in the range.
+                let to = unsafe { to.add(piece * PATTERN_BYTES) };
+                let period = bytes.len().next_multiple_of(16);
+                // SAFETY: as above, and the context is current.
+                unsafe { launch_fill(kernels, to, bytes.len(), bytes, period, stream) }?;
+            }
+            // SAFETY: the caller vouches for the range, and the context is current.
+            unsafe { launch_repeat(kernels, to, bytes, element.len(), stream) }
+        }
+    }
+}
+
+enum Unit {
+    One(u8),
+    Two(u16),
+    Four(u32),
+}
+
+/// The shortest unit of 1, 2 or 4 bytes that `element` repeats, where `address` is a multiple of it.
+fn repeating(element: &[u8], address: usize) -> Option<Unit> {
+    let repeats = |width: usize| {
+        element.len().is_multiple_of(width)
+            && address.is_multiple_of(width)
+            && element.chunks_exact(width).all(|unit| unit == &element[..width])
+    };
+    match *element {
+        [a, ..] if repeats(1) => Some(Unit::One(a)),
+        [a, b, ..] if repeats(2) => Some(Unit::Two(u16::from_ne_bytes([a, b]))),
+        [a, b, c, d, ..] if repeats(4) => Some(Unit::Four(u32::from_ne_bytes([a, b, c, d]))),
+        _ => None,
+    }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Writes `element` over and over; it comes round to its beginning within `period` bytes, or there is
+/// no more than one of it.
+///
+/// # Safety
+///
+/// As for [`enqueue`]; `period` is a multiple of 16 and at most [`PATTERN_BYTES`]; `stream`'s context is
+/// current.
+unsafe fn launch_fill(
+    kernels: &Kernels,
+    mut to: *mut u8,
+    bytes: usize,
+    element: &[u8],
+    period: usize,
+    stream: &Stream,
+) -> Result<()> {
+    // The kernel's pattern begins at the first multiple of 16 in the range; what lies before it is
+    // the end of the period.
+    let head = to.addr().next_multiple_of(16) - to.addr();
+    let mut pattern = Pattern([0; PATTERN_BYTES]);
+    let (body, before) = pattern.0[..period].split_at_mut(period - head);
+    let mut rest = element.iter().cycle();
+    for (to, from) in before.iter_mut().chain(body).zip(&mut rest) {
+        *to = *from;
+    }
+    let row = THREADS / (period / 16) * (period / 16);
+    let vectors = bytes.saturating_sub(head) / 16;
+    let blocks = vectors.div_ceil(row * STORES).max(1);
+    let blocks =
+        u32::try_from(blocks).expect("a block covers at least 14 KB, and memory has 64 TB at most");
+    let mut bytes = bytes as u64;
+    let mut vectors = (period / 16) as u32;
+    let mut parameters: [*mut c_void; 4] = [
+        (&raw mut to).cast(),
+        (&raw mut bytes).cast(),
+        (&raw mut vectors).cast(),
+        (&raw mut pattern).cast(),
+    ];
+    stream.enqueue(|raw| {
+        // SAFETY: the parameters are those of `cgb_fill`, which writes `bytes` bytes at `to`; the caller
+        // vouches for them and for the context.
+        unsafe { raw::launch(kernels.fill, blocks, THREADS as u32, &mut parameters, raw) }
+    })
+}
+
+/// Repeats the first `element` bytes through the range.
+///
+/// # Safety
+///
+/// As for [`enqueue`], and `stream`'s context is current.
+unsafe fn launch_repeat(
+    kernels: &Kernels,
+    mut to: *mut u8,
+    bytes: usize,
+    element: usize,
+    stream: &Stream,
+) -> Result<()> {
+    let wide = element.is_multiple_of(16) && to.addr().is_multiple_of(16);
+    let (kernel, width) = if wide { (kernels.repeat16, 16) } else { (kernels.repeat1, 1) };
+    let mut units = (bytes / width) as u64;
+    let mut period = (element / width) as u64;
+    let mut parameters: [*mut c_void; 3] =
+        [(&raw mut to).cast(), (&raw mut units).cast(), (&raw mut period).cast()];
+    // The kernel strides over the range with however many blocks there are.
+    let blocks = (units.div_ceil(THREADS as u64)).clamp(1, 4096) as u32;
+    stream.enqueue(|raw| {
+        // SAFETY: the parameters are those of `cgb_repeat1` and `cgb_repeat16`, which read the first
+        // element and write behind it; the caller vouches for the range and for the context.
+        unsafe { raw::launch(kernel, blocks, THREADS as u32, &mut parameters, raw) }
+    })
+}

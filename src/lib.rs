@@ -1,0 +1,62 @@
+//! Pinned host memory and CUDA device memory of one shape, with asynchronous copies between them that
+//! no safe program can race with. It builds with nothing but Rust, uses CUDA where the machine has it,
+//! and otherwise runs the same program on [`Device::Cpu`].
+//!
+//! The same step over the raw runtime, and with this crate:
+//!
+//! ```c
+//! cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream);
+//! host[0] = next; // a race: the copy may not have read `host` yet, and nothing says so
+//! ```
+//!
+//! ```
+//! # use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+//! # let (stream, next) = (Stream::new(Device::auto())?, 1);
+//! # let mut buffer = CpuGpuBuffer::<i32>::new(1024, Device::auto())?;
+//! buffer.copy_to_gpu(.., &stream)?;
+//! buffer.cpu_mut()?[0] = next; // waits for the copy, and for nothing else
+//! # Ok::<(), cpu_gpu_buffer::Error>(())
+//! ```
+//!
+//! # What it refuses to do
+//!
+//! - It hands out no guard whose forgetting would make a race: a buffer itself knows what is in flight.
+//! - It enqueues nothing on a stream that is being captured into a graph, where it would not run.
+//! - It frees no memory while the driver cannot say that nothing uses it: it leaks it.
+//! - It links to no CUDA library, and never panics for want of one.
+//! - It uses neither managed nor write-combined memory.
+//!
+//! # Features
+//!
+//! - `half`: `f16` and `bf16` elements.
+//! - `bindgen`: regenerates the CUDA bindings from the machine's own headers.
+
+mod buffer;
+mod device;
+mod device_memory;
+mod element;
+mod error;
+mod event;
+mod fill;
+mod fork;
+mod host;
+mod raw;
+mod record;
+mod shape;
+mod storage;
+mod stream;
+mod sync;
+mod ticket;
+mod view;
+
+pub use cudart_sys as sys;
+
+pub use buffer::{BufferOptions, CpuGpuBuffer};
+pub use device::{Device, MemoryInfo};
+pub use element::{DType, Element};
+pub use error::{Error, Result, Side};
+pub use event::{Event, EventFlags};
+pub use host::{HostFlags, Pinning, is_pinned_memory_available};
+pub use shape::Shape;
+pub use stream::{Stream, StreamFlags, StreamOptions, WaitPolicy};
+pub use view::GpuView;

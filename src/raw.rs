@@ -1,0 +1,574 @@
+//! Every call into CUDA that this crate makes, each with its status turned into a [`Result`].
+//!
+//! A status that is not success clears the runtime's last error, so that the check of the next library
+//! in the process does not trip over ours. Calls that end another thread's stream capture, as CUDA's
+//! "Prohibited and Unhandled Operations" has it (allocation, release, queries, waiting), stand within
+//! [`RelaxedCapture`]; copies, fills, launches and event records do not, and need not.
+
+use std::ffi::{CStr, c_int, c_void};
+use std::marker::PhantomData;
+use std::mem;
+use std::ptr;
+use std::sync::OnceLock;
+
+use crate::error::{Error, Result};
+use crate::sys;
+
+use sys::cudaError as Status;
+
+/// Turns a status into a result.
+#[inline]
+fn check(status: sys::cudaError_t, call: &'static str) -> Result<()> {
+    match status {
+        Status::cudaSuccess => Ok(()),
+        code => Err(failed(code, call)),
+    }
+}
+
+#[cold]
+fn failed(code: sys::cudaError_t, call: &'static str) -> Error {
+    // SAFETY: it has no arguments. Its status is the one in hand, or that of an earlier call.
+    let _ = unsafe { sys::cudaGetLastError() };
+    match code {
+        Status::LIBRARY_NOT_LOADED => Error::Unavailable { reason: code.text().into_owned() },
+        code => Error::Cuda { code, call },
+    }
+}
+
+/// Turns a status that may say "not ready" into whether it was success.
+fn ready(status: sys::cudaError_t, call: &'static str) -> Result<bool> {
+    match check(status, call) {
+        Ok(()) => Ok(true),
+        Err(Error::Cuda { code: Status::cudaErrorNotReady, .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Driver statuses have the numbers of the runtime's (since CUDA 10.1).
+fn check_driver(status: sys::CUresult, call: &'static str) -> Result<()> {
+    check(sys::cudaError(status.0), call)
+}
+
+/// This thread's calls do not end another thread's capture while this lives.
+struct RelaxedCapture(sys::cudaStreamCaptureMode);
+
+impl RelaxedCapture {
+    fn begin() -> RelaxedCapture {
+        let mut mode = sys::cudaStreamCaptureMode::cudaStreamCaptureModeRelaxed;
+        // SAFETY: `mode` is a valid mode, and a place for the previous one.
+        let status = unsafe { sys::cudaThreadExchangeStreamCaptureMode(&mut mode) };
+        // Should it fail, the call that follows reports what is wrong, and `mode` stays relaxed.
+        let _ = check(status, "cudaThreadExchangeStreamCaptureMode");
+        RelaxedCapture(mode)
+    }
+}
+
+impl Drop for RelaxedCapture {
+    fn drop(&mut self) {
+        // SAFETY: `self.0` is the mode that `begin` was given back.
+        let status = unsafe { sys::cudaThreadExchangeStreamCaptureMode(&mut self.0) };
+        let _ = check(status, "cudaThreadExchangeStreamCaptureMode");
+    }
+}
+
+// ---- the driver's functions that the runtime lacks ------------------------------------------------
+
+/// Functions of the driver, which the runtime hands out: `libcuda` is never linked.
+struct Driver {
+    device_get: unsafe extern "C" fn(*mut sys::CUdevice_v1, c_int) -> sys::CUresult,
+    primary_retain: unsafe extern "C" fn(*mut sys::CUcontext, sys::CUdevice_v1) -> sys::CUresult,
+    primary_release: unsafe extern "C" fn(sys::CUdevice_v1) -> sys::CUresult,
+    push: unsafe extern "C" fn(sys::CUcontext) -> sys::CUresult,
+    pop: unsafe extern "C" fn(*mut sys::CUcontext) -> sys::CUresult,
+    module_load: unsafe extern "C" fn(*mut sys::CUmodule, *const c_void) -> sys::CUresult,
+    module_unload: unsafe extern "C" fn(sys::CUmodule) -> sys::CUresult,
+    module_function: ModuleGetFunction,
+    launch: LaunchKernel,
+    memset_d16: MemsetD16,
+    memset_d32: MemsetD32,
+}
+
+type ModuleGetFunction = unsafe extern "C" fn(
+    *mut sys::CUfunction,
+    sys::CUmodule,
+    *const std::ffi::c_char,
+) -> sys::CUresult;
+type LaunchKernel = unsafe extern "C" fn(
+    sys::CUfunction,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    sys::CUstream,
+    *mut *mut c_void,
+    *mut *mut c_void,
+) -> sys::CUresult;
+type MemsetD16 =
+    unsafe extern "C" fn(sys::CUdeviceptr_v2, u16, usize, sys::CUstream) -> sys::CUresult;
+type MemsetD32 =
+    unsafe extern "C" fn(sys::CUdeviceptr_v2, u32, usize, sys::CUstream) -> sys::CUresult;
+
+fn driver() -> Result<&'static Driver> {
+    static DRIVER: OnceLock<Driver> = OnceLock::new();
+    if let Some(driver) = DRIVER.get() {
+        return Ok(driver);
+    }
+    // Each type is stated twice, here by the headers' versioned name, and the two must agree.
+    let device_get: sys::PFN_cuDeviceGet_v2000 = entry(c"cuDeviceGet", 2000)?;
+    let primary_retain: sys::PFN_cuDevicePrimaryCtxRetain_v7000 =
+        entry(c"cuDevicePrimaryCtxRetain", 7000)?;
+    let primary_release: sys::PFN_cuDevicePrimaryCtxRelease_v11000 =
+        entry(c"cuDevicePrimaryCtxRelease", 11000)?;
+    let push: sys::PFN_cuCtxPushCurrent_v4000 = entry(c"cuCtxPushCurrent", 4000)?;
+    let pop: sys::PFN_cuCtxPopCurrent_v4000 = entry(c"cuCtxPopCurrent", 4000)?;
+    let module_load: sys::PFN_cuModuleLoadData_v2000 = entry(c"cuModuleLoadData", 2000)?;
+    let module_unload: sys::PFN_cuModuleUnload_v2000 = entry(c"cuModuleUnload", 2000)?;
+    let module_function: sys::PFN_cuModuleGetFunction_v2000 = entry(c"cuModuleGetFunction", 2000)?;
+    let launch: sys::PFN_cuLaunchKernel_v4000 = entry(c"cuLaunchKernel", 4000)?;
+    let memset_d16: sys::PFN_cuMemsetD16Async_v3020 = entry(c"cuMemsetD16Async", 3020)?;
+    let memset_d32: sys::PFN_cuMemsetD32Async_v3020 = entry(c"cuMemsetD32Async", 3020)?;
+    let all = (|| {
+        Some(Driver {
+            device_get: device_get?,
+            primary_retain: primary_retain?,
+            primary_release: primary_release?,
+            push: push?,
+            pop: pop?,
+            module_load: module_load?,
+            module_unload: module_unload?,
+            module_function: module_function?,
+            launch: launch?,
+            memset_d16: memset_d16?,
+            memset_d32: memset_d32?,
+        })
+    })();
+    let driver = all.ok_or_else(|| Error::Unavailable {
+        reason: "the driver lacks a function that CUDA 12.0 has".into(),
+    })?;
+    Ok(DRIVER.get_or_init(|| driver))
+}
+
+/// The driver's function of this name, in the version of the signature that `F` declares.
+fn entry<F>(name: &CStr, version: u32) -> Result<Option<F>> {
+    const { assert!(size_of::<Option<F>>() == size_of::<*mut c_void>()) };
+    let mut address = ptr::null_mut();
+    let mut found = sys::cudaDriverEntryPointQueryResult(0);
+    let flags = u64::from(sys::cudaGetDriverEntryPointFlags::cudaEnableLegacyStream.0);
+    // SAFETY: `name` is NUL-terminated, and the other two are valid places.
+    let mut status = unsafe {
+        sys::cudaGetDriverEntryPointByVersion(
+            name.as_ptr(),
+            &mut address,
+            version,
+            flags,
+            &mut found,
+        )
+    };
+    if status == Status::SYMBOL_NOT_FOUND {
+        // Runtimes before 12.5. It answers with the newest signature that the runtime's own version
+        // knows, which for these functions is the same one.
+        // SAFETY: as above.
+        status =
+            unsafe { sys::cudaGetDriverEntryPoint(name.as_ptr(), &mut address, flags, &mut found) };
+    }
+    check(status, "cudaGetDriverEntryPoint")?;
+    // SAFETY: `F` is a C function pointer, by the assertion as large as an address, whose `None` is null;
+    // the driver gave the address for the name and version of `F`'s declaration in its headers.
+    Ok(unsafe { mem::transmute_copy::<*mut c_void, Option<F>>(&address) })
+}
+
+// ---- devices and contexts -------------------------------------------------------------------------
+
+/// The number of CUDA devices.
+pub(crate) fn device_count() -> Result<usize> {
+    let mut count = 0;
+    // SAFETY: `count` is a valid place for an int.
+    let status = unsafe { sys::cudaGetDeviceCount(&mut count) };
+    check(status, "cudaGetDeviceCount")?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+/// Creates the device's primary context if there is none yet, and keeps it from being destroyed.
+pub(crate) fn retain_primary(ordinal: u32) -> Result<sys::CUcontext> {
+    let driver = driver()?;
+    let mut device = 0;
+    // SAFETY: `device` is a valid place; an ordinal out of range is a status.
+    let status = unsafe { (driver.device_get)(&mut device, ordinal as c_int) };
+    check_driver(status, "cuDeviceGet")?;
+    let mut context = ptr::null_mut();
+    // SAFETY: `context` is a valid place, and the driver just gave `device`.
+    let status = unsafe { (driver.primary_retain)(&mut context, device) };
+    check_driver(status, "cuDevicePrimaryCtxRetain")?;
+    Ok(context)
+}
+
+/// Takes one [`retain_primary`] back.
+pub(crate) fn release_primary(ordinal: u32) -> Result<()> {
+    let driver = driver()?;
+    let mut device = 0;
+    // SAFETY: as in `retain_primary`.
+    let status = unsafe { (driver.device_get)(&mut device, ordinal as c_int) };
+    check_driver(status, "cuDeviceGet")?;
+    // SAFETY: the caller retained this device's primary context, and uses it no more.
+    check_driver(unsafe { (driver.primary_release)(device) }, "cuDevicePrimaryCtxRelease")
+}
+
+/// A context is this thread's current one while this lives; the one before comes back after.
+pub(crate) struct Entered {
+    driver: &'static Driver,
+    // It belongs to the thread whose context it put aside.
+    not_send: PhantomData<*const ()>,
+}
+
+/// Makes `context` current.
+///
+/// `cudaSetDevice` there and back would do for most callers, but creates a context on device 0 in a
+/// thread that never chose a device, and replaces a context that is not its device's primary one.
+///
+/// # Safety
+///
+/// `context` must be live.
+pub(crate) unsafe fn enter(context: sys::CUcontext) -> Result<Entered> {
+    let driver = driver()?;
+    // SAFETY: the caller vouches for the context.
+    check_driver(unsafe { (driver.push)(context) }, "cuCtxPushCurrent")?;
+    Ok(Entered { driver, not_send: PhantomData })
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let mut popped = ptr::null_mut();
+        // SAFETY: `popped` is a valid place, and what is popped is what `enter` pushed: this value does
+        // not leave the thread, and its uses in this crate end in the reverse order of their beginnings.
+        let status = unsafe { (self.driver.pop)(&mut popped) };
+        let _ = check_driver(status, "cuCtxPopCurrent");
+    }
+}
+
+/// Free and total bytes of the current device.
+pub(crate) fn memory_info() -> Result<(usize, usize)> {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: both are valid places.
+    let status = unsafe { sys::cudaMemGetInfo(&mut free, &mut total) };
+    check(status, "cudaMemGetInfo")?;
+    Ok((free, total))
+}
+
+// ---- memory ---------------------------------------------------------------------------------------
+
+/// Device memory of the current device.
+pub(crate) fn malloc(bytes: usize) -> Result<*mut u8> {
+    let _relaxed = RelaxedCapture::begin();
+    let mut address = ptr::null_mut();
+    // SAFETY: `address` is a valid place.
+    let status = unsafe { sys::cudaMalloc(&mut address, bytes) };
+    check(status, "cudaMalloc")?;
+    Ok(address.cast())
+}
+
+/// # Safety
+///
+/// `address` is one that [`malloc`] gave in the current context, freed once, and used by nothing.
+pub(crate) unsafe fn free(address: *mut u8) -> Result<()> {
+    let _relaxed = RelaxedCapture::begin();
+    // SAFETY: the caller vouches for the address.
+    check(unsafe { sys::cudaFree(address.cast()) }, "cudaFree")
+}
+
+/// Pinned host memory, not zeroed.
+pub(crate) fn host_alloc(bytes: usize, flags: u32) -> Result<*mut u8> {
+    let _relaxed = RelaxedCapture::begin();
+    let mut address = ptr::null_mut();
+    // SAFETY: `address` is a valid place.
+    let status = unsafe { sys::cudaHostAlloc(&mut address, bytes, flags) };
+    check(status, "cudaHostAlloc")?;
+    Ok(address.cast())
+}
+
+/// # Safety
+///
+/// `address` is one that [`host_alloc`] gave, freed once, and used by nothing.
+pub(crate) unsafe fn free_host(address: *mut u8) -> Result<()> {
+    let _relaxed = RelaxedCapture::begin();
+    // SAFETY: the caller vouches for the address.
+    check(unsafe { sys::cudaFreeHost(address.cast()) }, "cudaFreeHost")
+}
+
+/// Pins pages.
+///
+/// # Safety
+///
+/// The pages are mapped, and stay so until [`host_unregister`] succeeds.
+pub(crate) unsafe fn host_register(address: *mut u8, bytes: usize, flags: u32) -> Result<()> {
+    let _relaxed = RelaxedCapture::begin();
+    // SAFETY: the caller vouches for the pages.
+    let status = unsafe { sys::cudaHostRegister(address.cast(), bytes, flags) };
+    check(status, "cudaHostRegister")
+}
+
+/// # Safety
+///
+/// `address` was registered, and nothing is in flight from or to it.
+pub(crate) unsafe fn host_unregister(address: *mut u8) -> Result<()> {
+    let _relaxed = RelaxedCapture::begin();
+    // SAFETY: the caller vouches for the address.
+    check(unsafe { sys::cudaHostUnregister(address.cast()) }, "cudaHostUnregister")
+}
+
+// ---- streams --------------------------------------------------------------------------------------
+
+/// A new stream of the current device.
+pub(crate) fn stream_create(flags: u32, priority: i32) -> Result<sys::cudaStream_t> {
+    let mut stream = ptr::null_mut();
+    // SAFETY: `stream` is a valid place.
+    let status = unsafe { sys::cudaStreamCreateWithPriority(&mut stream, flags, priority) };
+    check(status, "cudaStreamCreateWithPriority")?;
+    Ok(stream)
+}
+
+/// # Safety
+///
+/// `stream` is one that [`stream_create`] gave, and is not used again.
+pub(crate) unsafe fn stream_destroy(stream: sys::cudaStream_t) -> Result<()> {
+    // SAFETY: the caller vouches for the stream.
+    check(unsafe { sys::cudaStreamDestroy(stream) }, "cudaStreamDestroy")
+}
+
+/// An error where work sent to the stream would be captured into a graph.
+///
+/// # Safety
+///
+/// `stream` is live; if it is a legacy stream, its device's context is current.
+#[inline]
+pub(crate) unsafe fn refuse_capture(stream: sys::cudaStream_t) -> Result<()> {
+    let mut capture = sys::cudaStreamCaptureStatus::cudaStreamCaptureStatusNone;
+    // SAFETY: the caller vouches for the stream, and `capture` is a valid place.
+    let status = unsafe { sys::cudaStreamIsCapturing(stream, &mut capture) };
+    match check(status, "cudaStreamIsCapturing") {
+        // The legacy stream, while a stream that it would wait for is in capture.
+        Err(Error::Cuda { code: Status::cudaErrorStreamCaptureImplicit, .. }) => {
+            Err(Error::StreamCapturing)
+        }
+        Err(error) => Err(error),
+        Ok(()) if capture == sys::cudaStreamCaptureStatus::cudaStreamCaptureStatusNone => Ok(()),
+        Ok(()) => Err(Error::StreamCapturing),
+    }
+}
+
+/// # Safety
+///
+/// As for [`refuse_capture`].
+pub(crate) unsafe fn stream_synchronize(stream: sys::cudaStream_t) -> Result<()> {
+    let _relaxed = RelaxedCapture::begin();
+    // SAFETY: the caller vouches for the stream.
+    check(unsafe { sys::cudaStreamSynchronize(stream) }, "cudaStreamSynchronize")
+}
+
+/// # Safety
+///
+/// As for [`refuse_capture`].
+pub(crate) unsafe fn stream_query(stream: sys::cudaStream_t) -> Result<bool> {
+    let _relaxed = RelaxedCapture::begin();
+    // SAFETY: the caller vouches for the stream.
+    ready(unsafe { sys::cudaStreamQuery(stream) }, "cudaStreamQuery")
+}
+
+/// # Safety
+///
+/// As for [`refuse_capture`], and `event` is live.
+pub(crate) unsafe fn stream_wait(stream: sys::cudaStream_t, event: sys::cudaEvent_t) -> Result<()> {
+    // SAFETY: the caller vouches for both.
+    let status = unsafe { sys::cudaStreamWaitEvent(stream, event, 0) };
+    check(status, "cudaStreamWaitEvent")
+}
+
+/// # Safety
+///
+/// As for [`refuse_capture`]; both ranges are valid, in the memory that `kind` says, and nothing touches
+/// them against the copy until it has finished in stream order.
+#[inline]
+pub(crate) unsafe fn memcpy_async(
+    to: *mut u8,
+    from: *const u8,
+    bytes: usize,
+    kind: sys::cudaMemcpyKind,
+    stream: sys::cudaStream_t,
+) -> Result<()> {
+    // SAFETY: the caller vouches for the ranges and the stream.
+    let status = unsafe { sys::cudaMemcpyAsync(to.cast(), from.cast(), bytes, kind, stream) };
+    check(status, "cudaMemcpyAsync")
+}
+
+/// # Safety
+///
+/// As for [`memcpy_async`].
+pub(crate) unsafe fn memset_d8(
+    to: *mut u8,
+    value: u8,
+    bytes: usize,
+    stream: sys::cudaStream_t,
+) -> Result<()> {
+    // SAFETY: the caller vouches for the range and the stream.
+    let status = unsafe { sys::cudaMemsetAsync(to.cast(), value.into(), bytes, stream) };
+    check(status, "cudaMemsetAsync")
+}
+
+/// # Safety
+///
+/// As for [`memcpy_async`], and `to` is a multiple of 2.
+pub(crate) unsafe fn memset_d16(
+    to: *mut u8,
+    value: u16,
+    count: usize,
+    stream: sys::cudaStream_t,
+) -> Result<()> {
+    let memset = driver()?.memset_d16;
+    // SAFETY: the caller vouches for the range and the stream.
+    let status = unsafe { memset(to.addr() as u64, value, count, stream) };
+    check_driver(status, "cuMemsetD16Async")
+}
+
+/// # Safety
+///
+/// As for [`memcpy_async`], and `to` is a multiple of 4.
+pub(crate) unsafe fn memset_d32(
+    to: *mut u8,
+    value: u32,
+    count: usize,
+    stream: sys::cudaStream_t,
+) -> Result<()> {
+    let memset = driver()?.memset_d32;
+    // SAFETY: the caller vouches for the range and the stream.
+    let status = unsafe { memset(to.addr() as u64, value, count, stream) };
+    check_driver(status, "cuMemsetD32Async")
+}
+
+// ---- events ---------------------------------------------------------------------------------------
+
+/// A new event of the current device.
+pub(crate) fn event_create(flags: u32) -> Result<sys::cudaEvent_t> {
+    let mut event = ptr::null_mut();
+    // SAFETY: `event` is a valid place.
+    let status = unsafe { sys::cudaEventCreateWithFlags(&mut event, flags) };
+    check(status, "cudaEventCreateWithFlags")?;
+    Ok(event)
+}
+
+/// # Safety
+///
+/// `event` is one that [`event_create`] gave, and is not used again.
+pub(crate) unsafe fn event_destroy(event: sys::cudaEvent_t) -> Result<()> {
+    // SAFETY: the caller vouches for the event.
+    check(unsafe { sys::cudaEventDestroy(event) }, "cudaEventDestroy")
+}
+
+/// # Safety
+///
+/// As for [`stream_wait`], and both are of one device.
+#[inline]
+pub(crate) unsafe fn event_record(
+    event: sys::cudaEvent_t,
+    stream: sys::cudaStream_t,
+) -> Result<()> {
+    // SAFETY: the caller vouches for both.
+    check(unsafe { sys::cudaEventRecord(event, stream) }, "cudaEventRecord")
+}
+
+/// # Safety
+///
+/// `event` is live.
+pub(crate) unsafe fn event_query(event: sys::cudaEvent_t) -> Result<bool> {
+    let _relaxed = RelaxedCapture::begin();
+    // SAFETY: the caller vouches for the event.
+    ready(unsafe { sys::cudaEventQuery(event) }, "cudaEventQuery")
+}
+
+/// # Safety
+///
+/// `event` is live.
+pub(crate) unsafe fn event_synchronize(event: sys::cudaEvent_t) -> Result<()> {
+    let _relaxed = RelaxedCapture::begin();
+    // SAFETY: the caller vouches for the event.
+    check(unsafe { sys::cudaEventSynchronize(event) }, "cudaEventSynchronize")
+}
+
+/// Milliseconds from one event to another.
+///
+/// # Safety
+///
+/// Both are live, and of one device.
+pub(crate) unsafe fn event_elapsed(from: sys::cudaEvent_t, to: sys::cudaEvent_t) -> Result<f32> {
+    let _relaxed = RelaxedCapture::begin();
+    let mut milliseconds = 0.0;
+    // SAFETY: the caller vouches for both, and `milliseconds` is a valid place.
+    let status = unsafe { sys::cudaEventElapsedTime(&mut milliseconds, from, to) };
+    check(status, "cudaEventElapsedTime")?;
+    Ok(milliseconds)
+}
+
+// ---- kernels --------------------------------------------------------------------------------------
+
+/// Loads an image into the current context.
+///
+/// # Safety
+///
+/// `image` is a whole fat binary, or PTX that ends with a NUL.
+pub(crate) unsafe fn module_load(image: &[u8]) -> Result<sys::CUmodule> {
+    let _relaxed = RelaxedCapture::begin();
+    let driver = driver()?;
+    let mut module = ptr::null_mut();
+    // SAFETY: the caller vouches for the image, and `module` is a valid place.
+    let status = unsafe { (driver.module_load)(&mut module, image.as_ptr().cast()) };
+    check_driver(status, "cuModuleLoadData")?;
+    Ok(module)
+}
+
+/// # Safety
+///
+/// `module` is one that [`module_load`] gave, unloaded once, and no kernel of it runs.
+pub(crate) unsafe fn module_unload(module: sys::CUmodule) -> Result<()> {
+    let _relaxed = RelaxedCapture::begin();
+    // SAFETY: the caller vouches for the module.
+    check_driver(unsafe { (driver()?.module_unload)(module) }, "cuModuleUnload")
+}
+
+/// # Safety
+///
+/// `module` is live.
+pub(crate) unsafe fn module_function(
+    module: sys::CUmodule,
+    name: &CStr,
+) -> Result<sys::CUfunction> {
+    let driver = driver()?;
+    let mut function = ptr::null_mut();
+    // SAFETY: the caller vouches for the module, the name is NUL-terminated, `function` a valid place.
+    let status = unsafe { (driver.module_function)(&mut function, module, name.as_ptr()) };
+    check_driver(status, "cuModuleGetFunction")?;
+    Ok(function)
+}
+
+/// Launches a kernel of one-dimensional blocks.
+///
+/// # Safety
+///
+/// `function`'s context is current, `stream` is one of it, `parameters` are the kernel's, each
+/// a valid address of a value of its type, and what the kernel does is as for [`memcpy_async`].
+pub(crate) unsafe fn launch(
+    function: sys::CUfunction,
+    blocks: u32,
+    threads: u32,
+    parameters: &mut [*mut c_void],
+    stream: sys::cudaStream_t,
+) -> Result<()> {
+    let launch = driver()?.launch;
+    let parameters = parameters.as_mut_ptr();
+    // SAFETY: the caller vouches for everything; the parameters are copied before the call returns
+    // (CUDA Driver API, `cuLaunchKernel`).
+    let status = unsafe {
+        launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, ptr::null_mut())
+    };
+    check_driver(status, "cuLaunchKernel")
+}

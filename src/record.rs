@@ -1,0 +1,125 @@
+//! What a buffer remembers of one kind of use: the stream, the ticket, and the event that answers for it.
+//!
+//! A record is *idle*, or it *stands* for work on a stream. Standing, it is finished once the stream's
+//! watermark has reached its ticket, which costs one load to see, or once its event has. A record whose
+//! event could not be recorded is lazy: the work may be queued, so it stands, and the event is recorded
+//! when somebody asks.
+
+use crate::error::Result;
+use crate::event::EventHandle;
+use crate::stream::Stream;
+use crate::ticket::Stamp;
+
+pub(crate) struct Record {
+    // `None` while idle.
+    stream: Option<Stream>,
+    stamp: Stamp,
+    // Made with the first use and kept; `Some` wherever `stream` is.
+    event: Option<EventHandle>,
+}
+
+impl Record {
+    pub(crate) fn idle() -> Record {
+        Record { stream: None, stamp: Stamp::lazy(), event: None }
+    }
+
+    /// The work that stands, unless it is known to have finished. Asks nobody.
+    #[inline]
+    fn standing(&self) -> Option<(&Stream, &EventHandle)> {
+        let (stream, event) = self.stream.as_ref().zip(self.event.as_ref())?;
+        match self.stamp.ticket() {
+            Some(ticket) if stream.tickets().is_complete(ticket) => None,
+            _ => Some((stream, event)),
+        }
+    }
+
+    /// Makes sure that an event stands behind the work, and gives its ticket.
+    fn ticket(&self, stream: &Stream, event: &EventHandle) -> Result<u64> {
+        self.stamp.resolve(stream.tickets(), || {
+            stream.refuse_capture()?;
+            stream.record_into(event)
+        })
+    }
+
+    /// Whether the work has finished.
+    pub(crate) fn is_finished(&self) -> Result<bool> {
+        let Some((stream, event)) = self.standing() else {
+            return Ok(true);
+        };
+        let ticket = self.ticket(stream, event)?;
+        let finished = event.is_complete()?;
+        if finished {
+            stream.tickets().complete(ticket);
+        }
+        Ok(finished)
+    }
+
+    /// Waits until the work has finished.
+    #[inline]
+    pub(crate) fn wait(&self) -> Result<()> {
+        match self.standing() {
+            None => Ok(()),
+            Some((stream, event)) => self.wait_for(stream, event),
+        }
+    }
+
+    #[cold]
+    fn wait_for(&self, stream: &Stream, event: &EventHandle) -> Result<()> {
+        let ticket = self.ticket(stream, event)?;
+        event.synchronize()?;
+        stream.tickets().complete(ticket);
+        Ok(())
+    }
+
+    /// Makes what is sent to `stream` from now on wait for the work.
+    #[inline]
+    pub(crate) fn order_before(&self, stream: &Stream) -> Result<()> {
+        match self.standing() {
+            Some((other, event)) if !other.is(stream) => {
+                self.ticket(other, event)?;
+                stream.wait_for(event)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The record stands, lazily, for all that is sent to `stream` from now on, and no longer for what
+    /// it stood for: order that before first.
+    pub(crate) fn stand_for(&mut self, stream: &Stream) -> Result<()> {
+        let flags = stream.event_flags();
+        // Before anything changes, since this may fail.
+        if self.event.as_ref().is_none_or(|event| event.flags() != flags) {
+            let context = stream.context().expect("only CUDA streams are recorded");
+            self.event = Some(EventHandle::new(context, flags)?);
+            // The new event answers for nothing yet.
+            self.stamp.set_lazy();
+        }
+        self.stamp.set_lazy();
+        if self.stream.as_ref().is_none_or(|known| !known.is(stream)) {
+            // Dropped last: with the last handle of a borrowed stream goes its owner, which may panic.
+            let _before = self.stream.replace(stream.clone());
+        }
+        Ok(())
+    }
+
+    /// Enqueues a transfer on `stream` that the record then stands for. Whatever this answers after the
+    /// transfer was tried, it is treated as in flight.
+    #[inline]
+    pub(crate) fn submit(
+        &mut self,
+        stream: &Stream,
+        enqueue: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        self.stand_for(stream)?;
+        let event = self.event.as_ref().expect("made by `stand_for`");
+        let ticket = stream.tickets().submit(enqueue, || stream.record_into(event))?;
+        self.stamp.set(ticket);
+        Ok(())
+    }
+
+    /// The record stands for nothing: another one, enqueued after it, answers for its work.
+    #[inline]
+    pub(crate) fn cover(&mut self) {
+        self.stream = None;
+    }
+}

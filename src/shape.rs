@@ -1,0 +1,135 @@
+//! Shapes, and the arithmetic of rows and bytes that follows from them.
+
+use std::fmt;
+use std::ops::{Bound, Range, RangeBounds};
+
+use crate::error::{Error, Result};
+
+/// The most dimensions a shape can have.
+const MAX_RANK: usize = 8;
+
+/// The dimensions of a buffer, outermost first: 1 to 8 of them, any of which may be 0.
+///
+/// A shape is made from a number, an array, a slice or a vector. Whether it has a valid number of
+/// dimensions is checked by the constructor that takes it, not before.
+///
+/// ```
+/// use cpu_gpu_buffer::Shape;
+///
+/// assert_eq!(Shape::from([32, 768]).dims(), [32, 768]);
+/// assert_eq!(Shape::from(7).dims(), [7]);
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    dims: [usize; MAX_RANK],
+    // More than `MAX_RANK` where the shape is invalid.
+    rank: usize,
+}
+
+impl Shape {
+    fn new(dims: &[usize]) -> Shape {
+        let mut shape = Shape { dims: [0; MAX_RANK], rank: dims.len() };
+        for (to, from) in shape.dims.iter_mut().zip(dims) {
+            *to = *from;
+        }
+        shape
+    }
+
+    /// The dimensions, outermost first; of an invalid shape at most the first 8.
+    pub fn dims(&self) -> &[usize] {
+        &self.dims[..self.rank.min(MAX_RANK)]
+    }
+
+    /// The number of elements; an error where the shape is invalid or its bytes, at `size` an
+    /// element, overflow `isize`.
+    pub(crate) fn numel(&self, size: usize) -> Result<usize> {
+        if !(1..=MAX_RANK).contains(&self.rank) {
+            return Err(Error::InvalidShape {
+                reason: format!("{} dimensions, and 1 to {MAX_RANK} are possible", self.rank),
+            });
+        }
+        let dims = self.dims();
+        if dims.contains(&0) {
+            return Ok(0);
+        }
+        let numel = dims.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim));
+        numel
+            .filter(|numel| {
+                let bytes = numel.checked_mul(size);
+                bytes.is_some_and(|bytes| isize::try_from(bytes).is_ok())
+            })
+            .ok_or_else(|| Error::InvalidShape {
+                reason: format!("{dims:?} elements of {size} bytes overflow isize"),
+            })
+    }
+
+    /// The first dimension.
+    pub(crate) fn rows(&self) -> usize {
+        self.dims[0]
+    }
+
+    /// The same shape with another first dimension.
+    pub(crate) fn with_rows(mut self, rows: usize) -> Shape {
+        self.dims[0] = rows;
+        self
+    }
+}
+
+impl fmt::Debug for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.dims().fmt(f)
+    }
+}
+
+impl From<usize> for Shape {
+    fn from(dim: usize) -> Shape {
+        Shape::new(&[dim])
+    }
+}
+
+impl<const N: usize> From<[usize; N]> for Shape {
+    fn from(dims: [usize; N]) -> Shape {
+        Shape::new(&dims)
+    }
+}
+
+impl<const N: usize> From<&[usize; N]> for Shape {
+    fn from(dims: &[usize; N]) -> Shape {
+        Shape::new(dims)
+    }
+}
+
+impl From<&[usize]> for Shape {
+    fn from(dims: &[usize]) -> Shape {
+        Shape::new(dims)
+    }
+}
+
+impl From<Vec<usize>> for Shape {
+    fn from(dims: Vec<usize>) -> Shape {
+        Shape::new(&dims)
+    }
+}
+
+/// The rows that `range` selects of `rows`. Each bound is read once: `RangeBounds` is a safe trait, and
+/// may answer differently the second time.
+pub(crate) fn select(range: &impl RangeBounds<usize>, rows: usize) -> Result<Range<usize>> {
+    let start = match range.start_bound() {
+        Bound::Included(row) => Some(*row),
+        Bound::Excluded(row) => row.checked_add(1),
+        Bound::Unbounded => Some(0),
+    };
+    let end = match range.end_bound() {
+        Bound::Included(row) => row.checked_add(1),
+        Bound::Excluded(row) => Some(*row),
+        Bound::Unbounded => Some(rows),
+    };
+    match (start, end) {
+        (Some(start), Some(end)) if start <= end && end <= rows => Ok(start..end),
+        _ => Err(Error::OutOfRange {
+            start: start.unwrap_or(usize::MAX),
+            end: end.unwrap_or(usize::MAX),
+            rows,
+        }),
+    }
+}

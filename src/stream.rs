@@ -1,0 +1,368 @@
+//! Streams: queues of work on a device, which run in order.
+//!
+//! A [`Stream`] is a handle, cheap to clone, that any number of threads may send work through. Beside
+//! the CUDA stream it holds the two counters of [`ticket`](crate::ticket), which tell buffers what has
+//! finished. Each buffer keeps a handle of the streams that it was last used on; the CUDA stream is
+//! destroyed with the last handle, and a borrowed one's owner is let go then.
+
+use std::any::Any;
+use std::fmt;
+use std::ptr;
+use std::sync::Arc;
+
+use bitflags::bitflags;
+
+use crate::device::{Context, Device, context};
+use crate::error::{Error, Result};
+use crate::event::{Event, EventFlags, EventHandle};
+use crate::fork;
+use crate::raw;
+use crate::sys;
+use crate::ticket::Tickets;
+
+bitflags! {
+    /// How a stream is made: `cudaStreamCreateWithPriority`.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct StreamFlags: u32 {
+        /// The stream does not wait for the legacy stream, nor the legacy stream for it.
+        const NON_BLOCKING = sys::cudaStreamNonBlocking;
+    }
+}
+
+/// What a thread does that waits for a stream, or for a transfer on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum WaitPolicy {
+    /// As the device is set to, which is to spin unless it was changed: quickest to notice.
+    #[default]
+    Spin,
+    /// Sleeps until the driver wakes it: leaves the core to others.
+    Block,
+}
+
+/// How a stream is made.
+///
+/// ```
+/// use cpu_gpu_buffer::{Device, Stream, StreamOptions, WaitPolicy};
+///
+/// let options = StreamOptions { wait: WaitPolicy::Block, ..Default::default() };
+/// let stream = Stream::with_options(Device::Cpu, options)?;
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct StreamOptions {
+    /// Lower numbers go first; CUDA brings the number into the device's range. 0 unless given.
+    pub priority: i32,
+    /// [`StreamFlags::NON_BLOCKING`] unless given.
+    pub flags: StreamFlags,
+    /// [`WaitPolicy::Spin`] unless given.
+    pub wait: WaitPolicy,
+}
+
+impl Default for StreamOptions {
+    fn default() -> StreamOptions {
+        StreamOptions { priority: 0, flags: StreamFlags::NON_BLOCKING, wait: WaitPolicy::Spin }
+    }
+}
+
+/// A handle to a queue of work that runs in order on one device.
+///
+/// On [`Device::Cpu`] work is done when the call that sends it returns.
+///
+/// ```
+/// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+///
+/// let stream = Stream::new(Device::Cpu)?;
+/// let mut buffer = CpuGpuBuffer::<f32>::new(16, Device::Cpu)?;
+/// buffer.copy_to_gpu(..4, &stream)?;
+/// stream.synchronize()?;
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Stream(Arc<Inner>);
+
+struct Inner {
+    device: Device,
+    tickets: Tickets,
+    wait: WaitPolicy,
+    // `None` on the CPU.
+    cuda: Option<CudaStream>,
+}
+
+struct CudaStream {
+    raw: sys::cudaStream_t,
+    context: &'static Context,
+    ownership: Ownership,
+}
+
+enum Ownership {
+    Owned,
+    // Keeps the real stream alive, where the caller gave something that does.
+    Borrowed(#[allow(dead_code)] Option<Arc<dyn Any + Send + Sync>>),
+}
+
+// SAFETY: the runtime's streams may be used from any thread, by several at once; the owner of a borrowed
+// one is `Send` and `Sync` by its type.
+unsafe impl Send for CudaStream {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for CudaStream {}
+
+/// `cudaStreamLegacy` and `cudaStreamPerThread`, which the headers define as casts.
+const LEGACY: usize = 1;
+const PER_THREAD: usize = 2;
+
+impl CudaStream {
+    /// The legacy stream is that of the current context; any other knows its own.
+    #[inline]
+    fn current_if_legacy(&self) -> Result<Option<raw::Entered>> {
+        match self.raw.addr() {
+            0 | LEGACY => self.context.enter().map(Some),
+            _ => Ok(None),
+        }
+    }
+}
+
+impl Drop for CudaStream {
+    fn drop(&mut self) {
+        if fork::forked() || !matches!(self.ownership, Ownership::Owned) {
+            return;
+        }
+        // SAFETY: the last handle is gone. Destroying a stream does not wait for its work, and lets the
+        // work finish (CUDA Runtime API, `cudaStreamDestroy`).
+        let destroyed = unsafe { raw::stream_destroy(self.raw) };
+        // Nobody could act on the error, and there is nothing left to give back.
+        let _ = destroyed;
+    }
+}
+
+impl Stream {
+    /// A new non-blocking stream.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unavailable`] for a device that cannot be used, or an error of the driver's.
+    pub fn new(device: Device) -> Result<Stream> {
+        Stream::with_options(device, StreamOptions::default())
+    }
+
+    /// A new stream with a priority, flags and a wait policy of its own.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn with_options(device: Device, options: StreamOptions) -> Result<Stream> {
+        let cuda = match device {
+            Device::Cpu => None,
+            Device::Cuda(ordinal) => {
+                let context = context(ordinal)?;
+                let _current = context.enter()?;
+                Some(CudaStream {
+                    raw: raw::stream_create(options.flags.bits(), options.priority)?,
+                    context,
+                    ownership: Ownership::Owned,
+                })
+            }
+        };
+        Ok(Stream::of(device, cuda, options.wait))
+    }
+
+    /// A handle to a stream that somebody else made, which is never destroyed by this crate. `owner`
+    /// is kept until no buffer, event or handle remembers the stream.
+    ///
+    /// The legacy stream (a null pointer, or 1) is accepted and means that of `device`; the per-thread
+    /// stream (2) is refused, since it is a different stream on each thread. Two handles that were made
+    /// from one raw stream do not know of each other's watermark; clone one handle instead.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidStream`] for the per-thread stream and for [`Device::Cpu`], or
+    /// [`Error::Unavailable`].
+    ///
+    /// # Safety
+    ///
+    /// `raw` is a stream of `device`'s primary context, live for as long as `owner` is kept, or, without
+    /// one, for as long as any handle to it or buffer used on it is. While work of this crate's is sent
+    /// to it, nobody begins to capture it.
+    pub unsafe fn from_raw(
+        raw: sys::cudaStream_t,
+        device: Device,
+        owner: Option<Arc<dyn Any + Send + Sync>>,
+    ) -> Result<Stream> {
+        let Device::Cuda(ordinal) = device else {
+            return Err(Error::InvalidStream { reason: "the CPU has no CUDA streams" });
+        };
+        if raw.addr() == PER_THREAD {
+            return Err(Error::InvalidStream {
+                reason: "the per-thread stream is a different stream on each thread",
+            });
+        }
+        let cuda =
+            CudaStream { raw, context: context(ordinal)?, ownership: Ownership::Borrowed(owner) };
+        Ok(Stream::of(device, Some(cuda), WaitPolicy::Spin))
+    }
+
+    fn of(device: Device, cuda: Option<CudaStream>, wait: WaitPolicy) -> Stream {
+        Stream(Arc::new(Inner { device, tickets: Tickets::new(), wait, cuda }))
+    }
+
+    /// The stream as the CUDA runtime knows it, borrowed from this handle; null on the CPU.
+    pub fn as_raw(&self) -> sys::cudaStream_t {
+        self.0.cuda.as_ref().map_or(ptr::null_mut(), |cuda| cuda.raw)
+    }
+
+    /// The device whose work it queues.
+    pub fn device(&self) -> Device {
+        self.0.device
+    }
+
+    /// Waits until everything that was sent to the stream before this call has finished.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StreamCapturing`], or an error of the driver's, which may be that of earlier work.
+    pub fn synchronize(&self) -> Result<()> {
+        let Some(cuda) = &self.0.cuda else {
+            return Ok(());
+        };
+        if self.0.wait == WaitPolicy::Block {
+            return self.record()?.synchronize();
+        }
+        self.refuse_capture()?;
+        let _current = cuda.current_if_legacy()?;
+        // Before the call: what is submitted while it waits, it does not wait for.
+        let submitted = self.tickets().submitted();
+        // SAFETY: the handle keeps the stream, and the legacy stream's context is current.
+        unsafe { raw::stream_synchronize(cuda.raw) }?;
+        self.tickets().complete(submitted);
+        Ok(())
+    }
+
+    /// Whether everything that was sent to the stream has finished.
+    ///
+    /// # Errors
+    ///
+    /// As for [`synchronize`](Self::synchronize).
+    pub fn is_idle(&self) -> Result<bool> {
+        let Some(cuda) = &self.0.cuda else {
+            return Ok(true);
+        };
+        self.refuse_capture()?;
+        let _current = cuda.current_if_legacy()?;
+        let submitted = self.tickets().submitted();
+        // SAFETY: as in `synchronize`.
+        let idle = unsafe { raw::stream_query(cuda.raw) }?;
+        if idle {
+            self.tickets().complete(submitted);
+        }
+        Ok(idle)
+    }
+
+    /// An event behind everything that was sent to the stream so far.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StreamCapturing`], or an error of the driver's.
+    pub fn record(&self) -> Result<Event> {
+        Event::record(self)
+    }
+
+    /// Makes what is sent to the stream from now on wait for `event`, which may be of another device.
+    /// The calling thread does not wait, unless this is a stream of the CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StreamCapturing`], or an error of the driver's.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        match event.handle() {
+            None => Ok(()),
+            Some(_) if self.0.cuda.is_none() => event.synchronize(),
+            Some(handle) => {
+                self.refuse_capture()?;
+                self.wait_for(handle)
+            }
+        }
+    }
+
+    pub(crate) fn context(&self) -> Option<&'static Context> {
+        self.0.cuda.as_ref().map(|cuda| cuda.context)
+    }
+
+    #[inline]
+    pub(crate) fn tickets(&self) -> &Tickets {
+        &self.0.tickets
+    }
+
+    pub(crate) fn wait_policy(&self) -> WaitPolicy {
+        self.0.wait
+    }
+
+    /// Whether both are handles of one stream.
+    #[inline]
+    pub(crate) fn is(&self, other: &Stream) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Flags of an event that a thread waits for under this stream's policy, and takes no time of.
+    pub(crate) fn event_flags(&self) -> EventFlags {
+        match self.0.wait {
+            WaitPolicy::Spin => EventFlags::DISABLE_TIMING,
+            WaitPolicy::Block => EventFlags::DISABLE_TIMING | EventFlags::BLOCKING_SYNC,
+        }
+    }
+
+    /// An error where what is sent to the stream would go into a graph instead of running.
+    #[inline]
+    pub(crate) fn refuse_capture(&self) -> Result<()> {
+        fork::refuse_child()?;
+        let Some(cuda) = &self.0.cuda else {
+            return Ok(());
+        };
+        let _current = cuda.current_if_legacy()?;
+        // SAFETY: the handle keeps the stream, and the legacy stream's context is current.
+        unsafe { raw::refuse_capture(cuda.raw) }
+    }
+
+    /// Records `event`, which is of this stream's device, behind what was sent so far.
+    #[inline]
+    pub(crate) fn record_into(&self, event: &EventHandle) -> Result<()> {
+        let Some(cuda) = &self.0.cuda else {
+            return Ok(());
+        };
+        let _current = cuda.current_if_legacy()?;
+        // SAFETY: the handles keep both, they are of one device, and the legacy stream's context is current.
+        unsafe { raw::event_record(event.raw(), cuda.raw) }
+    }
+
+    /// Makes what is sent from now on wait for `event`.
+    pub(crate) fn wait_for(&self, event: &EventHandle) -> Result<()> {
+        let Some(cuda) = &self.0.cuda else {
+            return Ok(());
+        };
+        let _current = cuda.current_if_legacy()?;
+        // SAFETY: the handles keep both, and the legacy stream's context is current.
+        unsafe { raw::stream_wait(cuda.raw, event.raw()) }
+    }
+
+    /// Calls `enqueue` with the raw stream, the legacy stream's context being current.
+    ///
+    /// Not to be called on a stream of the CPU, where it does nothing.
+    #[inline]
+    pub(crate) fn enqueue(
+        &self,
+        enqueue: impl FnOnce(sys::cudaStream_t) -> Result<()>,
+    ) -> Result<()> {
+        let Some(cuda) = &self.0.cuda else {
+            return Ok(());
+        };
+        let _current = cuda.current_if_legacy()?;
+        enqueue(cuda.raw)
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stream")
+            .field("device", &self.device())
+            .field("raw", &self.as_raw())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,92 @@
+//! Statuses: the two that are this crate's own, and names and texts for all of them.
+
+use std::borrow::Cow;
+use std::ffi::{CStr, c_char};
+use std::fmt;
+
+use crate::bindings::{cudaError, cudaGetErrorName, cudaGetErrorString};
+use crate::loader;
+
+impl cudaError {
+    /// No CUDA runtime could be loaded. The text lists every place that was tried.
+    pub const LIBRARY_NOT_LOADED: cudaError = cudaError(0x00c0_da01);
+
+    /// The loaded runtime has no function of this name. The text names the library, its version and
+    /// every function that it lacks.
+    pub const SYMBOL_NOT_FOUND: cudaError = cudaError(0x00c0_da02);
+
+    /// The status's name as in CUDA's headers, `cudaErrorMemoryAllocation` say.
+    pub fn name(self) -> Cow<'static, str> {
+        match self {
+            Self::LIBRARY_NOT_LOADED => "cudartLibraryNotLoaded".into(),
+            Self::SYMBOL_NOT_FOUND => "cudartSymbolNotFound".into(),
+            // Without a runtime these two still have a name.
+            Self::cudaSuccess => "cudaSuccess".into(),
+            _ => {
+                // SAFETY: any integer is a valid argument.
+                let name = unsafe { cudaGetErrorName(self) };
+                known(name).unwrap_or("unknown CUDA status").into()
+            }
+        }
+    }
+
+    /// What the status means, in CUDA's words where the status is CUDA's.
+    pub fn text(self) -> Cow<'static, str> {
+        match self {
+            Self::LIBRARY_NOT_LOADED => match loader::runtime() {
+                Err(error) => error.to_string().into(),
+                Ok(_) => "no CUDA runtime is loaded".into(),
+            },
+            Self::SYMBOL_NOT_FOUND => match loader::runtime() {
+                Ok(runtime) => format!(
+                    "{} is version {} and lacks {}",
+                    runtime.path().display(),
+                    runtime.version(),
+                    runtime.absent().join(", "),
+                )
+                .into(),
+                Err(error) => error.to_string().into(),
+            },
+            _ => {
+                // SAFETY: any integer is a valid argument.
+                let text = unsafe { cudaGetErrorString(self) };
+                known(text).unwrap_or("no text for this status").into()
+            }
+        }
+    }
+}
+
+impl fmt::Display for cudaError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}): {}", self.name(), self.0, self.text())
+    }
+}
+
+impl std::error::Error for cudaError {}
+
+/// The runtime's texts are constants of the library, which is never unloaded.
+fn known(text: *const c_char) -> Option<&'static str> {
+    if text.is_null() {
+        return None;
+    }
+    // SAFETY: not null, and `cudaGetErrorName` and `cudaGetErrorString` return null or a constant,
+    // NUL-terminated string ("CUDA Runtime API, Error Handling").
+    let text = unsafe { CStr::from_ptr(text) };
+    text.to_str().ok()
+}
+
+/// What a function answers that cannot be called.
+pub(crate) trait Absent {
+    const LIBRARY: Self;
+    const SYMBOL: Self;
+}
+
+impl Absent for cudaError {
+    const LIBRARY: Self = Self::LIBRARY_NOT_LOADED;
+    const SYMBOL: Self = Self::SYMBOL_NOT_FOUND;
+}
+
+impl Absent for *const c_char {
+    const LIBRARY: Self = std::ptr::null();
+    const SYMBOL: Self = std::ptr::null();
+}

@@ -1,0 +1,99 @@
+//! Raw bindings of the CUDA runtime (`libcudart`), found and loaded at run time.
+//!
+//! Nothing is linked: a program that depends on this crate builds without a CUDA toolkit and starts
+//! without a driver. The functions keep their CUDA names and signatures; the first call of any of them
+//! looks for the runtime, in this order:
+//!
+//! 1. the path in `CUDART_LIBRARY`, and nothing else where that is set;
+//! 2. a runtime that is already in the process (PyTorch's, say);
+//! 3. the system's loader, newest major version first;
+//! 4. `CUDA_HOME`, `CUDA_PATH`, `/usr/local/cuda`, `/opt/cuda`;
+//! 5. the CUDA wheels of an active virtual environment, and the active conda prefix.
+//!
+//! ```
+//! use cudart_sys::{cudaError, cudaGetDeviceCount};
+//!
+//! let mut count = 0;
+//! // SAFETY: `count` is a valid place for an int.
+//! match unsafe { cudaGetDeviceCount(&mut count) } {
+//!     cudaError::cudaSuccess => println!("{count} devices"),
+//!     // No runtime, no driver, no device: a status and a text like any other.
+//!     status => println!("no CUDA here: {status}"),
+//! }
+//! ```
+//!
+//! # What it refuses to do
+//!
+//! It never panics, never links to `libcuda` or `libcudart`, never searches the current directory, and
+//! never falls back when `CUDART_LIBRARY` names something that cannot be used. A missing library
+//! is the status [`cudaError::LIBRARY_NOT_LOADED`], and a function that the loaded runtime lacks
+//! [`cudaError::SYMBOL_NOT_FOUND`]; the text of both says what was tried.
+//!
+//! # Versions
+//!
+//! The bindings are those of CUDA 13.0, limited to functions whose signature is the same in 12.0 to
+//! 13.x. A runtime of another major version is refused. C enums are integer newtypes, since a newer
+//! runtime may return codes that these headers do not name.
+
+mod error;
+mod loader;
+
+pub use loader::{LoadError, Runtime, runtime};
+
+/// Turns bindgen's declarations into a table of addresses and one function for each name, which calls
+/// through the table. Where there is no table, or no address in it, the status says so.
+macro_rules! runtime {
+    ($(pub fn $name:ident($($arg:ident: $type:ty),* $(,)?) -> $status:ty;)*) => {
+        /// The runtime's functions; `None` where the loaded version lacks one.
+        pub(crate) struct Functions {
+            $(pub(crate) $name: Option<unsafe extern "C" fn($($arg: $type),*) -> $status>,)*
+        }
+
+        impl Functions {
+            pub(crate) fn of(library: &libloading::Library) -> Functions {
+                Functions {
+                    $($name: {
+                        // SAFETY: the type is the one that the runtime's headers declare for this name.
+                        let symbol = unsafe { library.get(stringify!($name)) };
+                        symbol.ok().map(|symbol| *symbol)
+                    },)*
+                }
+            }
+
+            /// The names that the loaded version lacks.
+            pub(crate) fn absent(&self) -> Vec<&'static str> {
+                let mut names = Vec::new();
+                $(if self.$name.is_none() {
+                    names.push(stringify!($name));
+                })*
+                names
+            }
+        }
+
+        $(
+            #[doc = concat!("`", stringify!($name), "` of the CUDA runtime API.")]
+            ///
+            /// # Safety
+            ///
+            /// As the CUDA runtime's documentation says of this function.
+            #[inline]
+            pub unsafe fn $name($($arg: $type),*) -> $status {
+                match crate::loader::functions().map(|functions| functions.$name) {
+                    Some(Some(function)) => {
+                        // SAFETY: the address came from the runtime under this name, and the
+                        // caller vouches for the arguments.
+                        unsafe { function($($arg),*) }
+                    }
+                    Some(None) => crate::error::Absent::SYMBOL,
+                    None => crate::error::Absent::LIBRARY,
+                }
+            }
+        )*
+    };
+}
+
+#[allow(missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals)]
+#[cfg_attr(feature = "bindgen", path = "generated.rs")]
+mod bindings;
+
+pub use bindings::*;

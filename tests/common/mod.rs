@@ -1,0 +1,334 @@
+//! What the tests share: which devices there are, gates that hold a stream, and raw looks at device memory.
+
+#![allow(dead_code)]
+
+use std::ffi::{CStr, c_void};
+use std::io::Write;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use cpu_gpu_buffer::{Device, Stream, sys};
+
+const SUCCESS: sys::cudaError_t = sys::cudaError::cudaSuccess;
+
+/// The CPU, and the first CUDA device where there is one.
+pub fn devices() -> Vec<Device> {
+    match Device::auto() {
+        Device::Cpu => vec![Device::Cpu],
+        cuda => vec![Device::Cpu, cuda],
+    }
+}
+
+/// The first CUDA device, and this thread's turn on it; where there is none, says what is left out.
+pub fn cuda(test: &str) -> Option<(Device, MutexGuard<'static, ()>)> {
+    match Device::auto() {
+        Device::Cpu => {
+            left_out(test, "no CUDA device");
+            None
+        }
+        device => Some((device, turn())),
+    }
+}
+
+/// Tests that hold streams take turns: a held stream makes `cudaFree` wait in every thread.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(|poison| poison.into_inner())
+}
+
+/// Said past the test runner's capture: a test that leaves something out must be seen to.
+pub fn left_out(test: &str, why: &str) {
+    let _ = writeln!(std::io::stderr(), "{test}: left out, {why}");
+}
+
+/// `gate` holds its stream until the word at `flag` is not 0, for 20 seconds at most; `store` writes
+/// `value` to `count` words.
+static KERNELS: &CStr = c"
+.version 8.0
+.target sm_75
+.address_size 64
+.visible .entry gate(.param .u64 flag) {
+    .reg .u64 %at, %start, %now;
+    .reg .u32 %word;
+    .reg .pred %open, %waiting;
+    ld.param.u64 %at, [flag];
+    mov.u64 %start, %globaltimer;
+LOOK:
+    ld.volatile.global.u32 %word, [%at];
+    setp.ne.u32 %open, %word, 0;
+    @%open bra DONE;
+    nanosleep.u32 1000;
+    mov.u64 %now, %globaltimer;
+    sub.u64 %now, %now, %start;
+    setp.lt.u64 %waiting, %now, 20000000000;
+    @%waiting bra LOOK;
+DONE:
+    ret;
+}
+.visible .entry store(.param .u64 dst, .param .u64 count, .param .u32 value) {
+    .reg .u64 %at, %i, %count, %step;
+    .reg .u32 %a, %b, %c, %value;
+    .reg .pred %done;
+    ld.param.u64 %at, [dst];
+    ld.param.u64 %count, [count];
+    ld.param.u32 %value, [value];
+    mov.u32 %a, %ctaid.x;
+    mov.u32 %b, %ntid.x;
+    mov.u32 %c, %tid.x;
+    mul.wide.u32 %i, %a, %b;
+    cvt.u64.u32 %step, %c;
+    add.u64 %i, %i, %step;
+    mov.u32 %a, %nctaid.x;
+    mul.wide.u32 %step, %a, %b;
+    mad.lo.u64 %at, %i, 4, %at;
+STORE:
+    setp.ge.u64 %done, %i, %count;
+    @%done bra END;
+    st.global.u32 [%at], %value;
+    add.u64 %i, %i, %step;
+    mad.lo.u64 %at, %step, 4, %at;
+    bra STORE;
+END:
+    ret;
+}
+";
+
+struct Kernels {
+    gate: sys::CUfunction,
+    store: sys::CUfunction,
+}
+// SAFETY: function handles may be used from any thread.
+unsafe impl Send for Kernels {}
+// SAFETY: as above.
+unsafe impl Sync for Kernels {}
+
+fn entry<F>(name: &CStr) -> F {
+    let mut address = ptr::null_mut();
+    let mut found = sys::cudaDriverEntryPointQueryResult(0);
+    // SAFETY: the places are valid.
+    let status = unsafe {
+        sys::cudaGetDriverEntryPointByVersion(name.as_ptr(), &mut address, 12000, 0, &mut found)
+    };
+    assert_eq!(status, SUCCESS);
+    assert_eq!(size_of::<F>(), size_of::<*mut c_void>());
+    // SAFETY: the callers name the type that belongs to the name.
+    unsafe { std::mem::transmute_copy(&address) }
+}
+
+/// Loaded once, while nothing is held.
+fn kernels() -> &'static Kernels {
+    static LOADED: OnceLock<Kernels> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        let load: sys::PFN_cuModuleLoadData_v2000 = entry(c"cuModuleLoadData");
+        let get: sys::PFN_cuModuleGetFunction_v2000 = entry(c"cuModuleGetFunction");
+        let (load, get) = (load.unwrap(), get.unwrap());
+        let mut module = ptr::null_mut();
+        use_first_device();
+        // SAFETY: PTX that ends with a NUL.
+        let status = unsafe { load(&mut module, KERNELS.as_ptr().cast()) };
+        assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
+        let function = |name: &CStr| {
+            let mut function = ptr::null_mut();
+            // SAFETY: the module was just loaded.
+            let status = unsafe { get(&mut function, module, name.as_ptr()) };
+            assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
+            function
+        };
+        Kernels { gate: function(c"gate"), store: function(c"store") }
+    })
+}
+
+pub fn use_first_device() {
+    // SAFETY: no pointers.
+    assert_eq!(unsafe { sys::cudaSetDevice(0) }, SUCCESS);
+}
+
+fn launch(function: sys::CUfunction, blocks: u32, parameters: &mut [*mut c_void], stream: &Stream) {
+    let launch: sys::PFN_cuLaunchKernel_v4000 = entry(c"cuLaunchKernel");
+    let (launch, parameters) = (launch.unwrap(), parameters.as_mut_ptr());
+    use_first_device();
+    // SAFETY: the callers pass the parameters of the kernel.
+    let status = unsafe {
+        let raw = stream.as_raw();
+        launch(function, blocks, 1, 1, 128, 1, 1, 0, raw, parameters, ptr::null_mut())
+    };
+    assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
+}
+
+/// Sends a kernel that writes `value` to `count` words at `to`.
+pub fn store(to: *mut u32, count: usize, value: u32, stream: &Stream) {
+    let (mut to, mut count, mut value) = (to, count as u64, value);
+    let parameters = &mut [(&raw mut to).cast(), (&raw mut count).cast(), (&raw mut value).cast()];
+    launch(kernels().store, 64, parameters, stream);
+}
+
+/// Sends a kernel that breaks the context: it writes where there is no memory.
+pub fn break_context(stream: &Stream) {
+    store(ptr::without_provenance_mut(0x10), 4, 1, stream);
+}
+
+/// Holds a stream: what is sent to it after the gate waits until the gate is opened.
+pub struct Gate(&'static AtomicU32);
+
+impl Gate {
+    /// Everything that a closed gate would hold up is loaded before the first one closes.
+    pub fn close(stream: &Stream) -> Gate {
+        let kernels = kernels();
+        let mut flag: *mut c_void = ptr::null_mut();
+        // SAFETY: a valid place; the page is never freed, since a kernel may look at it.
+        assert_eq!(unsafe { sys::cudaHostAlloc(&mut flag, 4096, 3) }, SUCCESS);
+        // SAFETY: aligned, large enough, and never freed.
+        let word = unsafe { &*flag.cast::<AtomicU32>() };
+        word.store(0, Ordering::SeqCst);
+        launch_single(kernels.gate, flag, stream);
+        Gate(word)
+    }
+
+    pub fn open(&self) {
+        self.0.store(1, Ordering::SeqCst);
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.0.load(Ordering::SeqCst) != 0
+    }
+
+    /// Runs `action` with the gate closed. The gate opens when the action has returned, or when it
+    /// has waited for `patience`; the answer says whether it returned before that.
+    ///
+    /// An action that must wait and does not has thus done its harm before what it should have waited
+    /// for begins, every time.
+    pub fn during<R>(&self, patience: Duration, action: impl FnOnce() -> R) -> (R, bool) {
+        let returned = AtomicBool::new(false);
+        let result = thread::scope(|scope| {
+            scope.spawn(|| {
+                let start = Instant::now();
+                while !returned.load(Ordering::SeqCst) && start.elapsed() < patience {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                self.open();
+            });
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action));
+            let before = !self.is_open();
+            returned.store(true, Ordering::SeqCst);
+            result.map(|result| (result, before))
+        });
+        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// Runs an action that has to wait for the gate.
+    pub fn waits<R>(&self, action: impl FnOnce() -> R) -> R {
+        self.during(Duration::from_millis(100), action).0
+    }
+
+    /// Runs an action that must not wait for the gate.
+    pub fn passes<R>(&self, action: impl FnOnce() -> R) -> R {
+        let (result, before) = self.during(Duration::from_secs(10), action);
+        assert!(before, "it waited for work that it has nothing to do with");
+        result
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.open();
+    }
+}
+
+fn launch_single(function: sys::CUfunction, argument: *mut c_void, stream: &Stream) {
+    let launch: sys::PFN_cuLaunchKernel_v4000 = entry(c"cuLaunchKernel");
+    let mut argument = argument;
+    let mut parameters: [*mut c_void; 1] = [(&raw mut argument).cast()];
+    use_first_device();
+    // SAFETY: the parameter is that of `gate`.
+    let status = unsafe {
+        let raw = stream.as_raw();
+        let parameters = parameters.as_mut_ptr();
+        launch.unwrap()(function, 1, 1, 1, 1, 1, 1, 0, raw, parameters, ptr::null_mut())
+    };
+    assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
+}
+
+/// The bytes at a device address, looked at by the raw runtime.
+pub fn device_bytes(device: Device, from: *const u8, bytes: usize) -> Vec<u8> {
+    let mut seen = vec![0; bytes];
+    match device {
+        // SAFETY: the callers name memory of theirs.
+        Device::Cpu => unsafe { ptr::copy_nonoverlapping(from, seen.as_mut_ptr(), bytes) },
+        Device::Cuda(_) => {
+            let kind = sys::cudaMemcpyKind::cudaMemcpyDeviceToHost;
+            // SAFETY: as above.
+            let status =
+                unsafe { sys::cudaMemcpy(seen.as_mut_ptr().cast(), from.cast(), bytes, kind) };
+            assert_eq!(status, SUCCESS);
+        }
+    }
+    seen
+}
+
+/// The words at a device address.
+pub fn device_words(device: Device, from: *const u32, count: usize) -> Vec<u32> {
+    let bytes = device_bytes(device, from.cast(), count * 4);
+    bytes.chunks_exact(4).map(|word| u32::from_ne_bytes(word.try_into().unwrap())).collect()
+}
+
+/// Device memory of the test's own.
+pub struct Foreign {
+    address: *mut u32,
+    count: usize,
+}
+
+impl Foreign {
+    pub fn new(count: usize, value: u8) -> Foreign {
+        let mut address = ptr::null_mut();
+        use_first_device();
+        // SAFETY: a valid place.
+        assert_eq!(unsafe { sys::cudaMalloc(&mut address, count * 4) }, SUCCESS);
+        // SAFETY: just allocated.
+        let status = unsafe { sys::cudaMemset(address, value.into(), count * 4) };
+        assert_eq!(status, SUCCESS);
+        // SAFETY: no arguments. The legacy stream's memset does not order other streams.
+        assert_eq!(unsafe { sys::cudaDeviceSynchronize() }, SUCCESS);
+        Foreign { address: address.cast(), count }
+    }
+
+    pub fn as_ptr(&self) -> *mut u32 {
+        self.address
+    }
+
+    pub fn words(&self) -> Vec<u32> {
+        device_words(Device::Cuda(0), self.address, self.count)
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `new`.
+        let _ = unsafe { sys::cudaFree(self.address.cast()) };
+    }
+}
+
+/// Asserts that all words are `value`, without printing millions of them.
+#[track_caller]
+pub fn all(words: &[u32], value: u32) {
+    if let Some(at) = words.iter().position(|word| *word != value) {
+        panic!("word {at} of {} is {:#x}, not {value:#x}", words.len(), words[at]);
+    }
+}
+
+/// Runs one test of this program in a process of its own, with some variables set.
+pub fn in_own_process(test: &str, variables: &[(&str, &str)]) -> std::process::Output {
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture", "--include-ignored"]);
+    command.env(OWN_PROCESS, "1").envs(variables.iter().copied());
+    command.output().unwrap()
+}
+
+const OWN_PROCESS: &str = "CPU_GPU_BUFFER_OWN_PROCESS";
+
+/// Whether this is the process that [`in_own_process`] started.
+pub fn is_own_process() -> bool {
+    std::env::var_os(OWN_PROCESS).is_some()
+}
