@@ -56,18 +56,13 @@ pub(crate) struct HostMemory {
 enum Kind {
     /// No bytes.
     Empty,
-    Pageable(Layout),
+    /// From the allocator, at an address that may lie before the aligned one.
+    Pageable { base: *mut u8, room: Layout },
     /// Pages of this value's own, registered or not.
     #[cfg(unix)]
-    Pages {
-        mapping: Mapping,
-        registered: Option<&'static Context>,
-    },
+    Pages { mapping: Mapping, registered: Option<&'static Context> },
     /// From `cudaHostAlloc`, at an address that may lie before the aligned one.
-    Allocated {
-        base: *mut u8,
-        context: &'static Context,
-    },
+    Allocated { base: *mut u8, context: &'static Context },
 }
 
 // SAFETY: the memory belongs to the value alone, and can be released on any thread.
@@ -116,10 +111,19 @@ impl HostMemory {
     }
 
     /// Zeroed pageable memory of a layout that is not empty.
+    ///
+    /// The allocator gives large memory as fresh pages, untouched, unless it is asked for more than
+    /// its usual alignment: then it writes every byte. So the alignment is made here.
     fn pageable(layout: Layout) -> Option<HostMemory> {
-        // SAFETY: the layout has a size.
-        let address = NonNull::new(unsafe { alloc::alloc_zeroed(layout) })?;
-        Some(HostMemory { address, kind: Kind::Pageable(layout) })
+        let room = Layout::from_size_align(layout.size().checked_add(layout.align())?, 1).ok()?;
+        // SAFETY: the room has a size.
+        let base = unsafe { alloc::alloc_zeroed(room) };
+        if base.is_null() {
+            return None;
+        }
+        // SAFETY: `room` leaves `align` bytes before what is asked for, and the offset is smaller.
+        let address = unsafe { base.add(base.align_offset(layout.align())) };
+        Some(HostMemory { address: NonNull::new(address)?, kind: Kind::Pageable { base, room } })
     }
 
     fn pinned(layout: Layout, flags: HostFlags, context: &'static Context) -> Result<HostMemory> {
@@ -166,7 +170,7 @@ impl HostMemory {
 
     pub(crate) fn is_pinned(&self) -> bool {
         match &self.kind {
-            Kind::Empty | Kind::Pageable(_) => false,
+            Kind::Empty | Kind::Pageable { .. } => false,
             #[cfg(unix)]
             Kind::Pages { registered, .. } => registered.is_some(),
             Kind::Allocated { .. } => true,
@@ -183,9 +187,9 @@ impl Drop for HostMemory {
     fn drop(&mut self) {
         match &mut self.kind {
             Kind::Empty => {}
-            Kind::Pageable(layout) => {
+            Kind::Pageable { base, room } => {
                 // SAFETY: allocated with this layout, and given back once.
-                unsafe { alloc::dealloc(self.address.as_ptr(), *layout) };
+                unsafe { alloc::dealloc(*base, *room) };
             }
             #[cfg(unix)]
             Kind::Pages { mapping, registered } => {

@@ -1,0 +1,323 @@
+//! Bad use gets a typed error, and changes nothing.
+
+mod common;
+
+use std::cell::Cell;
+use std::ops::{Bound, RangeBounds};
+
+use common::Gate;
+use cpu_gpu_buffer::{
+    BufferOptions, CpuGpuBuffer, Device, Error, Pinning, Shape, Side, Stream, StreamOptions, sys,
+};
+
+fn each(run: impl Fn(Device, Stream)) {
+    let _turn = common::turn();
+    for device in common::devices() {
+        run(device, Stream::new(device).unwrap());
+    }
+}
+
+#[test]
+fn rows_out_of_range_or_reversed_are_refused() {
+    each(|device, stream| {
+        let mut buffer = CpuGpuBuffer::<u8>::new([4, 2], device).unwrap();
+        buffer.fill(7, &stream).unwrap();
+        let reversed = (Bound::Included(3), Bound::Excluded(2));
+        let overflow = (Bound::Excluded(usize::MAX), Bound::Unbounded);
+        let end = (Bound::Unbounded, Bound::Included(usize::MAX));
+        for result in [
+            buffer.copy_to_gpu(..5, &stream),
+            buffer.copy_to_cpu(4..5, &stream),
+            buffer.copy_to_cpu(5.., &stream),
+            buffer.copy_to_gpu(reversed, &stream),
+            buffer.copy_to_gpu(overflow, &stream),
+            buffer.copy_to_cpu(end, &stream),
+            buffer.gpu_on(&stream).unwrap().rows(..9).map(drop),
+        ] {
+            assert!(matches!(result, Err(Error::OutOfRange { rows: 4, .. })), "{result:?}");
+        }
+        buffer.copy_to_gpu(4.., &stream).unwrap();
+        assert_eq!(buffer.cpu().unwrap(), [7; 8]);
+    });
+}
+
+#[test]
+fn shapes_of_no_or_too_many_dimensions_or_too_many_bytes_are_refused() {
+    each(|device, stream| {
+        let mut buffer = CpuGpuBuffer::<u64>::new([2, 2], device).unwrap();
+        buffer.fill(9, &stream).unwrap();
+        let none: [usize; 0] = [];
+        for shape in [
+            Shape::from(none),
+            Shape::from([1; 9]),
+            Shape::from(vec![1; 20]),
+            Shape::from(usize::MAX),
+            Shape::from([1 << 40, 1 << 40]),
+            Shape::from((isize::MAX as usize) / 8 + 1),
+        ] {
+            let made = CpuGpuBuffer::<u64>::new(shape, device);
+            assert!(matches!(made, Err(Error::InvalidShape { .. })), "{shape:?}");
+            let resized = buffer.resize(shape);
+            assert!(matches!(resized, Err(Error::InvalidShape { .. })), "{shape:?}");
+        }
+        assert_eq!(buffer.shape(), [2, 2]);
+        assert_eq!(buffer.cpu().unwrap(), [9; 4]);
+        CpuGpuBuffer::<u64>::new([1; 8], device).unwrap();
+    });
+}
+
+#[test]
+fn a_stream_or_an_event_of_another_device_is_refused() {
+    let (cpu, turn) = (Device::Cpu, common::turn());
+    for (device, other) in match Device::auto() {
+        Device::Cpu => {
+            common::left_out("a_stream_or_an_event_of_another_device_is_refused", "no CUDA device");
+            vec![]
+        }
+        cuda if Device::cuda_count() > 1 => {
+            vec![(cuda, cpu), (cpu, cuda), (cuda, Device::Cuda(1)), (Device::Cuda(1), cuda)]
+        }
+        cuda => vec![(cuda, cpu), (cpu, cuda)],
+    } {
+        let (stream, wrong) = (Stream::new(device).unwrap(), Stream::new(other).unwrap());
+        let mut buffer = CpuGpuBuffer::<u8>::new(100, device).unwrap();
+        buffer.fill(3, &stream).unwrap();
+        let mismatch = Error::DeviceMismatch { expected: device, actual: other };
+        assert_eq!(buffer.copy_to_gpu(.., &wrong), Err(mismatch.clone()));
+        assert_eq!(buffer.copy_to_cpu(.., &wrong), Err(mismatch.clone()));
+        assert_eq!(buffer.copy_to_cpu(5..5, &wrong), Err(mismatch.clone()));
+        assert_eq!(buffer.fill(4, &wrong), Err(mismatch.clone()));
+        assert_eq!(buffer.fill_gpu(4, &wrong), Err(mismatch.clone()));
+        assert_eq!(buffer.zero(&wrong), Err(mismatch.clone()));
+        assert_eq!(buffer.gpu_on(&wrong).map(drop), Err(mismatch.clone()));
+        let (ours, theirs) = (stream.record().unwrap(), wrong.record().unwrap());
+        assert_eq!(ours.elapsed_since(&theirs), Err(mismatch));
+        // Waiting across devices is what events are for.
+        stream.wait(&theirs).unwrap();
+        wrong.wait(&ours).unwrap();
+        buffer.copy_to_cpu(.., &stream).unwrap();
+        assert_eq!(buffer.cpu().unwrap(), [3; 100]);
+    }
+    drop(turn);
+}
+
+#[test]
+fn a_device_that_does_not_exist_is_refused_with_the_reason() {
+    let absent = Device::Cuda(99);
+    for result in [
+        Device::cuda(99).map(drop),
+        absent.memory().map(drop),
+        Stream::new(absent).map(drop),
+        CpuGpuBuffer::<u8>::new(1, absent).map(drop),
+    ] {
+        let Err(Error::Unavailable { reason }) = result else { panic!("{result:?}") };
+        assert!(!reason.is_empty());
+    }
+    for text in ["", "gpu", "cuda:", "cuda:-1", "cuda:+1", "cuda: 1", "CUDA", "cuda:99999999999"] {
+        let parsed = text.parse::<Device>();
+        assert_eq!(parsed, Err(Error::InvalidDevice { text: text.into() }));
+    }
+    assert_eq!("cuda:99".parse(), Ok(absent));
+}
+
+#[test]
+fn exhausted_memory_is_named_and_the_other_half_given_back() {
+    each(|device, stream| {
+        let mut buffer = CpuGpuBuffer::<u8>::new(1000, device).unwrap();
+        buffer.fill(5, &stream).unwrap();
+        // More than any GPU has; for the CPU, more than there are addresses.
+        let bytes = if device == Device::Cpu { 1 << 62 } else { 1 << 46 };
+        let before = device.memory().map(|memory| memory.free);
+        for result in [CpuGpuBuffer::<u8>::new(bytes, device).map(drop), buffer.resize(bytes)] {
+            let expected = Error::OutOfMemory { side: Side::Device, bytes, device };
+            assert_eq!(result, Err(expected));
+        }
+        if device != Device::Cpu {
+            assert_eq!(device.memory().map(|memory| memory.free), before);
+        }
+        assert_eq!(buffer.shape(), [1000]);
+        buffer.copy_to_cpu(.., &stream).unwrap();
+        assert_eq!(buffer.cpu().unwrap(), [5; 1000]);
+    });
+}
+
+#[test]
+fn required_pinning_is_an_error_where_there_is_none() {
+    let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
+    let made = CpuGpuBuffer::<u32>::with_options(25, Device::Cpu, options);
+    assert!(matches!(made, Err(Error::PinningUnavailable { bytes: 100, .. })), "{made:?}");
+}
+
+/// Answers differently each time it is asked: small first, then far out.
+struct Shifty {
+    start: Cell<usize>,
+    end: Cell<usize>,
+    bounds: [[usize; 2]; 2],
+}
+
+impl Shifty {
+    fn new(first: [usize; 2], then: [usize; 2]) -> Shifty {
+        Shifty { start: Cell::new(0), end: Cell::new(0), bounds: [first, then] }
+    }
+}
+
+impl RangeBounds<usize> for Shifty {
+    fn start_bound(&self) -> Bound<&usize> {
+        let asked = self.start.replace(1);
+        Bound::Included(&self.bounds[asked][0])
+    }
+
+    fn end_bound(&self) -> Bound<&usize> {
+        let asked = self.end.replace(1);
+        Bound::Excluded(&self.bounds[asked][1])
+    }
+}
+
+#[test]
+fn a_range_that_changes_its_answers_moves_nothing_out_of_bounds() {
+    each(|device, stream| {
+        let mut buffer = CpuGpuBuffer::<u8>::new(8, device).unwrap();
+        buffer.fill_cpu(1).unwrap();
+        buffer.copy_to_gpu(Shifty::new([2, 4], [1 << 40, 1 << 41]), &stream).unwrap();
+        let outward = Shifty::new([1 << 40, 1 << 41], [2, 4]);
+        assert!(matches!(buffer.copy_to_gpu(outward, &stream), Err(Error::OutOfRange { .. })));
+        buffer.copy_to_cpu(.., &stream).unwrap();
+        assert_eq!(buffer.cpu().unwrap(), [0, 0, 1, 1, 0, 0, 0, 0]);
+        let view = buffer.gpu_on(&stream).unwrap();
+        assert_eq!(view.rows(Shifty::new([1, 3], [0, 1 << 40])).unwrap().len(), 2);
+    });
+}
+
+#[test]
+fn the_per_thread_stream_and_streams_of_the_cpu_are_not_adopted() {
+    let per_thread = std::ptr::without_provenance_mut(2);
+    for (raw, device) in [(per_thread, Device::Cuda(0)), (std::ptr::null_mut(), Device::Cpu)] {
+        // SAFETY: neither is used.
+        let stream = unsafe { Stream::from_raw(raw, device, None) };
+        assert!(matches!(stream, Err(Error::InvalidStream { .. })), "{stream:?}");
+    }
+}
+
+#[test]
+fn events_in_the_wrong_order_are_an_error() {
+    each(|device, stream| {
+        let first = stream.record().unwrap();
+        // Enough work between the two for any clock to tell them apart.
+        let mut buffer = CpuGpuBuffer::<u8>::new(64 << 20, device).unwrap();
+        buffer.fill(1, &stream).unwrap();
+        let second = stream.record().unwrap();
+        assert!(second.elapsed_since(&first).unwrap() > std::time::Duration::ZERO);
+        assert_eq!(first.elapsed_since(&second), Err(Error::EventOrder));
+    });
+}
+
+#[test]
+fn a_stream_in_capture_is_refused_and_its_capture_survives() {
+    let test = "a_stream_in_capture_is_refused_and_its_capture_survives";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let stream = Stream::new(device).unwrap();
+    let other = Stream::new(device).unwrap();
+    let mut buffer = CpuGpuBuffer::<u8>::new(4096, device).unwrap();
+    buffer.fill(5, &stream).unwrap();
+    buffer.synchronize().unwrap();
+    buffer.gpu_on(&stream).unwrap();
+    let event = other.record().unwrap();
+    begin_capture(&stream);
+    let refused = Err(Error::StreamCapturing);
+    assert_eq!(buffer.copy_to_gpu(.., &stream), refused);
+    assert_eq!(buffer.copy_to_cpu(..1, &stream), refused);
+    assert_eq!(buffer.fill(9, &stream), refused);
+    assert_eq!(buffer.fill_gpu(9, &stream), refused);
+    assert_eq!(buffer.zero(&stream), refused);
+    assert_eq!(buffer.gpu_on(&stream).map(drop), refused);
+    assert_eq!(stream.record().map(drop), refused);
+    assert_eq!(stream.wait(&event), refused);
+    assert_eq!(stream.synchronize(), refused);
+    assert_eq!(stream.is_idle().map(drop), refused);
+    // The buffer's last use is one of this stream's, of which nothing can be known now.
+    assert_eq!(buffer.is_idle().map(drop), refused);
+    assert_eq!(buffer.copy_to_gpu(.., &other), refused);
+    // The host half has nothing to do with it.
+    assert_eq!(buffer.cpu_mut().unwrap()[..], [5; 4096]);
+    end_capture(&stream);
+    buffer.copy_to_gpu(.., &other).unwrap();
+    buffer.synchronize().unwrap();
+}
+
+#[test]
+fn the_legacy_stream_is_refused_while_a_stream_that_it_waits_for_is_in_capture() {
+    let test = "the_legacy_stream_is_refused_while_a_stream_that_it_waits_for_is_in_capture";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    // SAFETY: the legacy stream lives as long as its context.
+    let legacy = unsafe { Stream::from_raw(std::ptr::null_mut(), device, None) }.unwrap();
+    let options =
+        StreamOptions { flags: cpu_gpu_buffer::StreamFlags::empty(), ..Default::default() };
+    let blocking = Stream::with_options(device, options).unwrap();
+    let mut buffer = CpuGpuBuffer::<u8>::new(16, device).unwrap();
+    begin_capture(&blocking);
+    assert_eq!(buffer.copy_to_gpu(.., &legacy), Err(Error::StreamCapturing));
+    end_capture(&blocking);
+    buffer.copy_to_gpu(.., &legacy).unwrap();
+}
+
+#[test]
+fn another_threads_capture_survives_everything_a_buffer_does() {
+    let test = "another_threads_capture_survives_everything_a_buffer_does";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let captured = Stream::new(device).unwrap();
+    let warm = Gate::close(&captured);
+    warm.open();
+    captured.synchronize().unwrap();
+    begin_capture(&captured);
+    let work = move || {
+        let stream = Stream::new(device)?;
+        let other = Stream::new(device)?;
+        let mut buffer = CpuGpuBuffer::<u32>::new(1 << 20, device)?;
+        buffer.fill(7, &stream)?;
+        buffer.copy_to_gpu(.., &other)?;
+        buffer.copy_to_cpu(..9, &stream)?;
+        buffer.is_idle()?;
+        buffer.try_cpu_mut()?;
+        buffer.cpu_mut()?[0] = 1;
+        buffer.resize(2 << 20)?;
+        buffer.gpu_on(&stream)?;
+        let event = stream.record()?;
+        event.is_complete()?;
+        event.synchronize()?;
+        event.elapsed_since(&event)?;
+        stream.is_idle()?;
+        stream.synchronize()?;
+        device.memory()?;
+        buffer.synchronize()
+    };
+    let done = std::thread::spawn(work).join().unwrap();
+    end_capture(&captured);
+    done.unwrap();
+}
+
+fn begin_capture(stream: &Stream) {
+    let mode = sys::cudaStreamCaptureMode::cudaStreamCaptureModeGlobal;
+    // SAFETY: the stream is live.
+    let status = unsafe { sys::cudaStreamBeginCapture(stream.as_raw(), mode) };
+    assert_eq!(status, sys::cudaError::cudaSuccess);
+}
+
+/// Ends a capture that must still be valid.
+fn end_capture(stream: &Stream) {
+    let mut graph = std::ptr::null_mut();
+    // SAFETY: the stream is live, the place valid.
+    let status = unsafe { sys::cudaStreamEndCapture(stream.as_raw(), &mut graph) };
+    assert_eq!(status, sys::cudaError::cudaSuccess);
+    // SAFETY: the capture made it.
+    assert_eq!(unsafe { sys::cudaGraphDestroy(graph) }, sys::cudaError::cudaSuccess);
+}
+
+#[test]
+fn an_error_leaves_no_last_error_behind() {
+    let Some((device, _turn)) = common::cuda("an_error_leaves_no_last_error_behind") else {
+        return;
+    };
+    assert!(CpuGpuBuffer::<u8>::new(1usize << 46, device).is_err());
+    // SAFETY: no arguments.
+    assert_eq!(unsafe { sys::cudaGetLastError() }, sys::cudaError::cudaSuccess);
+}

@@ -1,0 +1,64 @@
+//! What the types refuse: each program in `tests/compile_fail` fails to compile with the error that its
+//! first line names, and the control compiles. Only the error's code is compared, so that this holds for
+//! every compiler.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+use std::{env, fs};
+
+#[test]
+fn programs_that_would_race_do_not_compile() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let package = Path::new(env!("CARGO_TARGET_TMPDIR")).join("compile_fail");
+    let programs = package.join("src").join("bin");
+    let _ = fs::remove_dir_all(&programs);
+    fs::create_dir_all(&programs).unwrap();
+    // The same versions as ours, which are on the machine already.
+    fs::copy(root.join("Cargo.lock"), package.join("Cargo.lock")).unwrap();
+    let manifest = format!(
+        "[package]\nname = \"compile-fail\"\nedition = \"2024\"\n[workspace]\n[dependencies]\n\
+         cpu-gpu-buffer = {{ path = {root:?} }}\n\
+         bytemuck = {{ version = \"1\", features = [\"derive\", \"min_const_generics\"] }}\n"
+    );
+    fs::write(package.join("Cargo.toml"), manifest).unwrap();
+
+    let mut expected = BTreeMap::new();
+    for entry in fs::read_dir(root.join("tests/compile_fail")).unwrap() {
+        let path = entry.unwrap().path();
+        let text = fs::read_to_string(&path).unwrap();
+        let outcome = text.lines().next().and_then(|line| line.strip_prefix("// ")).unwrap();
+        let name = path.file_name().unwrap().to_str().unwrap().to_string();
+        fs::copy(&path, programs.join(&name)).unwrap();
+        expected.insert(name, outcome.to_string());
+    }
+    assert!(expected.len() > 10 && expected["control.rs"] == "compiles");
+
+    let output = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(["check", "--offline", "--bins", "--keep-going", "--message-format", "short"])
+        .env("CARGO_TARGET_DIR", package.join("target"))
+        .env_remove("RUSTFLAGS")
+        .current_dir(&package)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    // `src/bin/name.rs:7:5: error[E0502]: ...`
+    let mut seen: BTreeMap<String, Vec<String>> =
+        expected.keys().map(|name| (name.clone(), Vec::new())).collect();
+    for line in text.lines() {
+        let Some(rest) = line.strip_prefix("src/bin/") else { continue };
+        let Some((name, _)) = rest.split_once(':') else { continue };
+        let Some(at) = rest.find("error") else { continue };
+        let code = rest[at..].split(':').next().unwrap_or_default();
+        seen.get_mut(name).unwrap().push(code.to_string());
+    }
+    for (name, outcome) in &expected {
+        let errors = &seen[name];
+        if outcome == "compiles" {
+            assert!(errors.is_empty() && text.contains("could not compile"), "{name}:\n{text}");
+        } else {
+            assert!(!errors.is_empty(), "{name} compiles, and should not:\n{text}");
+            assert!(errors.iter().all(|error| error == outcome), "{name}: {errors:?}\n{text}");
+        }
+    }
+}

@@ -1,0 +1,3 @@
+// error[E0277]
+fn _takes(_: cpu_gpu_buffer::CpuGpuBuffer<String>) {}
+fn main() {}

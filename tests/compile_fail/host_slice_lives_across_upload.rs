@@ -1,0 +1,10 @@
+// error[E0502]
+use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+fn main() -> cpu_gpu_buffer::Result<()> {
+    let stream = Stream::new(Device::Cpu)?;
+    let mut buffer = CpuGpuBuffer::<u8>::new(8, Device::Cpu)?;
+    let slice = buffer.cpu()?;
+    buffer.copy_to_gpu(.., &stream)?;
+    println!("{}", slice[0]);
+    Ok(())
+}

@@ -1,0 +1,10 @@
+// error[E0277]
+use std::marker::PhantomData;
+#[derive(Clone, Copy, bytemuck::Zeroable)]
+#[repr(C)]
+struct Local(u8, PhantomData<*const ()>);
+unsafe impl bytemuck::Pod for Local {}
+fn send<T: Send>() {}
+fn main() {
+    send::<cpu_gpu_buffer::CpuGpuBuffer<Local>>();
+}

@@ -1,0 +1,11 @@
+// error[E0277]
+use std::marker::PhantomData;
+#[derive(Clone, Copy, bytemuck::Zeroable)]
+#[repr(C)]
+struct Local(u8, PhantomData<*const ()>);
+unsafe impl bytemuck::Pod for Local {}
+unsafe impl Send for Local {}
+fn sync<T: Sync>() {}
+fn main() {
+    sync::<cpu_gpu_buffer::CpuGpuBuffer<Local>>();
+}

@@ -1,0 +1,125 @@
+//! A fill sets every element of every size, and not a byte beside them.
+
+mod common;
+
+use bytemuck::Pod;
+use common::device_bytes;
+use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+
+/// Lengths around the edges of what the kernel stores at once: 16 bytes, a row of a block, a tile of a
+/// block, several blocks; and around nothing.
+fn lengths(size: usize) -> Vec<usize> {
+    let mut lengths: Vec<usize> = [0, 16, 64, 256 * 16, 4 * 256 * 16, 3 * 4 * 256 * 16]
+        .iter()
+        .flat_map(|edge| {
+            let at = edge / size;
+            [at.saturating_sub(1), at, at + 1, at + 2]
+        })
+        .collect();
+    lengths.sort();
+    lengths.dedup();
+    lengths
+}
+
+/// Fills the first elements of a buffer that has more, and looks at all of its bytes.
+fn check<T: Pod>(device: Device, stream: &Stream, value: T, guard: T) {
+    let (value_bytes, guard_bytes) = (bytemuck::bytes_of(&value), bytemuck::bytes_of(&guard));
+    let size = value_bytes.len();
+    let most = lengths(size).last().copied().unwrap() + 4;
+    let mut buffer = CpuGpuBuffer::<T>::new(most, device).unwrap();
+    for length in lengths(size) {
+        buffer.resize(most).unwrap();
+        buffer.fill(guard, stream).unwrap();
+        buffer.resize(length).unwrap();
+        // A resize zeroes what it keeps in use, before anyone can see it.
+        buffer.gpu_on(stream).unwrap();
+        buffer.fill_gpu(value, stream).unwrap();
+        buffer.synchronize().unwrap();
+        let seen = device_bytes(device, buffer.device_ptr().cast(), most * size);
+        let (filled, beside) = seen.split_at(length * size);
+        assert!(
+            filled.chunks_exact(size).all(|element| element == value_bytes),
+            "{length} elements of {size} bytes on {device}"
+        );
+        assert!(
+            beside.chunks_exact(size).all(|element| element == guard_bytes),
+            "beside {length} elements of {size} bytes on {device}"
+        );
+    }
+}
+
+fn check_size<const N: usize>(device: Device, stream: &Stream) {
+    let mut value = [0u8; N];
+    for (at, byte) in value.iter_mut().enumerate() {
+        *byte = (at * 37 + at / 251 * 11 + 5) as u8;
+    }
+    let guard = [0xa5; N];
+    check(device, stream, value, guard);
+    // Repeating every byte, and where it fits, every 2 and every 4 bytes.
+    check(device, stream, [0x3c; N], guard);
+    for period in [2, 4] {
+        if N.is_multiple_of(period) {
+            let mut value = [0u8; N];
+            for (at, byte) in value.iter_mut().enumerate() {
+                *byte = (at % period) as u8 + 1;
+            }
+            check(device, stream, value, guard);
+        }
+    }
+}
+
+#[test]
+fn elements_of_every_size_are_filled_and_nothing_beside_them() {
+    let _turn = common::turn();
+    for device in common::devices() {
+        let stream = Stream::new(device).unwrap();
+        check_size::<1>(device, &stream);
+        check_size::<2>(device, &stream);
+        check_size::<3>(device, &stream);
+        check_size::<4>(device, &stream);
+        check_size::<6>(device, &stream);
+        check_size::<8>(device, &stream);
+        check_size::<12>(device, &stream);
+        check_size::<16>(device, &stream);
+        check_size::<24>(device, &stream);
+        check_size::<32>(device, &stream);
+        check_size::<48>(device, &stream);
+        check_size::<64>(device, &stream);
+        check_size::<100>(device, &stream);
+        check_size::<1000>(device, &stream);
+    }
+}
+
+#[test]
+fn elements_longer_than_a_kernels_parameters_are_filled() {
+    let _turn = common::turn();
+    for device in common::devices() {
+        let stream = Stream::new(device).unwrap();
+        check_size::<225>(device, &stream);
+        check_size::<1001>(device, &stream);
+        check_size::<3584>(device, &stream);
+        check_size::<3600>(device, &stream);
+        check_size::<5001>(device, &stream);
+        check_size::<8192>(device, &stream);
+    }
+}
+
+#[test]
+fn numbers_are_filled_as_numbers() {
+    let _turn = common::turn();
+    for device in common::devices() {
+        let stream = Stream::new(device).unwrap();
+        let mut buffer = CpuGpuBuffer::<f64>::new([3, 1000], device).unwrap();
+        for value in [0.0, -1.5, f64::MAX, 1e-300] {
+            buffer.fill(value, &stream).unwrap();
+            assert_eq!(buffer.cpu().unwrap(), [value; 3000]);
+            buffer.fill_cpu(7.0).unwrap();
+            buffer.copy_to_cpu(.., &stream).unwrap();
+            assert_eq!(buffer.cpu().unwrap(), [value; 3000]);
+        }
+        buffer.zero(&stream).unwrap();
+        assert_eq!(buffer.cpu().unwrap(), [0.0; 3000]);
+        buffer.copy_to_cpu(.., &stream).unwrap();
+        assert_eq!(buffer.cpu().unwrap(), [0.0; 3000]);
+    }
+}

@@ -1,0 +1,255 @@
+//! What needs a process of its own: another runtime library, a broken context, and counting memory.
+
+mod common;
+
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use common::{Gate, in_own_process, is_own_process};
+use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Shape, Stream, sys};
+
+#[track_caller]
+fn succeeded(output: &Output) {
+    let (out, err) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{:?}\n{out}\n{err}", output.status);
+    assert!(out.contains("1 passed"), "{out}\n{err}");
+}
+
+// ---- the runtime library ----
+
+/// Runs in the process with a library that cannot be used: everything says so, and the CPU works.
+fn unusable(expected: &str) {
+    assert_eq!(Device::auto(), Device::Cpu);
+    assert_eq!(Device::cuda_count(), 0);
+    let library = std::env::var("CUDART_LIBRARY").unwrap();
+    for result in [
+        Device::cuda(0).map(drop),
+        Stream::new(Device::Cuda(0)).map(drop),
+        CpuGpuBuffer::<u8>::new(1, Device::Cuda(0)).map(drop),
+    ] {
+        let Err(Error::Unavailable { reason }) = result else { panic!("{result:?}") };
+        assert!(reason.contains(expected), "{reason}");
+        assert!(reason.contains(&library), "{reason}");
+    }
+    let mut count = 7;
+    // SAFETY: a valid place.
+    let status = unsafe { sys::cudaGetDeviceCount(&mut count) };
+    assert_eq!(status, sys::cudaError::LIBRARY_NOT_LOADED);
+    assert!(status.to_string().contains(expected), "{status}");
+
+    let stream = Stream::new(Device::Cpu).unwrap();
+    let mut buffer = CpuGpuBuffer::<u8>::new(4, Device::Cpu).unwrap();
+    buffer.fill(1, &stream).unwrap();
+
+    // What has no bytes needs no CUDA.
+    let mut empty = CpuGpuBuffer::<u32>::new([0, 4], Device::Cuda(0)).unwrap();
+    assert!(empty.cpu_mut().unwrap().is_empty());
+    empty.synchronize().unwrap();
+    empty.resize([3, 0]).unwrap();
+    assert!(matches!(empty.resize([3, 1]), Err(Error::Unavailable { .. })));
+    assert_eq!(empty.shape(), Shape::from([3, 0]).dims());
+}
+
+#[test]
+fn a_named_library_that_is_not_there_is_an_error_and_no_other_is_taken() {
+    if is_own_process() {
+        return unusable("nothing-here");
+    }
+    let test = "a_named_library_that_is_not_there_is_an_error_and_no_other_is_taken";
+    succeeded(&in_own_process(test, &[("CUDART_LIBRARY", "/nothing-here/libcudart.so.13")]));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_named_library_that_is_no_runtime_is_an_error() {
+    if is_own_process() {
+        return unusable("it is no CUDA runtime");
+    }
+    let test = "a_named_library_that_is_no_runtime_is_an_error";
+    succeeded(&in_own_process(test, &[("CUDART_LIBRARY", "libc.so.6")]));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_named_runtime_of_an_unknown_major_version_is_an_error() {
+    if is_own_process() {
+        return unusable("it is CUDA 14.2, and these bindings know 12.x and 13.x");
+    }
+    let test = "a_named_runtime_of_an_unknown_major_version_is_an_error";
+    let directory = std::env::temp_dir().join(format!("cgb-runtime-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let source = directory.join("future.rs");
+    let library = directory.join("libcudart.so.14");
+    let text = "#[unsafe(no_mangle)] unsafe extern \"C\" fn cudaRuntimeGetVersion(v: *mut i32) -> u32 \
+                { unsafe { *v = 14020 }; 0 }";
+    std::fs::write(&source, text).unwrap();
+    let built = Command::new("rustc")
+        .args(["--edition", "2024", "--crate-type", "cdylib", "-o"])
+        .args([&library, &source])
+        .output();
+    match built {
+        Err(_) => common::left_out(test, "no rustc"),
+        Ok(output) => {
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            let name = library.to_str().unwrap();
+            succeeded(&in_own_process(test, &[("CUDART_LIBRARY", name)]));
+        }
+    }
+    std::fs::remove_dir_all(directory).unwrap();
+}
+
+// ---- a broken context ----
+
+#[test]
+fn after_a_sticky_error_every_call_returns_it_and_drop_neither_panics_nor_hangs() {
+    let test = "after_a_sticky_error_every_call_returns_it_and_drop_neither_panics_nor_hangs";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if !is_own_process() {
+        return succeeded(&in_own_process(test, &[]));
+    }
+    let start = Instant::now();
+    let stream = Stream::new(device).unwrap();
+    let other = Stream::new(device).unwrap();
+    let event = stream.record().unwrap();
+    let mut idle = CpuGpuBuffer::<u32>::new(1000, device).unwrap();
+    let mut busy = CpuGpuBuffer::<u32>::new(1000, device).unwrap();
+    let mut used = CpuGpuBuffer::<u32>::new(1000, device).unwrap();
+    idle.fill(1, &stream).unwrap();
+    idle.synchronize().unwrap();
+    let gate = Gate::close(&stream);
+    busy.copy_to_gpu(.., &stream).unwrap();
+    used.gpu_on(&stream).unwrap();
+    let queued = stream.record().unwrap();
+    common::break_context(&stream);
+    gate.open();
+    // The error shows where somebody waits for the stream.
+    let Err(Error::Cuda { code, .. }) = stream.synchronize() else { panic!("nothing broke") };
+    assert_eq!(code, sys::cudaError::cudaErrorIllegalAddress);
+    let calls: Vec<(&str, cpu_gpu_buffer::Result<()>)> = vec![
+        ("copy_to_gpu", idle.copy_to_gpu(.., &stream)),
+        ("copy_to_cpu", idle.copy_to_cpu(.., &other)),
+        ("fill", idle.fill(2, &stream)),
+        ("fill_gpu", used.fill_gpu(2, &stream)),
+        ("zero", used.zero(&other)),
+        ("gpu_on", used.gpu_on(&stream).map(drop)),
+        ("synchronize", used.synchronize()),
+        ("is_idle", used.is_idle().map(drop)),
+        ("cpu_mut", busy.cpu_mut().map(drop)),
+        ("try_cpu_mut", busy.try_cpu_mut().map(drop)),
+        ("resize", busy.resize(1_000_000)),
+        ("new", CpuGpuBuffer::<u32>::new(1000, device).map(drop)),
+        ("stream", Stream::new(device).map(drop)),
+        ("stream.synchronize", other.synchronize()),
+        ("stream.is_idle", other.is_idle().map(drop)),
+        ("stream.record", other.record().map(drop)),
+        ("stream.wait", other.wait(&event)),
+        ("event.synchronize", queued.synchronize()),
+        ("event.is_complete", queued.is_complete().map(drop)),
+        ("memory", device.memory().map(drop)),
+    ];
+    for (name, result) in calls {
+        let error = result.expect_err(name);
+        let Error::Cuda { code: seen, .. } = error else { panic!("{name}: {error}") };
+        assert_eq!(seen, code, "{name}");
+    }
+    assert_eq!(busy.shape(), [1000]);
+    drop((idle, busy, used, event, queued, stream, other));
+    assert!(start.elapsed() < Duration::from_secs(20));
+}
+
+// ---- memory ----
+
+/// Resident memory of this process, in bytes.
+fn resident() -> usize {
+    let Ok(text) = std::fs::read_to_string("/proc/self/statm") else { return 0 };
+    text.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+#[test]
+fn ten_thousand_buffers_leave_no_memory_behind() {
+    let test = "ten_thousand_buffers_leave_no_memory_behind";
+    if !is_own_process() {
+        return succeeded(&in_own_process(test, &[]));
+    }
+    for device in common::devices() {
+        let stream = Stream::new(device).unwrap();
+        let cycle = |step: usize| {
+            let mut buffer = CpuGpuBuffer::<u8>::new(1000 + step % 7 * 10_000, device).unwrap();
+            buffer.copy_to_gpu(.., &stream).unwrap();
+            buffer.copy_to_cpu(..100, &stream).unwrap();
+            if step.is_multiple_of(3) {
+                buffer.gpu_on(&stream).unwrap();
+            }
+            if step.is_multiple_of(5) {
+                buffer.resize(200_000).unwrap();
+            }
+        };
+        (0..500).for_each(cycle);
+        let free = || device.memory().map(|memory| memory.free).unwrap_or(0);
+        let before = (resident(), free());
+        (0..10_000).for_each(cycle);
+        let after = (resident(), free());
+        println!("{device}: resident and free {before:?} before, {after:?} after");
+        assert!(after.0 < before.0 + (4 << 20), "resident memory grew");
+        if device != Device::Cpu {
+            assert!(after.1 >= before.1, "device memory is lost");
+        }
+    }
+}
+
+// ---- the example ----
+
+/// The example program, beside this test's folder in a build and where the tests are packed.
+fn quickstart(arguments: &[&str]) -> Output {
+    let program = std::env::current_exe().unwrap();
+    let program = program.parent().unwrap().parent().unwrap().join("examples/quickstart");
+    Command::new(program).args(arguments).output().unwrap()
+}
+
+#[test]
+fn the_example_moves_a_file_and_proves_it() {
+    let file = std::env::temp_dir().join(format!("cgb-example-{}", std::process::id()));
+    let bytes: Vec<u8> =
+        (0..9_000_001u32).map(|at| (at.wrapping_mul(2654435761) >> 24) as u8).collect();
+    std::fs::write(&file, &bytes).unwrap();
+    let digest = blake3::hash(&bytes).to_hex();
+    let name = file.to_str().unwrap();
+    for arguments in [vec![name], vec![name, "--serial"], vec!["--device", "cpu", name]] {
+        let output = quickstart(&arguments);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(text.contains(digest.as_str()), "{text}");
+        assert!(text.contains("9000001 bytes"), "{text}");
+        let device = if arguments.contains(&"cpu") { Device::Cpu } else { Device::auto() };
+        assert!(text.contains(&device.to_string()), "{text}");
+        assert!(text.contains("GB/s"), "{text}");
+    }
+    std::fs::write(&file, b"").unwrap();
+    let output = quickstart(&[name]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("0 bytes"), "{text}");
+    assert!(text.contains(blake3::hash(b"").to_hex().as_str()), "{text}");
+    std::fs::remove_file(file).unwrap();
+    // Its own executable.
+    assert!(quickstart(&[]).status.success());
+}
+
+#[test]
+fn the_example_says_what_is_wrong() {
+    let directory = std::env::temp_dir();
+    for (arguments, expected) in [
+        (vec!["/no/such/file"], "/no/such/file"),
+        (vec![directory.to_str().unwrap()], directory.to_str().unwrap()),
+        (vec!["--device", "tpu"], "\"tpu\""),
+        (vec!["--device", "cuda:77"], "CUDA cannot be used"),
+        (vec!["--device"], "--device"),
+        (vec!["--sideways"], "--sideways"),
+        (vec!["a", "b"], "\"b\""),
+    ] {
+        let output = quickstart(&arguments);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
+        assert!(text.contains(expected) && !text.contains("panicked"), "{arguments:?}: {text}");
+    }
+}

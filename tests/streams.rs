@@ -1,0 +1,195 @@
+//! Streams and events: their order, whose they are, and that the caller's own device is left alone.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use common::{Gate, all};
+use cpu_gpu_buffer::{
+    CpuGpuBuffer, Device, Error, Stream, StreamFlags, StreamOptions, WaitPolicy, sys,
+};
+
+const SUCCESS: sys::cudaError_t = sys::cudaError::cudaSuccess;
+
+#[test]
+fn an_event_completes_when_the_work_before_it_has() {
+    let test = "an_event_completes_when_the_work_before_it_has";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let stream = Stream::new(device).unwrap();
+    let before = stream.record().unwrap();
+    before.synchronize().unwrap();
+    let gate = Gate::close(&stream);
+    let after = stream.record().unwrap();
+    gate.passes(|| {
+        assert!(before.is_complete().unwrap());
+        assert!(!after.is_complete().unwrap());
+        assert!(!stream.is_idle().unwrap());
+    });
+    after.synchronize().unwrap();
+    assert!(after.is_complete().unwrap());
+    stream.synchronize().unwrap();
+    assert!(stream.is_idle().unwrap());
+    assert_eq!(before.device(), device);
+}
+
+#[test]
+fn a_stream_that_waits_for_an_event_runs_after_it() {
+    let test = "a_stream_that_waits_for_an_event_runs_after_it";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let (first, second) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
+    let host = Stream::new(Device::Cpu).unwrap();
+    let gate = Gate::close(&first);
+    let event = first.record().unwrap();
+    second.wait(&event).unwrap();
+    gate.passes(|| assert!(!second.is_idle().unwrap()));
+    second.synchronize().unwrap();
+    // A stream of the CPU does its work at once, so its caller waits.
+    let gate = Gate::close(&first);
+    let event = first.record().unwrap();
+    gate.waits(|| host.wait(&event).unwrap());
+    assert!(event.is_complete().unwrap());
+}
+
+#[test]
+fn an_event_seen_complete_answers_for_the_transfers_before_it() {
+    let test = "an_event_seen_complete_answers_for_the_transfers_before_it";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    for wait in [WaitPolicy::Spin, WaitPolicy::Block] {
+        let options = StreamOptions { wait, priority: -1, ..Default::default() };
+        let stream = Stream::with_options(device, options).unwrap();
+        let mut buffer = CpuGpuBuffer::<u32>::new(1 << 16, device).unwrap();
+        buffer.cpu_mut().unwrap().fill(9);
+        let gate = Gate::close(&stream);
+        buffer.copy_to_gpu(.., &stream).unwrap();
+        let event = stream.record().unwrap();
+        gate.waits(|| event.synchronize().unwrap());
+        buffer.copy_to_cpu(.., &stream).unwrap();
+        all(buffer.cpu().unwrap(), 9);
+        let gate = Gate::close(&stream);
+        buffer.fill_gpu(4, &stream).unwrap();
+        gate.waits(|| stream.synchronize().unwrap());
+        buffer.copy_to_cpu(.., &stream).unwrap();
+        all(buffer.cpu().unwrap(), 4);
+    }
+}
+
+/// Keeps a raw stream alive, and says when it no longer does.
+struct Owner(sys::cudaStream_t, Arc<AtomicBool>);
+
+// SAFETY: a stream may be used from any thread.
+unsafe impl Send for Owner {}
+// SAFETY: as above.
+unsafe impl Sync for Owner {}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.1.store(true, Ordering::SeqCst);
+        // SAFETY: the last use of the stream.
+        assert_eq!(unsafe { sys::cudaStreamDestroy(self.0) }, SUCCESS);
+    }
+}
+
+#[test]
+fn the_owner_of_a_foreign_stream_is_kept_while_a_buffer_remembers_it() {
+    let test = "the_owner_of_a_foreign_stream_is_kept_while_a_buffer_remembers_it";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let gone = Arc::new(AtomicBool::new(false));
+    let mut raw = std::ptr::null_mut();
+    common::use_first_device();
+    // SAFETY: a valid place.
+    assert_eq!(unsafe { sys::cudaStreamCreateWithFlags(&mut raw, 1) }, SUCCESS);
+    let owner = Arc::new(Owner(raw, Arc::clone(&gone)));
+    // SAFETY: the owner keeps the stream.
+    let stream = unsafe { Stream::from_raw(raw, device, Some(owner)) }.unwrap();
+    assert_eq!(stream.as_raw(), raw);
+    let mut buffer = CpuGpuBuffer::<u32>::new(1 << 16, device).unwrap();
+    buffer.cpu_mut().unwrap().fill(3);
+    let gate = Gate::close(&stream);
+    buffer.copy_to_gpu(.., &stream).unwrap();
+    drop(stream);
+    assert!(!gone.load(Ordering::SeqCst));
+    gate.waits(|| buffer.cpu_mut().unwrap().fill(0));
+    drop(buffer);
+    assert!(gone.load(Ordering::SeqCst));
+}
+
+#[test]
+fn the_legacy_stream_of_a_device_can_be_used_from_any_thread() {
+    let test = "the_legacy_stream_of_a_device_can_be_used_from_any_thread";
+    let Some((first, _turn)) = common::cuda(test) else { return };
+    if Device::cuda_count() < 2 {
+        common::left_out(test, "its part with a second device, one device here");
+    }
+    let devices = [first].into_iter().chain((Device::cuda_count() > 1).then_some(Device::Cuda(1)));
+    for device in devices {
+        for raw in [0, 1] {
+            let raw = std::ptr::without_provenance_mut(raw);
+            // SAFETY: the legacy stream lives as long as its context.
+            let legacy = unsafe { Stream::from_raw(raw, device, None) }.unwrap();
+            thread::spawn(move || {
+                // This thread has never chosen a device.
+                let mut buffer = CpuGpuBuffer::<[u8; 3]>::new(1000, device).unwrap();
+                buffer.fill([1, 2, 3], &legacy).unwrap();
+                buffer.fill_cpu([0; 3]).unwrap();
+                buffer.copy_to_cpu(.., &legacy).unwrap();
+                assert_eq!(buffer.cpu().unwrap(), [[1, 2, 3]; 1000]);
+                buffer.copy_to_gpu(..9, &legacy).unwrap();
+                assert!(!legacy.is_idle().unwrap() || buffer.is_idle().unwrap());
+                legacy.record().unwrap().synchronize().unwrap();
+                legacy.synchronize().unwrap();
+                let blocking = StreamFlags::empty();
+                let options = StreamOptions { flags: blocking, ..Default::default() };
+                let other = Stream::with_options(device, options).unwrap();
+                buffer.copy_to_cpu(.., &other).unwrap();
+                assert_eq!(buffer.cpu().unwrap(), [[1, 2, 3]; 1000]);
+            })
+            .join()
+            .unwrap();
+        }
+    }
+}
+
+#[test]
+fn the_callers_current_device_is_left_alone() {
+    let test = "the_callers_current_device_is_left_alone";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if Device::cuda_count() < 2 {
+        return common::left_out(test, "one CUDA device");
+    }
+    // SAFETY: no pointers.
+    assert_eq!(unsafe { sys::cudaSetDevice(1) }, SUCCESS);
+    let (stream, far) = (Stream::new(device).unwrap(), Stream::new(Device::Cuda(1)).unwrap());
+    // SAFETY: the legacy stream lives as long as its context.
+    let legacy = unsafe { Stream::from_raw(std::ptr::null_mut(), device, None) }.unwrap();
+    let mut buffer = CpuGpuBuffer::<[u8; 3]>::new(1000, device).unwrap();
+    buffer.fill([1, 2, 3], &stream).unwrap();
+    buffer.fill_cpu([0; 3]).unwrap();
+    buffer.copy_to_cpu(.., &legacy).unwrap();
+    far.wait(&stream.record().unwrap()).unwrap();
+    far.synchronize().unwrap();
+    assert_eq!(buffer.cpu().unwrap(), [[1, 2, 3]; 1000]);
+    buffer.resize(5000).unwrap();
+    device.memory().unwrap();
+    drop((buffer, stream));
+    let mut current = -1;
+    // SAFETY: a valid place.
+    assert_eq!(unsafe { sys::cudaGetDevice(&mut current) }, SUCCESS);
+    assert_eq!(current, 1);
+}
+
+#[test]
+fn streams_of_the_cpu_are_always_done() {
+    let stream = Stream::new(Device::Cpu).unwrap();
+    assert!(stream.as_raw().is_null());
+    assert!(stream.is_idle().unwrap());
+    let (first, second) = (stream.record().unwrap(), stream.record().unwrap());
+    assert!(first.is_complete().unwrap());
+    assert!(second.elapsed_since(&first).unwrap() < Duration::from_secs(60));
+    stream.wait(&second).unwrap();
+    let clone = stream.clone();
+    assert_eq!(clone.device(), Device::Cpu);
+    assert!(!matches!(clone.synchronize(), Err(Error::StreamCapturing)));
+}

@@ -1,0 +1,321 @@
+//! The order of copy, ticket and event, model-checked: loom runs the shipped `src/ticket.rs` through every
+//! interleaving that matters, and the same models fail when the order or a memory ordering is broken.
+//!
+//! The model of CUDA is as weak as the proof allows: what one thread enqueues is visible to another
+//! only as far as the tickets' own orderings carry it.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use loom::cell::UnsafeCell;
+use loom::sync::atomic::{AtomicBool, Ordering};
+use loom::sync::{Arc, Mutex};
+use loom::thread;
+
+/// What `src/sync.rs` is to the library: here, loom's, with a switch that weakens one use.
+mod sync {
+    pub(crate) use loom::sync::Mutex;
+    pub(crate) use loom::sync::atomic::Ordering;
+    use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
+
+    pub(crate) static WEAKENED: AtomicU8 = AtomicU8::new(NOTHING);
+    pub(crate) const NOTHING: u8 = 0;
+    pub(crate) const FETCH_ADD: u8 = 1;
+    pub(crate) const FETCH_MAX: u8 = 2;
+    pub(crate) const LOAD: u8 = 3;
+
+    fn ordering(this: u8, shipped: Ordering) -> Ordering {
+        match WEAKENED.load(SeqCst) == this {
+            true => Ordering::Relaxed,
+            false => shipped,
+        }
+    }
+
+    #[derive(Debug)]
+    pub(crate) struct AtomicU64(loom::sync::atomic::AtomicU64);
+
+    impl AtomicU64 {
+        pub(crate) fn new(value: u64) -> AtomicU64 {
+            AtomicU64(loom::sync::atomic::AtomicU64::new(value))
+        }
+        pub(crate) fn fetch_add(&self, value: u64, shipped: Ordering) -> u64 {
+            self.0.fetch_add(value, ordering(FETCH_ADD, shipped))
+        }
+        pub(crate) fn fetch_max(&self, value: u64, shipped: Ordering) -> u64 {
+            self.0.fetch_max(value, ordering(FETCH_MAX, shipped))
+        }
+        pub(crate) fn load(&self, shipped: Ordering) -> u64 {
+            self.0.load(ordering(LOAD, shipped))
+        }
+        pub(crate) fn store(&self, value: u64, shipped: Ordering) {
+            self.0.store(value, shipped);
+        }
+    }
+}
+
+#[path = "../src/ticket.rs"]
+mod ticket;
+
+use ticket::{Stamp, Tickets};
+
+/// A piece of work on the stream, and the host memory that it writes.
+struct Copy {
+    enqueued: AtomicBool,
+    finished: AtomicBool,
+    host: UnsafeCell<u32>,
+    // Whoever sees an event finished is ordered after the device's work; nobody else is.
+    running: Mutex<()>,
+}
+
+impl Copy {
+    fn new() -> Copy {
+        Copy {
+            enqueued: AtomicBool::new(false),
+            finished: AtomicBool::new(false),
+            host: UnsafeCell::new(0),
+            running: Mutex::new(()),
+        }
+    }
+}
+
+/// One stream with two copies on it, their events, and the shipped counters.
+struct Stream {
+    tickets: Tickets,
+    copies: [Copy; 2],
+}
+
+/// What an event answers for: the copies that were enqueued when it was recorded.
+#[derive(Clone, std::marker::Copy, Default)]
+struct Event([bool; 2]);
+
+type Nothing = std::convert::Infallible;
+
+impl Stream {
+    fn new() -> Arc<Stream> {
+        Arc::new(Stream { tickets: Tickets::new(), copies: [Copy::new(), Copy::new()] })
+    }
+
+    fn enqueue(&self, copy: usize) {
+        self.copies[copy].enqueued.store(true, Ordering::Relaxed);
+    }
+
+    fn record(&self) -> Event {
+        Event([0, 1].map(|copy| self.copies[copy].enqueued.load(Ordering::Relaxed)))
+    }
+
+    /// The event is seen finished: what it answers for has run.
+    fn finish(&self, event: Event) {
+        for (copy, answered) in self.copies.iter().zip(event.0) {
+            if !answered {
+                continue;
+            }
+            let _running = copy.running.lock().unwrap();
+            if !copy.finished.load(Ordering::Relaxed) {
+                // SAFETY: loom checks that nobody else looks.
+                copy.host.with_mut(|host| unsafe { *host = 7 });
+                copy.finished.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// What a reader does that found the copy finished.
+    fn look(&self, copy: usize) {
+        assert!(self.copies[copy].finished.load(Ordering::Relaxed), "the copy has not run");
+        // SAFETY: loom checks that nobody writes.
+        self.copies[copy].host.with(|host| assert_eq!(unsafe { *host }, 7));
+    }
+
+    /// The three steps, as shipped.
+    fn submit(&self, copy: usize) -> (u64, Event) {
+        let event = std::cell::Cell::new(Event::default());
+        let enqueue = || {
+            self.enqueue(copy);
+            Ok::<(), Nothing>(())
+        };
+        let Ok(ticket) = self.tickets.submit(enqueue, || {
+            event.set(self.record());
+            Ok(())
+        });
+        (ticket, event.get())
+    }
+
+    fn ticket_before_copy(&self, copy: usize) -> (u64, Event) {
+        let ticket = self.tickets.take();
+        self.enqueue(copy);
+        (ticket, self.record())
+    }
+
+    fn ticket_after_event(&self, copy: usize) -> (u64, Event) {
+        self.enqueue(copy);
+        let event = self.record();
+        (self.tickets.take(), event)
+    }
+
+    fn is_complete(&self, copy: usize, ticket: u64) -> bool {
+        let complete = self.tickets.is_complete(ticket);
+        if complete {
+            self.look(copy);
+        }
+        complete
+    }
+}
+
+type Submit = fn(&Stream, usize) -> (u64, Event);
+
+/// Two threads share a stream; one sees its event finish, the other asks only the watermark.
+fn threads_on_one_stream(submit: Submit) {
+    let stream = Stream::new();
+    let other = Arc::clone(&stream);
+    let waiter = thread::spawn(move || {
+        let (ticket, event) = submit(&other, 0);
+        other.finish(event);
+        other.tickets.complete(ticket);
+        assert!(other.is_complete(0, ticket));
+    });
+    let (ticket, _) = submit(&stream, 1);
+    stream.is_complete(1, ticket);
+    waiter.join().unwrap();
+    stream.is_complete(1, ticket);
+}
+
+/// One thread synchronises the stream while another enqueues.
+fn synchronising(submit: Submit) {
+    let stream = Stream::new();
+    let other = Arc::clone(&stream);
+    let synchroniser = thread::spawn(move || {
+        // As `Stream::synchronize` does: the counter first.
+        let submitted = other.tickets.submitted();
+        other.finish(other.record());
+        other.tickets.complete(submitted);
+    });
+    let (ticket, _) = submit(&stream, 0);
+    stream.is_complete(0, ticket);
+    synchroniser.join().unwrap();
+    stream.is_complete(0, ticket);
+}
+
+/// A buffer is used twice, its event recorded anew; a watermark that answered for the first use must not
+/// answer for the second.
+fn recording_anew(submit: Submit) {
+    let stream = Stream::new();
+    let other = Arc::clone(&stream);
+    let mut stamp = Stamp::lazy();
+    let (first, event) = submit(&stream, 0);
+    stamp.set(first);
+    assert_eq!(stamp.ticket(), Some(first));
+    let waiter = thread::spawn(move || {
+        other.finish(event);
+        other.tickets.complete(first);
+        other.is_complete(0, first);
+    });
+    // As a record does: lazy until the new ticket is known.
+    stamp.set_lazy();
+    assert_eq!(stamp.ticket(), None);
+    let (second, event) = submit(&stream, 1);
+    stamp.set(second);
+    assert!(second > first);
+    stream.is_complete(0, first);
+    stream.is_complete(1, second);
+    waiter.join().unwrap();
+    stream.finish(event);
+    stream.tickets.complete(second);
+    assert!(stream.is_complete(1, second));
+}
+
+/// A lazy stamp stands for a kernel that was enqueued without a ticket. Two threads that share the buffer
+/// want to know, while a third thread's transfer on the stream comes and finishes.
+fn lazy_records(submit: Submit) {
+    let stream = Stream::new();
+    let stamp = Arc::new((Stamp::lazy(), Mutex::new(None)));
+    // The kernel, by the thread that holds the buffer.
+    stream.enqueue(0);
+    assert!(stamp.0.ticket().is_none());
+    let ask = |stream: &Stream, stamp: &(Stamp, Mutex<Option<Event>>)| {
+        let Ok(ticket) = stamp.0.resolve(&stream.tickets, || {
+            let mut event = stamp.1.lock().unwrap();
+            assert!(event.is_none(), "recorded twice");
+            *event = Some(stream.record());
+            Ok::<(), Nothing>(())
+        });
+        ticket
+    };
+    let (other, shared) = (Arc::clone(&stream), Arc::clone(&stamp));
+    let asking = thread::spawn(move || {
+        let ticket = ask(&other, &shared);
+        other.is_complete(0, ticket);
+        let event = shared.1.lock().unwrap().unwrap();
+        other.finish(event);
+        other.tickets.complete(ticket);
+        assert!(other.is_complete(0, ticket));
+    });
+    let other = Arc::clone(&stream);
+    let transferring = thread::spawn(move || {
+        let (ticket, event) = submit(&other, 1);
+        other.finish(event);
+        other.tickets.complete(ticket);
+    });
+    let ticket = ask(&stream, &stamp);
+    stream.is_complete(0, ticket);
+    asking.join().unwrap();
+    transferring.join().unwrap();
+    assert_eq!(stamp.0.ticket(), Some(ticket));
+    assert!(stream.is_complete(0, ticket));
+}
+
+/// Runs a model with one use weakened; models take turns, since the switch is one for all.
+fn run(weakened: u8, model: fn(Submit), submit: Submit) -> Result<(), String> {
+    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(|poison| poison.into_inner());
+    sync::WEAKENED.store(weakened, std::sync::atomic::Ordering::SeqCst);
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(3);
+    let result = catch_unwind(AssertUnwindSafe(|| builder.check(move || model(submit))));
+    sync::WEAKENED.store(sync::NOTHING, std::sync::atomic::Ordering::SeqCst);
+    result.map_err(|panic| match panic.downcast::<String>() {
+        Ok(text) => *text,
+        Err(panic) => panic.downcast_ref::<&str>().unwrap_or(&"").to_string(),
+    })
+}
+
+const MODELS: [fn(Submit); 4] =
+    [threads_on_one_stream, synchronising, recording_anew, lazy_records];
+
+#[test]
+fn the_shipped_order_holds() {
+    for model in MODELS {
+        run(sync::NOTHING, model, Stream::submit).unwrap();
+    }
+}
+
+/// Fails, and for this reason: a copy is taken for finished by somebody who cannot see that it is.
+#[track_caller]
+fn fails(weakened: u8, model: fn(Submit), submit: Submit) {
+    let message = run(weakened, model, submit).unwrap_err();
+    assert!(message.contains("the copy has not run"), "{message}");
+}
+
+#[test]
+fn a_ticket_taken_before_the_copy_fails() {
+    fails(sync::NOTHING, threads_on_one_stream, Stream::ticket_before_copy);
+    fails(sync::NOTHING, synchronising, Stream::ticket_before_copy);
+}
+
+#[test]
+fn a_ticket_taken_after_the_event_fails() {
+    fails(sync::NOTHING, threads_on_one_stream, Stream::ticket_after_event);
+}
+
+#[test]
+fn a_relaxed_ticket_counter_fails() {
+    fails(sync::FETCH_ADD, threads_on_one_stream, Stream::submit);
+}
+
+#[test]
+fn a_watermark_raised_relaxed_fails() {
+    fails(sync::FETCH_MAX, threads_on_one_stream, Stream::submit);
+}
+
+#[test]
+fn a_watermark_read_relaxed_fails() {
+    fails(sync::LOAD, threads_on_one_stream, Stream::submit);
+    fails(sync::LOAD, synchronising, Stream::submit);
+}
