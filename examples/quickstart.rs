@@ -9,7 +9,7 @@
 //! Without a file it moves its own executable. `--serial` waits for each step before the next.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -163,15 +163,11 @@ fn run() -> Result<(), Failure> {
     })?;
     let seen = seen.finalize();
 
-    println!(
-        "device  {device}, host memory {}",
-        match lanes[0].up.is_pinned() {
-            true => "pinned",
-            false => "pageable",
-        }
-    );
-    println!("file    {}, {bytes} bytes", file.display());
-    println!("digest  {seen} (blake3)");
+    let mut out = io::stdout();
+    let memory = if lanes[0].up.is_pinned() { "pinned" } else { "pageable" };
+    writeln!(out, "device  {device}, host memory {memory}")?;
+    writeln!(out, "file    {}, {bytes} bytes", file.display())?;
+    writeln!(out, "digest  {seen} (blake3)")?;
     // The rates are taken in runs of their own, without the digest's work in them. On a GPU both ways
     // are run for comparison.
     let ways = if device == Device::Cpu { vec![serial] } else { vec![true, false] };
@@ -179,12 +175,12 @@ fn run() -> Result<(), Failure> {
         let (bytes, time) = stream_file(&file, &mut lanes, serial, |_| {})?;
         let rate = bytes as f64 / time.as_secs_f64().max(1e-9) / 1e9;
         let way = if serial { "serial" } else { "overlapped" };
-        println!("rate    {rate:.2} GB/s each way, {way}");
+        writeln!(out, "rate    {rate:.2} GB/s each way, {way}")?;
     }
     if seen != expected {
         return Err(format!("the bytes on disk have the digest {expected}").into());
     }
-    println!("every byte came back");
+    writeln!(out, "every byte came back")?;
     Ok(())
 }
 

@@ -208,3 +208,55 @@ unsafe fn launch_repeat(
         unsafe { raw::launch(kernel, blocks, THREADS as u32, &mut parameters, raw) }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{Device, context};
+
+    /// Fills pieces of raw device memory that begin and end anywhere, and looks at every byte.
+    #[test]
+    fn a_fill_begins_and_ends_anywhere() {
+        use std::io::Write;
+        let Device::Cuda(ordinal) = Device::auto() else {
+            let line = "a_fill_begins_and_ends_anywhere: left out, no CUDA device\n";
+            let _ = std::io::stderr().write_all(line.as_bytes());
+            return;
+        };
+        const ROOM: usize = 64 << 10;
+        let stream = Stream::new(Device::Cuda(ordinal)).unwrap();
+        let _current = context(ordinal).unwrap().enter().unwrap();
+        let base = raw::malloc(ROOM).unwrap();
+        let host = raw::host_alloc(ROOM, 0).unwrap();
+        for size in [1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 48, 100, 3584, 3585, 4000, 4096] {
+            let element: Vec<u8> = (0..size).map(|at| (at * 31 + at / 256 + 3) as u8).collect();
+            for offset in [0, 1, 2, 3, 4, 7, 8, 12, 15] {
+                for count in [1, 2, 3, 15, 16, 17, 40_000 / size] {
+                    let bytes = size * count.min((ROOM - 64) / size);
+                    // SAFETY: within the allocation, which only this stream uses.
+                    let clear = |raw| unsafe { raw::memset_d8(base, 0xee, ROOM, raw) };
+                    stream.enqueue(clear).unwrap();
+                    let to = base.wrapping_add(16 + offset);
+                    // SAFETY: as above.
+                    unsafe { enqueue(to, bytes, &element, &stream) }.unwrap();
+                    let kind = sys::cudaMemcpyKind::cudaMemcpyDeviceToHost;
+                    // SAFETY: as many bytes on both sides.
+                    let back = |raw| unsafe { raw::memcpy_async(host, base, ROOM, kind, raw) };
+                    stream.enqueue(back).unwrap();
+                    stream.synchronize().unwrap();
+                    // SAFETY: the copy has finished.
+                    let seen = unsafe { std::slice::from_raw_parts(host, ROOM) };
+                    let (before, rest) = seen.split_at(16 + offset);
+                    let (filled, after) = rest.split_at(bytes);
+                    let what = format!("{bytes} bytes at {offset}, elements of {size}");
+                    assert!(filled.chunks(size).all(|seen| seen == element), "{what}");
+                    assert!(before.iter().chain(after).all(|byte| *byte == 0xee), "beside {what}");
+                }
+            }
+        }
+        // SAFETY: allocated above, and nothing is in flight.
+        unsafe { raw::free(base) }.unwrap();
+        // SAFETY: as above.
+        unsafe { raw::free_host(host) }.unwrap();
+    }
+}

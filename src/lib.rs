@@ -60,3 +60,8 @@ pub use host::{HostFlags, Pinning, is_pinned_memory_available};
 pub use shape::Shape;
 pub use stream::{Stream, StreamFlags, StreamOptions, WaitPolicy};
 pub use view::GpuView;
+
+/// The README's program is one of the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

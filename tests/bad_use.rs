@@ -222,7 +222,7 @@ fn a_stream_in_capture_is_refused_and_its_capture_survives() {
     buffer.synchronize().unwrap();
     buffer.gpu_on(&stream).unwrap();
     let event = other.record().unwrap();
-    begin_capture(&stream);
+    common::begin_capture(&stream);
     let refused = Err(Error::StreamCapturing);
     assert_eq!(buffer.copy_to_gpu(.., &stream), refused);
     assert_eq!(buffer.copy_to_cpu(..1, &stream), refused);
@@ -239,7 +239,7 @@ fn a_stream_in_capture_is_refused_and_its_capture_survives() {
     assert_eq!(buffer.copy_to_gpu(.., &other), refused);
     // The host half has nothing to do with it.
     assert_eq!(buffer.cpu_mut().unwrap()[..], [5; 4096]);
-    end_capture(&stream);
+    common::end_capture(&stream);
     buffer.copy_to_gpu(.., &other).unwrap();
     buffer.synchronize().unwrap();
 }
@@ -254,9 +254,9 @@ fn the_legacy_stream_is_refused_while_a_stream_that_it_waits_for_is_in_capture()
         StreamOptions { flags: cpu_gpu_buffer::StreamFlags::empty(), ..Default::default() };
     let blocking = Stream::with_options(device, options).unwrap();
     let mut buffer = CpuGpuBuffer::<u8>::new(16, device).unwrap();
-    begin_capture(&blocking);
+    common::begin_capture(&blocking);
     assert_eq!(buffer.copy_to_gpu(.., &legacy), Err(Error::StreamCapturing));
-    end_capture(&blocking);
+    common::end_capture(&blocking);
     buffer.copy_to_gpu(.., &legacy).unwrap();
 }
 
@@ -268,7 +268,7 @@ fn another_threads_capture_survives_everything_a_buffer_does() {
     let warm = Gate::close(&captured);
     warm.open();
     captured.synchronize().unwrap();
-    begin_capture(&captured);
+    common::begin_capture(&captured);
     let work = move || {
         let stream = Stream::new(device)?;
         let other = Stream::new(device)?;
@@ -291,25 +291,8 @@ fn another_threads_capture_survives_everything_a_buffer_does() {
         buffer.synchronize()
     };
     let done = std::thread::spawn(work).join().unwrap();
-    end_capture(&captured);
+    common::end_capture(&captured);
     done.unwrap();
-}
-
-fn begin_capture(stream: &Stream) {
-    let mode = sys::cudaStreamCaptureMode::cudaStreamCaptureModeGlobal;
-    // SAFETY: the stream is live.
-    let status = unsafe { sys::cudaStreamBeginCapture(stream.as_raw(), mode) };
-    assert_eq!(status, sys::cudaError::cudaSuccess);
-}
-
-/// Ends a capture that must still be valid.
-fn end_capture(stream: &Stream) {
-    let mut graph = std::ptr::null_mut();
-    // SAFETY: the stream is live, the place valid.
-    let status = unsafe { sys::cudaStreamEndCapture(stream.as_raw(), &mut graph) };
-    assert_eq!(status, sys::cudaError::cudaSuccess);
-    // SAFETY: the capture made it.
-    assert_eq!(unsafe { sys::cudaGraphDestroy(graph) }, sys::cudaError::cudaSuccess);
 }
 
 #[test]

@@ -478,6 +478,8 @@ fn the_watermark_answers_for_other_buffers_of_the_stream_and_not_for_later_trans
         second.copy_to_gpu(.., &stream).unwrap();
         second.synchronize().unwrap();
         assert!(first.is_idle().unwrap());
+        // The watermark is now at the newest ticket, and not a ticket further.
+        stream.synchronize().unwrap();
         let gate = Gate::close(&stream);
         first.copy_to_gpu(.., &stream).unwrap();
         second.copy_to_gpu(.., &stream).unwrap();
@@ -514,4 +516,20 @@ fn threads_that_share_a_stream_each_wait_for_their_own_upload() {
             });
         }
     });
+}
+
+#[test]
+fn memory_whose_use_cannot_be_known_is_leaked_and_not_given_back() {
+    let test = "memory_whose_use_cannot_be_known_is_leaked_and_not_given_back";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let (mut buffer, stream) = buffer(SIZES[1], device, OLD, OLD);
+    let bytes = buffer.nbytes();
+    buffer.gpu_on(&stream).unwrap();
+    // Whether the stream still uses the memory cannot be asked while it is in capture.
+    common::begin_capture(&stream);
+    let before = device.memory().unwrap().free;
+    drop(buffer);
+    let after = device.memory().unwrap().free;
+    common::end_capture(&stream);
+    assert!(after < before + bytes, "memory was given back that may be in use");
 }

@@ -93,7 +93,13 @@ macro_rules! runtime {
 }
 
 #[allow(missing_docs, non_camel_case_types, non_snake_case, non_upper_case_globals)]
+#[rustfmt::skip] // as bindgen wrote them
 #[cfg_attr(feature = "bindgen", path = "generated.rs")]
 mod bindings;
 
 pub use bindings::*;
+
+/// The README's program is one of the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

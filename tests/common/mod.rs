@@ -320,6 +320,24 @@ pub fn all(words: &[u32], value: u32) {
     }
 }
 
+/// Begins a capture that prohibited calls of any thread end.
+pub fn begin_capture(stream: &Stream) {
+    let mode = sys::cudaStreamCaptureMode::cudaStreamCaptureModeGlobal;
+    // SAFETY: the stream is live.
+    let status = unsafe { sys::cudaStreamBeginCapture(stream.as_raw(), mode) };
+    assert_eq!(status, SUCCESS);
+}
+
+/// Ends a capture that must still be valid.
+pub fn end_capture(stream: &Stream) {
+    let mut graph = ptr::null_mut();
+    // SAFETY: the stream is live, the place valid.
+    let status = unsafe { sys::cudaStreamEndCapture(stream.as_raw(), &mut graph) };
+    assert_eq!(status, SUCCESS);
+    // SAFETY: the capture made it.
+    assert_eq!(unsafe { sys::cudaGraphDestroy(graph) }, SUCCESS);
+}
+
 /// Runs one test of this program in a process of its own, with some variables set.
 pub fn in_own_process(test: &str, variables: &[(&str, &str)]) -> std::process::Output {
     let mut command = std::process::Command::new(std::env::current_exe().unwrap());
