@@ -29,13 +29,18 @@ impl Kernels {
     /// Loads the kernels into the current context.
     pub(crate) fn load() -> Result<Kernels> {
         // SAFETY: a whole fat binary.
-        let image = unsafe { raw::module_load(IMAGE) };
-        let module = image.or_else(|refused| {
-            // SAFETY: PTX that ends with a NUL.
-            let compiled = unsafe { raw::module_load(PTX.as_bytes()) };
-            // What the image was refused for is the better reason: the PTX is the second choice.
-            compiled.map_err(|_| refused)
-        })?;
+        let image = unsafe { Kernels::of(IMAGE) };
+        // What the image was refused for is the better reason: the PTX is the second choice.
+        // SAFETY: PTX that ends with a NUL.
+        image.or_else(|refused| unsafe { Kernels::of(PTX.as_bytes()) }.map_err(|_| refused))
+    }
+
+    /// # Safety
+    ///
+    /// As for [`raw::module_load`].
+    unsafe fn of(image: &[u8]) -> Result<Kernels> {
+        // SAFETY: the caller vouches for the image.
+        let module = unsafe { raw::module_load(image) }?;
         // SAFETY: the module was just loaded.
         let function = |name| unsafe { raw::module_function(module, name) };
         let load = || {
@@ -212,51 +217,80 @@ unsafe fn launch_repeat(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{Device, context};
+    use crate::device::{Context, Device, context};
 
-    /// Fills pieces of raw device memory that begin and end anywhere, and looks at every byte.
-    #[test]
-    fn a_fill_begins_and_ends_anywhere() {
+    const ROOM: usize = 64 << 10;
+
+    /// A CUDA device's context; where there is none, says what is left out.
+    fn cuda(test: &str) -> Option<(&'static Context, Stream)> {
         use std::io::Write;
         let Device::Cuda(ordinal) = Device::auto() else {
-            let line = "a_fill_begins_and_ends_anywhere: left out, no CUDA device\n";
+            let line = format!("{test}: left out, no CUDA device\n");
             let _ = std::io::stderr().write_all(line.as_bytes());
-            return;
+            return None;
         };
-        const ROOM: usize = 64 << 10;
-        let stream = Stream::new(Device::Cuda(ordinal)).unwrap();
-        let _current = context(ordinal).unwrap().enter().unwrap();
+        Some((context(ordinal).unwrap(), Stream::new(Device::Cuda(ordinal)).unwrap()))
+    }
+
+    /// Runs `fill` on device memory of `0xee`, and gives back what is there then.
+    fn after(stream: &Stream, fill: impl FnOnce(*mut u8) -> Result<()>) -> Vec<u8> {
         let base = raw::malloc(ROOM).unwrap();
-        let host = raw::host_alloc(ROOM, 0).unwrap();
+        let mut host = vec![0; ROOM];
+        // SAFETY: within the allocation, which only this stream uses.
+        let clear = |raw| unsafe { raw::memset_d8(base, 0xee, ROOM, raw) };
+        stream.enqueue(clear).unwrap();
+        fill(base).unwrap();
+        let (to, kind) = (host.as_mut_ptr(), sys::cudaMemcpyKind::cudaMemcpyDeviceToHost);
+        // SAFETY: as many bytes on both sides, and nothing looks before the stream is done.
+        let back = |raw| unsafe { raw::memcpy_async(to, base, ROOM, kind, raw) };
+        stream.enqueue(back).unwrap();
+        stream.synchronize().unwrap();
+        // SAFETY: allocated above, and nothing is in flight.
+        unsafe { raw::free(base) }.unwrap();
+        host
+    }
+
+    fn element(size: usize) -> Vec<u8> {
+        (0..size).map(|at| (at * 31 + at / 256 + 3) as u8).collect()
+    }
+
+    #[test]
+    fn a_fill_begins_and_ends_anywhere() {
+        let Some((context, stream)) = cuda("a_fill_begins_and_ends_anywhere") else { return };
+        let _current = context.enter().unwrap();
         for size in [1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 48, 100, 3584, 3585, 4000, 4096] {
-            let element: Vec<u8> = (0..size).map(|at| (at * 31 + at / 256 + 3) as u8).collect();
+            let element = element(size);
             for offset in [0, 1, 2, 3, 4, 7, 8, 12, 15] {
                 for count in [1, 2, 3, 15, 16, 17, 40_000 / size] {
                     let bytes = size * count.min((ROOM - 64) / size);
-                    // SAFETY: within the allocation, which only this stream uses.
-                    let clear = |raw| unsafe { raw::memset_d8(base, 0xee, ROOM, raw) };
-                    stream.enqueue(clear).unwrap();
-                    let to = base.wrapping_add(16 + offset);
-                    // SAFETY: as above.
-                    unsafe { enqueue(to, bytes, &element, &stream) }.unwrap();
-                    let kind = sys::cudaMemcpyKind::cudaMemcpyDeviceToHost;
-                    // SAFETY: as many bytes on both sides.
-                    let back = |raw| unsafe { raw::memcpy_async(host, base, ROOM, kind, raw) };
-                    stream.enqueue(back).unwrap();
-                    stream.synchronize().unwrap();
-                    // SAFETY: the copy has finished.
-                    let seen = unsafe { std::slice::from_raw_parts(host, ROOM) };
+                    let seen = after(&stream, |base| {
+                        // SAFETY: within the allocation, which only this stream uses.
+                        unsafe { enqueue(base.wrapping_add(16 + offset), bytes, &element, &stream) }
+                    });
                     let (before, rest) = seen.split_at(16 + offset);
-                    let (filled, after) = rest.split_at(bytes);
+                    let (filled, behind) = rest.split_at(bytes);
                     let what = format!("{bytes} bytes at {offset}, elements of {size}");
                     assert!(filled.chunks(size).all(|seen| seen == element), "{what}");
-                    assert!(before.iter().chain(after).all(|byte| *byte == 0xee), "beside {what}");
+                    assert!(before.iter().chain(behind).all(|byte| *byte == 0xee), "beside {what}");
                 }
             }
         }
-        // SAFETY: allocated above, and nothing is in flight.
-        unsafe { raw::free(base) }.unwrap();
-        // SAFETY: as above.
-        unsafe { raw::free_host(host) }.unwrap();
+    }
+
+    #[test]
+    fn the_image_and_the_ptx_that_stands_in_for_it_both_load_and_fill() {
+        let test = "the_image_and_the_ptx_that_stands_in_for_it_both_load_and_fill";
+        let Some((context, stream)) = cuda(test) else { return };
+        let _current = context.enter().unwrap();
+        let element = element(12);
+        for image in [IMAGE, PTX.as_bytes()] {
+            // SAFETY: a whole fat binary, and PTX that ends with a NUL.
+            let kernels = unsafe { Kernels::of(image) }.unwrap();
+            let seen = after(&stream, |base| {
+                // SAFETY: within the allocation, which only this stream uses.
+                unsafe { launch_fill(&kernels, base, 48_000, &element, 48, &stream) }
+            });
+            assert!(seen[..48_000].chunks(12).all(|seen| seen == element));
+        }
     }
 }

@@ -58,9 +58,9 @@ enum Kind {
     Empty,
     /// From the allocator, at an address that may lie before the aligned one.
     Pageable { base: *mut u8, room: Layout },
-    /// Pages of this value's own, registered or not.
+    /// Pages of this value's own, registered with the runtime.
     #[cfg(unix)]
-    Pages { mapping: Mapping, registered: Option<&'static Context> },
+    Registered { mapping: Mapping, context: &'static Context },
     /// From `cudaHostAlloc`, at an address that may lie before the aligned one.
     Allocated { base: *mut u8, context: &'static Context },
 }
@@ -158,10 +158,7 @@ impl HostMemory {
             unsafe { raw::host_register(mapping.address.as_ptr(), mapping.bytes, flags.bits()) };
         // Why it failed matters to nobody: `cudaHostAlloc` is asked next.
         status.ok()?;
-        Some(HostMemory {
-            address: mapping.address,
-            kind: Kind::Pages { mapping, registered: Some(context) },
-        })
+        Some(HostMemory { address: mapping.address, kind: Kind::Registered { mapping, context } })
     }
 
     pub(crate) fn as_ptr(&self) -> *mut u8 {
@@ -172,7 +169,7 @@ impl HostMemory {
         match &self.kind {
             Kind::Empty | Kind::Pageable { .. } => false,
             #[cfg(unix)]
-            Kind::Pages { registered, .. } => registered.is_some(),
+            Kind::Registered { .. } => true,
             Kind::Allocated { .. } => true,
         }
     }
@@ -192,10 +189,7 @@ impl Drop for HostMemory {
                 unsafe { alloc::dealloc(*base, *room) };
             }
             #[cfg(unix)]
-            Kind::Pages { mapping, registered } => {
-                let Some(context) = registered.take() else {
-                    return;
-                };
+            Kind::Registered { mapping, context } => {
                 let released = context.enter().and_then(|_current| {
                     // SAFETY: registered by this value; whoever drops it saw its transfers finish.
                     unsafe { raw::host_unregister(mapping.address.as_ptr()) }

@@ -12,8 +12,7 @@ mod generate {
     use std::env;
     use std::path::PathBuf;
 
-    /// Functions of the runtime. One that a newer major dropped or changed is called only after asking
-    /// for the version, so every name here has one signature from 12.0 to 13.x.
+    /// Functions of the runtime: those whose signature is the same wherever they exist from 12.0 to 13.x.
     const FUNCTIONS: &str = "cuda(\
         DeviceGetAttribute|DeviceGetStreamPriorityRange|DeviceSynchronize|DriverGetVersion|\
         EventCreateWithFlags|EventDestroy|EventElapsedTime|EventQuery|EventRecord|EventSynchronize|\
@@ -37,6 +36,15 @@ mod generate {
     const CONSTANTS: &str = "cuda(Event(BlockingSync|Default|DisableTiming)|\
         HostAlloc(Default|Mapped|Portable|WriteCombined)|\
         HostRegister(Default|Mapped|Portable)|Stream(Default|NonBlocking))|CUDART_VERSION";
+
+    /// Declared for the loader whatever the headers are: headers before 12.5 do not have it.
+    const NEWER: (&str, &str) = (
+        "cudaGetDriverEntryPointByVersion",
+        "pub fn cudaGetDriverEntryPointByVersion(symbol: *const ::std::os::raw::c_char, \
+         funcPtr: *mut *mut ::std::os::raw::c_void, cudaVersion: ::std::os::raw::c_uint, \
+         flags: ::std::os::raw::c_ulonglong, driverStatus: *mut cudaDriverEntryPointQueryResult) \
+         -> cudaError_t;",
+    );
 
     pub fn bindings() {
         let include = include_dir();
@@ -79,8 +87,12 @@ mod generate {
             1,
             "bindgen is expected to write one block of functions"
         );
+        let mut functions = String::from("runtime! {");
+        if !generated.contains(NEWER.0) {
+            functions.push_str(NEWER.1);
+        }
         let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-        std::fs::write(out.join("bindings.rs"), generated.replace(EXTERN, "runtime! {"))
+        std::fs::write(out.join("bindings.rs"), generated.replace(EXTERN, &functions))
             .expect("OUT_DIR is writable");
     }
 
