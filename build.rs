@@ -29,7 +29,9 @@ fn main() {
         },
     };
     if !compiled {
-        std::fs::copy(COMMITTED, &image).expect("the committed image is in the package");
+        // Not `fs::copy`, which would copy a read-only source's permissions too.
+        let committed = std::fs::read(COMMITTED).expect("the committed image is in the package");
+        std::fs::write(&image, committed).expect("OUT_DIR is writable");
     }
 }
 

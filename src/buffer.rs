@@ -7,6 +7,7 @@ use std::alloc::Layout;
 use std::any::type_name;
 use std::fmt;
 use std::marker::PhantomData;
+use std::mem;
 use std::ops::{Range, RangeBounds};
 use std::slice;
 
@@ -70,8 +71,9 @@ impl Default for BufferOptions {
 /// # Dropping
 ///
 /// Drop waits for what the buffer has in flight. Releasing CUDA memory then waits for the whole device,
-/// as `cudaFree` and `cudaHostUnregister` do; keep buffers rather than making new ones. Where the driver
-/// no longer says whether a transfer has finished, the memory is leaked.
+/// as `cudaFree` and `cudaHostUnregister` do; keep buffers rather than making new ones. Where it cannot be
+/// known whether something still uses the memory, it is leaked: where the driver answers with an error,
+/// and where a stream of [`gpu_on`](Self::gpu_on)'s is being captured into a graph.
 pub struct CpuGpuBuffer<T: Pod> {
     storage: Storage,
     shape: Shape,
@@ -406,15 +408,18 @@ impl<T: Pod> CpuGpuBuffer<T> {
         let shape = shape.into();
         let numel = shape.numel(size_of::<T>())?;
         let bytes = numel * size_of::<T>();
-        if bytes <= self.storage.capacity() {
+        let before = if bytes <= self.storage.capacity() {
             self.storage.restart(bytes)?;
+            None
         } else {
             let larger = Self::allocate(numel, self.device(), self.options)?;
             self.storage.wait_for_all()?;
-            self.storage = larger;
-        }
+            Some(mem::replace(&mut self.storage, larger))
+        };
         self.shape = shape;
         self.numel = numel;
+        // Last: with it may go the owner of a foreign stream, which may panic.
+        drop(before);
         Ok(())
     }
 

@@ -7,7 +7,7 @@
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use crate::error::{Error, Result};
 use crate::fill::Kernels;
@@ -173,25 +173,46 @@ impl Context {
 
 /// The context of a device, made by the first call that succeeds.
 pub(crate) fn context(ordinal: u32) -> Result<&'static Context> {
-    static CONTEXTS: Mutex<Vec<Option<&'static Context>>> = Mutex::new(Vec::new());
     fork::refuse_child()?;
-    let mut contexts = CONTEXTS.lock().unwrap_or_else(|poison| poison.into_inner());
-    let index = ordinal as usize;
-    if let Some(Some(context)) = contexts.get(index) {
+    let place = place(ordinal)?;
+    if let Some(context) = place.made.get() {
         return Ok(context);
     }
-    let devices = count()?;
-    if index >= devices {
-        return Err(Error::Unavailable {
-            reason: format!("there is no device cuda:{ordinal}: this machine has {devices}"),
-        });
+    // Making a context may wait for its device, and for no other.
+    let _making = place.making.lock().unwrap_or_else(|poison| poison.into_inner());
+    if let Some(context) = place.made.get() {
+        return Ok(context);
     }
-    let made: &Context = Box::leak(Box::new(make(ordinal)?));
-    if contexts.len() <= index {
-        contexts.resize(index + 1, None);
+    let made = make(ordinal).map_err(|error| match error {
+        Error::Cuda { .. } => {
+            Error::Unavailable { reason: format!("{}: {error}", Device::Cuda(ordinal)) }
+        }
+        error => error,
+    })?;
+    Ok(place.made.get_or_init(|| made))
+}
+
+/// Where a device's context is kept.
+#[derive(Default)]
+struct Place {
+    made: OnceLock<Context>,
+    making: Mutex<()>,
+}
+
+fn place(ordinal: u32) -> Result<&'static Place> {
+    static PLACES: Mutex<Vec<&'static Place>> = Mutex::new(Vec::new());
+    let mut places = PLACES.lock().unwrap_or_else(|poison| poison.into_inner());
+    let index = ordinal as usize;
+    if index >= places.len() {
+        let devices = count()?;
+        if index >= devices {
+            return Err(Error::Unavailable {
+                reason: format!("there is no device cuda:{ordinal}: this machine has {devices}"),
+            });
+        }
+        places.resize_with(devices, || Box::leak(Box::default()));
     }
-    contexts[index] = Some(made);
-    Ok(made)
+    Ok(places[index])
 }
 
 fn make(ordinal: u32) -> Result<Context> {
@@ -211,7 +232,7 @@ fn make(ordinal: u32) -> Result<Context> {
 /// The number of CUDA devices, or why there is none.
 fn count() -> Result<usize> {
     fork::refuse_child()?;
-    fork::watch();
+    fork::watch()?;
     match raw::device_count() {
         Ok(0) => Err(Error::Unavailable { reason: "this machine has no CUDA device".into() }),
         Ok(count) => Ok(count),

@@ -5,6 +5,7 @@ use std::mem;
 
 use crate::device::{Context, Device};
 use crate::error::{Error, Result, Side};
+use crate::fork;
 use crate::host::{HostFlags, HostMemory, Pinning};
 use crate::raw;
 use crate::sys::cudaError;
@@ -75,11 +76,15 @@ impl DeviceMemory {
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         if let DeviceMemory::Cuda { base, context, .. } = self {
-            // In a forked child, or with the context broken, there is nothing that could be done.
-            let _ = context.enter().and_then(|_current| {
-                // SAFETY: allocated by this value in this context; whoever drops it saw its uses finish.
-                unsafe { raw::free(*base) }
-            });
+            if fork::forked() {
+                return;
+            }
+            // The address says enough, should the context not be had.
+            let _current = context.enter();
+            // SAFETY: allocated by this value; whoever drops it saw its uses finish.
+            let released = unsafe { raw::free(*base) };
+            // With the context broken, there is nothing that could be done.
+            let _ = released;
         }
     }
 }

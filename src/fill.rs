@@ -13,7 +13,11 @@ use crate::stream::Stream;
 use crate::sys;
 
 /// Made by `build.rs` from `kernels/fill.cu`, or committed.
-static IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/fill.fatbin"));
+static IMAGE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/fill.fatbin")));
+
+/// As nvcc aligns the images that it embeds, and more.
+#[repr(C, align(16))]
+struct Aligned<Bytes: ?Sized>(Bytes);
 
 /// The same source as PTX that every driver since CUDA 12.0's compiles, for one that refuses the image.
 static PTX: &str = concat!(include_str!("../kernels/fill.ptx"), "\0");
@@ -29,7 +33,7 @@ impl Kernels {
     /// Loads the kernels into the current context.
     pub(crate) fn load() -> Result<Kernels> {
         // SAFETY: a whole fat binary.
-        let image = unsafe { Kernels::of(IMAGE) };
+        let image = unsafe { Kernels::of(&IMAGE.0) };
         // What the image was refused for is the better reason: the PTX is the second choice.
         // SAFETY: PTX that ends with a NUL.
         image.or_else(|refused| unsafe { Kernels::of(PTX.as_bytes()) }.map_err(|_| refused))
@@ -170,8 +174,8 @@ unsafe fn launch_fill(
     let row = THREADS / (period / 16) * (period / 16);
     let vectors = bytes.saturating_sub(head) / 16;
     let blocks = vectors.div_ceil(row * STORES).max(1);
-    let blocks =
-        u32::try_from(blocks).expect("a block covers at least 14 KB, and memory has 64 TB at most");
+    // A grid has at most 2^31 - 1 blocks, of 8 KB and more: 17 TB.
+    let blocks = i32::try_from(blocks).expect("a device has less memory").cast_unsigned();
     let mut bytes = bytes as u64;
     let mut vectors = (period / 16) as u32;
     let mut parameters: [*mut c_void; 4] = [
@@ -283,7 +287,7 @@ mod tests {
         let Some((context, stream)) = cuda(test) else { return };
         let _current = context.enter().unwrap();
         let element = element(12);
-        for image in [IMAGE, PTX.as_bytes()] {
+        for image in [&IMAGE.0, PTX.as_bytes()] {
             // SAFETY: a whole fat binary, and PTX that ends with a NUL.
             let kernels = unsafe { Kernels::of(image) }.unwrap();
             let seen = after(&stream, |base| {

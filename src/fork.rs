@@ -12,23 +12,29 @@ static FORKED: AtomicBool = AtomicBool::new(false);
 
 /// Called before the first use of CUDA.
 #[cfg(unix)]
-pub(crate) fn watch() {
-    use std::sync::Once;
+pub(crate) fn watch() -> Result<()> {
+    use std::sync::OnceLock;
 
     extern "C" fn in_child() {
         FORKED.store(true, Ordering::Relaxed);
     }
 
-    static WATCHED: Once = Once::new();
-    WATCHED.call_once(|| {
+    static WATCHED: OnceLock<i32> = OnceLock::new();
+    let status = WATCHED.get_or_init(|| {
         // SAFETY: the handler does nothing but store to an atomic, which is async-signal-safe, and it
-        // lives as long as the program. The only failure is ENOMEM, which leaves the flag unset.
-        unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
+        // lives as long as the program.
+        unsafe { libc::pthread_atfork(None, None, Some(in_child)) }
     });
+    match status {
+        0 => Ok(()),
+        _ => Err(Error::Unavailable { reason: "pthread_atfork failed for want of memory".into() }),
+    }
 }
 
 #[cfg(not(unix))]
-pub(crate) fn watch() {}
+pub(crate) fn watch() -> Result<()> {
+    Ok(())
+}
 
 /// In the child of a process that had used CUDA before it forked.
 #[inline]

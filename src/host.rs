@@ -13,8 +13,9 @@ use bitflags::bitflags;
 
 use crate::device::{Context, Device};
 use crate::error::{Error, Result, Side};
+use crate::fork;
 use crate::raw;
-use crate::sys;
+use crate::sys::{self, cudaError};
 
 bitflags! {
     /// How pinned host memory is made: `cudaHostRegister`, `cudaHostAlloc`. Write-combined memory is not
@@ -128,6 +129,8 @@ impl HostMemory {
 
     fn pinned(layout: Layout, flags: HostFlags, context: &'static Context) -> Result<HostMemory> {
         let _current = context.enter()?;
+        // No bits but those that have a name: others mean other things to the two functions.
+        let flags = flags & HostFlags::all();
         #[cfg(unix)]
         if let Some(memory) = HostMemory::registered(layout, flags, context) {
             return Ok(memory);
@@ -152,12 +155,21 @@ impl HostMemory {
         flags: HostFlags,
         context: &'static Context,
     ) -> Option<HostMemory> {
-        let mapping = Mapping::new(layout)?;
-        // SAFETY: the pages are mapped, and unmapped only after they were unregistered.
-        let status =
-            unsafe { raw::host_register(mapping.address.as_ptr(), mapping.bytes, flags.bits()) };
-        // Why it failed matters to nobody: `cudaHostAlloc` is asked next.
-        status.ok()?;
+        let mut mapping = Mapping::new(layout)?;
+        let address = mapping.address.as_ptr();
+        // SAFETY: the pages are mapped, and unmapped only when they are known not to be registered.
+        let status = unsafe { raw::host_register(address, mapping.bytes, flags.bits()) };
+        if status.is_err() {
+            // Why it failed matters to nobody, since `cudaHostAlloc` is asked next; but the error may be
+            // that of earlier work, and the pages registered all the same.
+            // SAFETY: nothing was copied from or to them yet.
+            match unsafe { raw::host_unregister(address) } {
+                Ok(()) => {}
+                Err(Error::Cuda { code: cudaError::cudaErrorHostMemoryNotRegistered, .. }) => {}
+                Err(_) => mapping.leak(),
+            }
+            return None;
+        }
         Some(HostMemory { address: mapping.address, kind: Kind::Registered { mapping, context } })
     }
 
@@ -190,21 +202,27 @@ impl Drop for HostMemory {
             }
             #[cfg(unix)]
             Kind::Registered { mapping, context } => {
-                let released = context.enter().and_then(|_current| {
-                    // SAFETY: registered by this value; whoever drops it saw its transfers finish.
-                    unsafe { raw::host_unregister(mapping.address.as_ptr()) }
-                });
+                if fork::forked() {
+                    return mapping.leak();
+                }
+                // The address says enough, should the context not be had.
+                let _current = context.enter();
+                // SAFETY: registered by this value; whoever drops it saw its transfers finish.
+                let released = unsafe { raw::host_unregister(mapping.address.as_ptr()) };
                 if released.is_err() {
-                    // In a forked child, or with the context broken: the pages stay as they are.
+                    // The context is broken: the pages stay as they are.
                     mapping.leak();
                 }
             }
             Kind::Allocated { base, context } => {
-                // In a forked child, or with the context broken, there is nothing that could be done.
-                let _ = context.enter().and_then(|_current| {
-                    // SAFETY: allocated by this value; whoever drops it saw its transfers finish.
-                    unsafe { raw::free_host(*base) }
-                });
+                if fork::forked() {
+                    return;
+                }
+                let _current = context.enter();
+                // SAFETY: allocated by this value; whoever drops it saw its transfers finish.
+                let released = unsafe { raw::free_host(*base) };
+                // With the context broken, there is nothing that could be done.
+                let _ = released;
             }
         }
     }

@@ -16,19 +16,21 @@ use crate::sys;
 
 use sys::cudaError as Status;
 
-/// Turns a status into a result.
+/// Turns a status of the runtime's into a result.
 #[inline]
 fn check(status: sys::cudaError_t, call: &'static str) -> Result<()> {
     match status {
         Status::cudaSuccess => Ok(()),
-        code => Err(failed(code, call)),
+        code => {
+            // SAFETY: it has no arguments. Its status is the one in hand, or that of an earlier call.
+            let _ = unsafe { sys::cudaGetLastError() };
+            Err(failed(code, call))
+        }
     }
 }
 
 #[cold]
 fn failed(code: sys::cudaError_t, call: &'static str) -> Error {
-    // SAFETY: it has no arguments. Its status is the one in hand, or that of an earlier call.
-    let _ = unsafe { sys::cudaGetLastError() };
     match code {
         Status::LIBRARY_NOT_LOADED => Error::Unavailable { reason: code.text().into_owned() },
         code => Error::Cuda { code, call },
@@ -44,9 +46,13 @@ fn ready(status: sys::cudaError_t, call: &'static str) -> Result<bool> {
     }
 }
 
-/// Driver statuses have the numbers of the runtime's (since CUDA 10.1).
+/// Turns a status of the driver's into a result. They have the numbers of the runtime's (since CUDA 10.1),
+/// and leave the runtime's last error alone.
 fn check_driver(status: sys::CUresult, call: &'static str) -> Result<()> {
-    check(sys::cudaError(status.0), call)
+    match status {
+        sys::CUresult::CUDA_SUCCESS => Ok(()),
+        code => Err(failed(sys::cudaError(code.0), call)),
+    }
 }
 
 /// This thread's calls do not end another thread's capture while this lives.
@@ -57,7 +63,7 @@ impl RelaxedCapture {
         let mut mode = sys::cudaStreamCaptureMode::cudaStreamCaptureModeRelaxed;
         // SAFETY: `mode` is a valid mode, and a place for the previous one.
         let status = unsafe { sys::cudaThreadExchangeStreamCaptureMode(&mut mode) };
-        // Should it fail, the call that follows reports what is wrong, and `mode` stays relaxed.
+        // Should it fail, `mode` stays relaxed, and there is nothing to put back.
         let _ = check(status, "cudaThreadExchangeStreamCaptureMode");
         RelaxedCapture(mode)
     }
@@ -65,6 +71,9 @@ impl RelaxedCapture {
 
 impl Drop for RelaxedCapture {
     fn drop(&mut self) {
+        if self.0 == sys::cudaStreamCaptureMode::cudaStreamCaptureModeRelaxed {
+            return;
+        }
         // SAFETY: `self.0` is the mode that `begin` was given back.
         let status = unsafe { sys::cudaThreadExchangeStreamCaptureMode(&mut self.0) };
         let _ = check(status, "cudaThreadExchangeStreamCaptureMode");

@@ -160,6 +160,7 @@ impl Storage {
         // SAFETY: the range lies in both halves.
         unsafe { self.upload_to(range, to, stream) }?;
         self.fresh = false;
+        self.device_use.cover();
         Ok(())
     }
 
@@ -180,7 +181,9 @@ impl Storage {
         }
         self.order(stream)?;
         // SAFETY: the caller vouches for `to`.
-        unsafe { self.upload_to(range, to, stream) }
+        unsafe { self.upload_to(range, to, stream) }?;
+        self.device_use.cover();
+        Ok(())
     }
 
     /// Copies a range of the device half to the same range of the host half.
@@ -193,7 +196,9 @@ impl Storage {
         self.zero_if_fresh(stream)?;
         let from = self.gpu_at(range.start);
         // SAFETY: the range lies in both halves.
-        unsafe { self.download_from(range, from, stream) }
+        unsafe { self.download_from(range, from, stream) }?;
+        self.device_use.cover();
+        Ok(())
     }
 
     /// Copies device memory of somebody else's to a range of the host half.
@@ -213,7 +218,9 @@ impl Storage {
         }
         self.order(stream)?;
         // SAFETY: the caller vouches for `from`.
-        unsafe { self.download_from(range, from, stream) }
+        unsafe { self.download_from(range, from, stream) }?;
+        self.device_use.cover();
+        Ok(())
     }
 
     /// Fills the used part of a CUDA device half with `element`, whose length divides it.
@@ -295,9 +302,7 @@ impl Storage {
             // SAFETY: the caller vouches for the ranges. `upload` keeps the host half from being
             // written and both halves from being released until the copy has finished.
             stream.enqueue(|raw| unsafe { raw::memcpy_async(to, from, range.len(), kind, raw) })
-        })?;
-        self.device_use.cover();
-        Ok(())
+        })
     }
 
     /// # Safety
@@ -322,9 +327,7 @@ impl Storage {
             // SAFETY: the caller vouches for the ranges. `download` keeps the host half from being read or
             // written and both halves from being released until the copy has finished.
             stream.enqueue(|raw| unsafe { raw::memcpy_async(to, from, range.len(), kind, raw) })
-        })?;
-        self.device_use.cover();
-        Ok(())
+        })
     }
 
     #[inline]

@@ -155,8 +155,10 @@ impl Stream {
             Device::Cuda(ordinal) => {
                 let context = context(ordinal)?;
                 let _current = context.enter()?;
+                // No bits but those that have a name.
+                let flags = options.flags & StreamFlags::all();
                 Some(CudaStream {
-                    raw: raw::stream_create(options.flags.bits(), options.priority)?,
+                    raw: raw::stream_create(flags.bits(), options.priority)?,
                     context,
                     ownership: Ownership::Owned,
                 })
@@ -312,10 +314,10 @@ impl Stream {
     /// An error where what is sent to the stream would go into a graph instead of running.
     #[inline]
     pub(crate) fn refuse_capture(&self) -> Result<()> {
-        fork::refuse_child()?;
         let Some(cuda) = &self.0.cuda else {
             return Ok(());
         };
+        fork::refuse_child()?;
         let _current = cuda.current_if_legacy()?;
         // SAFETY: the handle keeps the stream, and the legacy stream's context is current.
         unsafe { raw::refuse_capture(cuda.raw) }

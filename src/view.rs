@@ -36,9 +36,9 @@ pub struct GpuView<'a, T> {
     buffer: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: a view is an address and numbers; what it borrows is a buffer, which is `Send` where `T` is.
-unsafe impl<T: Send> Send for GpuView<'_, T> {}
-// SAFETY: through a shared view elements can be read on the CPU, as through `&[T]`.
+// SAFETY: a view can be copied, and on the CPU its elements can be read: it is sent as a `&[T]` is.
+unsafe impl<T: Sync> Send for GpuView<'_, T> {}
+// SAFETY: as for `Send`.
 unsafe impl<T: Sync> Sync for GpuView<'_, T> {}
 
 impl<'a, T> GpuView<'a, T> {

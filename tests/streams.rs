@@ -181,6 +181,38 @@ fn the_callers_current_device_is_left_alone() {
 }
 
 #[test]
+fn a_device_that_is_not_current_is_used_like_one_that_is() {
+    let test = "a_device_that_is_not_current_is_used_like_one_that_is";
+    let Some((_, _turn)) = common::cuda(test) else { return };
+    if Device::cuda_count() < 2 {
+        return common::left_out(test, "one CUDA device");
+    }
+    fn fills<T: bytemuck::Pod + PartialEq + std::fmt::Debug>(value: T) {
+        let far = Device::Cuda(1);
+        let stream = Stream::new(far).unwrap();
+        let mut buffer = CpuGpuBuffer::<T>::new(5000, far).unwrap();
+        buffer.copy_to_cpu(.., &stream).unwrap();
+        assert_eq!(buffer.cpu().unwrap(), vec![T::zeroed(); 5000]);
+        buffer.fill_gpu(value, &stream).unwrap();
+        buffer.copy_to_cpu(.., &stream).unwrap();
+        assert_eq!(buffer.cpu().unwrap(), vec![value; 5000]);
+        assert!(buffer.is_idle().unwrap());
+        buffer.resize(10_000).unwrap();
+    }
+    let all = || {
+        fills(7u8);
+        fills(0x0102u16);
+        fills(1.5f32);
+        fills([1u8, 2, 3]);
+        fills([5u8; 4001]);
+    };
+    // With another device current, and in a thread that never chose one.
+    common::use_first_device();
+    all();
+    thread::spawn(all).join().unwrap();
+}
+
+#[test]
 fn streams_of_the_cpu_are_always_done() {
     let stream = Stream::new(Device::Cpu).unwrap();
     assert!(stream.as_raw().is_null());

@@ -192,6 +192,7 @@ fn wheel_directories(root: &Path) -> Vec<PathBuf> {
 fn load(candidates: Vec<Candidate>) -> Result<Runtime, LoadError> {
     let mut tried = Vec::new();
     for candidate in candidates {
+        let in_process = matches!(candidate, Candidate::InProcess(_));
         let (label, name) = match candidate {
             Candidate::Demanded(path) => (format!("CUDART_LIBRARY={}", path.display()), path),
             Candidate::InProcess(path) => {
@@ -204,7 +205,7 @@ fn load(candidates: Vec<Candidate>) -> Result<Runtime, LoadError> {
                 continue;
             }
         };
-        match open(&name) {
+        match open(&name, in_process) {
             Ok(runtime) => return Ok(runtime),
             Err(why) => tried.push(format!("{label}: {why}")),
         }
@@ -212,8 +213,8 @@ fn load(candidates: Vec<Candidate>) -> Result<Runtime, LoadError> {
     Err(LoadError { tried })
 }
 
-fn open(name: &Path) -> Result<Runtime, String> {
-    let library = open_library(name).map_err(|error| error.to_string())?;
+fn open(name: &Path, in_process: bool) -> Result<Runtime, String> {
+    let library = open_library(name, in_process).map_err(|error| error.to_string())?;
     let functions = Functions::of(&library);
     let get_version = functions
         .cudaRuntimeGetVersion
@@ -234,16 +235,19 @@ fn open(name: &Path) -> Result<Runtime, String> {
     Ok(Runtime { functions, path: name.to_path_buf(), version, _library: library })
 }
 
+/// One that is already in the process is found again, never loaded anew: its name may be relative.
 #[cfg(not(windows))]
-fn open_library(name: &Path) -> Result<Library, libloading::Error> {
+fn open_library(name: &Path, in_process: bool) -> Result<Library, libloading::Error> {
+    use libloading::os::unix::{Library as Native, RTLD_LAZY, RTLD_LOCAL};
+    let flags = RTLD_LAZY | RTLD_LOCAL | if in_process { libc::RTLD_NOLOAD } else { 0 };
     // SAFETY: loading a library runs its initialisers; the CUDA runtime's have no preconditions, and
     // whoever sets the variables that are searched chooses what runs in this process.
-    unsafe { Library::new(name) }
+    unsafe { Native::open(Some(name), flags) }.map(Into::into)
 }
 
 /// The default search of Windows includes the current directory; this one does not.
 #[cfg(windows)]
-fn open_library(name: &Path) -> Result<Library, libloading::Error> {
+fn open_library(name: &Path, _in_process: bool) -> Result<Library, libloading::Error> {
     use libloading::os::windows::{
         LOAD_LIBRARY_SEARCH_DEFAULT_DIRS, LOAD_LIBRARY_SEARCH_DLL_LOAD_DIR, Library as Native,
     };
@@ -276,7 +280,7 @@ fn loaded_in_process() -> Vec<PathBuf> {
             let name = unsafe { CStr::from_ptr(info.dlpi_name) };
             let path = Path::new(OsStr::from_bytes(name.to_bytes()));
             let file = path.file_name().map(OsStr::as_bytes).unwrap_or_default();
-            if file.starts_with(b"libcudart") && path.is_absolute() {
+            if file.starts_with(b"libcudart") {
                 found.push(path.to_path_buf());
             }
         }
