@@ -169,6 +169,17 @@ impl Context {
         // SAFETY: the primary context was retained and is never released.
         unsafe { raw::enter(self.handle) }
     }
+
+    /// Makes the context current where the thread has none: enough for calls whose arguments say which
+    /// device they are of.
+    #[inline]
+    pub(crate) fn enter_if_none(&self) -> Result<Option<raw::Entered>> {
+        fork::refuse_child()?;
+        match raw::any_context()? {
+            true => Ok(None),
+            false => self.enter().map(Some),
+        }
+    }
 }
 
 /// The context of a device, made by the first call that succeeds.

@@ -30,6 +30,7 @@ bitflags! {
 pub(crate) struct EventHandle {
     raw: sys::cudaEvent_t,
     flags: EventFlags,
+    context: &'static Context,
 }
 
 // SAFETY: the runtime's events may be used from any thread, by several at once.
@@ -38,10 +39,10 @@ unsafe impl Send for EventHandle {}
 unsafe impl Sync for EventHandle {}
 
 impl EventHandle {
-    pub(crate) fn new(context: &Context, flags: EventFlags) -> Result<EventHandle> {
+    pub(crate) fn new(context: &'static Context, flags: EventFlags) -> Result<EventHandle> {
         let _current = context.enter()?;
         let raw = raw::event_create(flags.bits())?;
-        Ok(EventHandle { raw, flags })
+        Ok(EventHandle { raw, flags, context })
     }
 
     pub(crate) fn raw(&self) -> sys::cudaEvent_t {
@@ -53,15 +54,22 @@ impl EventHandle {
     }
 
     pub(crate) fn is_complete(&self) -> Result<bool> {
-        fork::refuse_child()?;
+        let _current = self.context.enter_if_none()?;
         // SAFETY: the event is destroyed with the value, not before.
         unsafe { raw::event_query(self.raw) }
     }
 
     pub(crate) fn synchronize(&self) -> Result<()> {
-        fork::refuse_child()?;
+        let _current = self.context.enter_if_none()?;
         // SAFETY: as above.
         unsafe { raw::event_synchronize(self.raw) }
+    }
+
+    /// Milliseconds since `earlier`, an event of the same device.
+    fn since(&self, earlier: &EventHandle) -> Result<f32> {
+        let _current = self.context.enter_if_none()?;
+        // SAFETY: both are live, and of one device.
+        unsafe { raw::event_elapsed(earlier.raw, self.raw) }
     }
 }
 
@@ -70,6 +78,8 @@ impl Drop for EventHandle {
         if fork::forked() {
             return;
         }
+        // The handle says enough, should the context not be had.
+        let _current = self.context.enter_if_none();
         // SAFETY: the value owns the event, and this is its end. An event may be destroyed before it
         // has finished (CUDA Runtime API, `cudaEventDestroy`).
         let destroyed = unsafe { raw::event_destroy(self.raw) };
@@ -100,16 +110,16 @@ enum Kind {
 
 impl Event {
     pub(crate) fn record(stream: &Stream) -> Result<Event> {
-        let Some(context) = stream.context() else {
+        let Some(entered) = stream.enter()? else {
             return Ok(Event(Kind::Cpu(Instant::now())));
         };
-        stream.refuse_capture()?;
+        entered.refuse_capture()?;
         let flags = match stream.wait_policy() {
             WaitPolicy::Spin => EventFlags::empty(),
             WaitPolicy::Block => EventFlags::BLOCKING_SYNC,
         };
-        let handle = EventHandle::new(context, flags)?;
-        let ticket = stream.tickets().submit(|| Ok(()), || stream.record_into(&handle))?;
+        let handle = EventHandle::new(entered.context(), flags)?;
+        let ticket = stream.tickets().submit(|| Ok(()), || entered.record(&handle))?;
         let stream = stream.clone();
         Ok(Event(Kind::Cuda { handle, stream, ticket }))
     }
@@ -178,9 +188,7 @@ impl Event {
             {
                 earlier.synchronize()?;
                 self.synchronize()?;
-                // SAFETY: both are live, and of one device.
-                let milliseconds = unsafe { raw::event_elapsed(from.raw, to.raw) }?;
-                Duration::try_from_secs_f64(f64::from(milliseconds) / 1e3)
+                Duration::try_from_secs_f64(f64::from(to.since(from)?) / 1e3)
                     .map_err(|_| Error::EventOrder)
             }
             _ => Err(Error::DeviceMismatch { expected: self.device(), actual: earlier.device() }),

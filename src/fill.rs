@@ -9,7 +9,7 @@ use std::ffi::c_void;
 
 use crate::error::{Error, Result};
 use crate::raw;
-use crate::stream::Stream;
+use crate::stream::EnteredStream;
 use crate::sys;
 
 /// Made by `build.rs` from `kernels/fill.cu`, or committed.
@@ -74,50 +74,48 @@ struct Pattern([u8; PATTERN_BYTES]);
 ///
 /// # Safety
 ///
-/// The range is device memory of `stream`'s device that nothing else touches until the fill has finished in
+/// The range is device memory of the stream's device that nothing else touches until the fill has finished in
 /// stream order; `element` is not empty, and `bytes` is a multiple of its length.
 pub(crate) unsafe fn enqueue(
     to: *mut u8,
     bytes: usize,
     element: &[u8],
-    stream: &Stream,
+    entered: &EnteredStream<'_>,
 ) -> Result<()> {
     if bytes == 0 {
         return Ok(());
     }
+    let raw = entered.raw();
     match repeating(element, to.addr()) {
         Some(Unit::One(value)) => {
             // SAFETY: the caller vouches for the range.
-            stream.enqueue(|raw| unsafe { raw::memset_d8(to, value, bytes, raw) })
+            unsafe { raw::memset_d8(to, value, bytes, raw) }
         }
         Some(Unit::Two(value)) => {
             // SAFETY: the caller vouches for the range, and 2 divides its address and length.
-            stream.enqueue(|raw| unsafe { raw::memset_d16(to, value, bytes / 2, raw) })
+            unsafe { raw::memset_d16(to, value, bytes / 2, raw) }
         }
         Some(Unit::Four(value)) => {
             // SAFETY: the caller vouches for the range, and 4 divides its address and length.
-            stream.enqueue(|raw| unsafe { raw::memset_d32(to, value, bytes / 4, raw) })
+            unsafe { raw::memset_d32(to, value, bytes / 4, raw) }
         }
         None => {
-            let Some(context) = stream.context() else {
-                return Ok(());
-            };
-            let _current = context.enter()?;
-            let kernels = &context.kernels;
+            // A launch wants the kernel's own context, not just any.
+            let _current = entered.context().enter()?;
+            let kernels = &entered.context().kernels;
             let period = element.len() / gcd(element.len(), 16) * 16;
             if period <= PATTERN_BYTES {
                 // SAFETY: the caller vouches for the range, and the context is current.
-                return unsafe { launch_fill(kernels, to, bytes, element, period, stream) };
+                return unsafe { launch_fill(kernels, to, bytes, element, period, raw) };
             }
-            for (piece, bytes) in element.chunks(PATTERN_BYTES).enumerate() {
-                // SAFETY: a piece of the first element, which lies in the range.
-                let to = unsafe { to.add(piece * PATTERN_BYTES) };
-                let period = bytes.len().next_multiple_of(16);
-                // SAFETY: as above, and the context is current.
-                unsafe { launch_fill(kernels, to, bytes.len(), bytes, period, stream) }?;
+            for (at, piece) in element.chunks(PATTERN_BYTES).enumerate() {
+                let to = to.wrapping_add(at * PATTERN_BYTES);
+                let period = piece.len().next_multiple_of(16);
+                // SAFETY: a piece of the first element, which lies in the range; the context is current.
+                unsafe { launch_fill(kernels, to, piece.len(), piece, period, raw) }?;
             }
             // SAFETY: the caller vouches for the range, and the context is current.
-            unsafe { launch_repeat(kernels, to, bytes, element.len(), stream) }
+            unsafe { launch_repeat(kernels, to, bytes, element.len(), raw) }
         }
     }
 }
@@ -160,7 +158,7 @@ unsafe fn launch_fill(
     bytes: usize,
     element: &[u8],
     period: usize,
-    stream: &Stream,
+    stream: sys::cudaStream_t,
 ) -> Result<()> {
     // The kernel's pattern begins at the first multiple of 16 in the range; what lies before it is
     // the end of the period.
@@ -184,11 +182,9 @@ unsafe fn launch_fill(
         (&raw mut vectors).cast(),
         (&raw mut pattern).cast(),
     ];
-    stream.enqueue(|raw| {
-        // SAFETY: the parameters are those of `cgb_fill`, which writes `bytes` bytes at `to`; the caller
-        // vouches for them and for the context.
-        unsafe { raw::launch(kernels.fill, blocks, THREADS as u32, &mut parameters, raw) }
-    })
+    // SAFETY: the parameters are those of `cgb_fill`, which writes `bytes` bytes at `to`; the caller
+    // vouches for them and for the context.
+    unsafe { raw::launch(kernels.fill, blocks, THREADS as u32, &mut parameters, stream) }
 }
 
 /// Repeats the first `element` bytes through the range.
@@ -201,7 +197,7 @@ unsafe fn launch_repeat(
     mut to: *mut u8,
     bytes: usize,
     element: usize,
-    stream: &Stream,
+    stream: sys::cudaStream_t,
 ) -> Result<()> {
     let wide = element.is_multiple_of(16) && to.addr().is_multiple_of(16);
     let (kernel, width) = if wide { (kernels.repeat16, 16) } else { (kernels.repeat1, 1) };
@@ -211,43 +207,45 @@ unsafe fn launch_repeat(
         [(&raw mut to).cast(), (&raw mut units).cast(), (&raw mut period).cast()];
     // The kernel strides over the range with however many blocks there are.
     let blocks = (units.div_ceil(THREADS as u64)).clamp(1, 4096) as u32;
-    stream.enqueue(|raw| {
-        // SAFETY: the parameters are those of `cgb_repeat1` and `cgb_repeat16`, which read the first
-        // element and write behind it; the caller vouches for the range and for the context.
-        unsafe { raw::launch(kernel, blocks, THREADS as u32, &mut parameters, raw) }
-    })
+    // SAFETY: the parameters are those of `cgb_repeat1` and `cgb_repeat16`, which read the first element and
+    // write behind it; the caller vouches for the range and for the context.
+    unsafe { raw::launch(kernel, blocks, THREADS as u32, &mut parameters, stream) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{Context, Device, context};
+    use crate::device::Device;
+    use crate::stream::Stream;
 
     const ROOM: usize = 64 << 10;
 
-    /// A CUDA device's context; where there is none, says what is left out.
-    fn cuda(test: &str) -> Option<(&'static Context, Stream)> {
+    /// A stream of a CUDA device; where there is none, says what is left out.
+    fn cuda(test: &str) -> Option<Stream> {
         use std::io::Write;
         let Device::Cuda(ordinal) = Device::auto() else {
             let line = format!("{test}: left out, no CUDA device\n");
             let _ = std::io::stderr().write_all(line.as_bytes());
             return None;
         };
-        Some((context(ordinal).unwrap(), Stream::new(Device::Cuda(ordinal)).unwrap()))
+        Some(Stream::new(Device::Cuda(ordinal)).unwrap())
     }
 
     /// Runs `fill` on device memory of `0xee`, and gives back what is there then.
-    fn after(stream: &Stream, fill: impl FnOnce(*mut u8) -> Result<()>) -> Vec<u8> {
+    fn after(
+        stream: &Stream,
+        fill: impl FnOnce(*mut u8, &EnteredStream<'_>) -> Result<()>,
+    ) -> Vec<u8> {
+        let entered = stream.enter().unwrap().unwrap();
+        let _current = entered.context().enter().unwrap();
         let base = raw::malloc(ROOM).unwrap();
         let mut host = vec![0; ROOM];
         // SAFETY: within the allocation, which only this stream uses.
-        let clear = |raw| unsafe { raw::memset_d8(base, 0xee, ROOM, raw) };
-        stream.enqueue(clear).unwrap();
-        fill(base).unwrap();
+        unsafe { raw::memset_d8(base, 0xee, ROOM, entered.raw()) }.unwrap();
+        fill(base, &entered).unwrap();
         let (to, kind) = (host.as_mut_ptr(), sys::cudaMemcpyKind::cudaMemcpyDeviceToHost);
         // SAFETY: as many bytes on both sides, and nothing looks before the stream is done.
-        let back = |raw| unsafe { raw::memcpy_async(to, base, ROOM, kind, raw) };
-        stream.enqueue(back).unwrap();
+        unsafe { raw::memcpy_async(to, base, ROOM, kind, entered.raw()) }.unwrap();
         stream.synchronize().unwrap();
         // SAFETY: allocated above, and nothing is in flight.
         unsafe { raw::free(base) }.unwrap();
@@ -260,16 +258,15 @@ mod tests {
 
     #[test]
     fn a_fill_begins_and_ends_anywhere() {
-        let Some((context, stream)) = cuda("a_fill_begins_and_ends_anywhere") else { return };
-        let _current = context.enter().unwrap();
+        let Some(stream) = cuda("a_fill_begins_and_ends_anywhere") else { return };
         for size in [1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 48, 100, 3584, 3585, 4000, 4096] {
             let element = element(size);
             for offset in [0, 1, 2, 3, 4, 7, 8, 12, 15] {
                 for count in [1, 2, 3, 15, 16, 17, 40_000 / size] {
                     let bytes = size * count.min((ROOM - 64) / size);
-                    let seen = after(&stream, |base| {
+                    let seen = after(&stream, |base, entered| {
                         // SAFETY: within the allocation, which only this stream uses.
-                        unsafe { enqueue(base.wrapping_add(16 + offset), bytes, &element, &stream) }
+                        unsafe { enqueue(base.wrapping_add(16 + offset), bytes, &element, entered) }
                     });
                     let (before, rest) = seen.split_at(16 + offset);
                     let (filled, behind) = rest.split_at(bytes);
@@ -284,15 +281,16 @@ mod tests {
     #[test]
     fn the_image_and_the_ptx_that_stands_in_for_it_both_load_and_fill() {
         let test = "the_image_and_the_ptx_that_stands_in_for_it_both_load_and_fill";
-        let Some((context, stream)) = cuda(test) else { return };
-        let _current = context.enter().unwrap();
+        let Some(stream) = cuda(test) else { return };
+        let entered = stream.enter().unwrap().unwrap();
+        let _current = entered.context().enter().unwrap();
         let element = element(12);
         for image in [&IMAGE.0, PTX.as_bytes()] {
             // SAFETY: a whole fat binary, and PTX that ends with a NUL.
             let kernels = unsafe { Kernels::of(image) }.unwrap();
-            let seen = after(&stream, |base| {
+            let seen = after(&stream, |base, entered| {
                 // SAFETY: within the allocation, which only this stream uses.
-                unsafe { launch_fill(&kernels, base, 48_000, &element, 48, &stream) }
+                unsafe { launch_fill(&kernels, base, 48_000, &element, 48, entered.raw()) }
             });
             assert!(seen[..48_000].chunks(12).all(|seen| seen == element));
         }

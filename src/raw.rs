@@ -87,6 +87,7 @@ struct Driver {
     device_get: unsafe extern "C" fn(*mut sys::CUdevice_v1, c_int) -> sys::CUresult,
     primary_retain: unsafe extern "C" fn(*mut sys::CUcontext, sys::CUdevice_v1) -> sys::CUresult,
     primary_release: unsafe extern "C" fn(sys::CUdevice_v1) -> sys::CUresult,
+    current: unsafe extern "C" fn(*mut sys::CUcontext) -> sys::CUresult,
     push: unsafe extern "C" fn(sys::CUcontext) -> sys::CUresult,
     pop: unsafe extern "C" fn(*mut sys::CUcontext) -> sys::CUresult,
     module_load: unsafe extern "C" fn(*mut sys::CUmodule, *const c_void) -> sys::CUresult,
@@ -131,6 +132,7 @@ fn driver() -> Result<&'static Driver> {
         entry(c"cuDevicePrimaryCtxRetain", 7000)?;
     let primary_release: sys::PFN_cuDevicePrimaryCtxRelease_v11000 =
         entry(c"cuDevicePrimaryCtxRelease", 11000)?;
+    let current: sys::PFN_cuCtxGetCurrent_v4000 = entry(c"cuCtxGetCurrent", 4000)?;
     let push: sys::PFN_cuCtxPushCurrent_v4000 = entry(c"cuCtxPushCurrent", 4000)?;
     let pop: sys::PFN_cuCtxPopCurrent_v4000 = entry(c"cuCtxPopCurrent", 4000)?;
     let module_load: sys::PFN_cuModuleLoadData_v2000 = entry(c"cuModuleLoadData", 2000)?;
@@ -144,6 +146,7 @@ fn driver() -> Result<&'static Driver> {
             device_get: device_get?,
             primary_retain: primary_retain?,
             primary_release: primary_release?,
+            current: current?,
             push: push?,
             pop: pop?,
             module_load: module_load?,
@@ -223,6 +226,17 @@ pub(crate) fn release_primary(ordinal: u32) -> Result<()> {
     check_driver(status, "cuDeviceGet")?;
     // SAFETY: the caller retained this device's primary context, and uses it no more.
     check_driver(unsafe { (driver.primary_release)(device) }, "cuDevicePrimaryCtxRelease")
+}
+
+/// Whether any context is current in this thread. Where none is, most calls of the runtime make one: that of
+/// device 0, whatever device their arguments belong to.
+#[inline]
+pub(crate) fn any_context() -> Result<bool> {
+    let mut context = ptr::null_mut();
+    let current = driver()?.current;
+    // SAFETY: `context` is a valid place.
+    check_driver(unsafe { current(&mut context) }, "cuCtxGetCurrent")?;
+    Ok(!context.is_null())
 }
 
 /// A context is this thread's current one while this lives; the one before comes back after.

@@ -7,25 +7,29 @@
 
 use crate::error::Result;
 use crate::event::EventHandle;
-use crate::stream::Stream;
+use crate::stream::{EnteredStream, Stream};
 use crate::ticket::Stamp;
 
 pub(crate) struct Record {
-    // `None` while idle.
+    stands: bool,
+    // The stream of the last use and the event that answers for it, kept for the next one. Both are there
+    // where the record stands.
     stream: Option<Stream>,
-    stamp: Stamp,
-    // Made with the first use and kept; `Some` wherever `stream` is.
     event: Option<EventHandle>,
+    stamp: Stamp,
 }
 
 impl Record {
     pub(crate) fn idle() -> Record {
-        Record { stream: None, stamp: Stamp::lazy(), event: None }
+        Record { stands: false, stream: None, event: None, stamp: Stamp::lazy() }
     }
 
     /// The work that stands, unless it is known to have finished. Asks nobody.
     #[inline]
     fn standing(&self) -> Option<(&Stream, &EventHandle)> {
+        if !self.stands {
+            return None;
+        }
         let (stream, event) = self.stream.as_ref().zip(self.event.as_ref())?;
         match self.stamp.ticket() {
             Some(ticket) if stream.tickets().is_complete(ticket) => None,
@@ -36,8 +40,11 @@ impl Record {
     /// Makes sure that an event stands behind the work, and gives its ticket.
     fn ticket(&self, stream: &Stream, event: &EventHandle) -> Result<u64> {
         self.stamp.resolve(stream.tickets(), || {
-            stream.refuse_capture()?;
-            stream.record_into(event)
+            let Some(entered) = stream.enter()? else {
+                return Ok(());
+            };
+            entered.refuse_capture()?;
+            entered.record(event)
         })
     }
 
@@ -71,29 +78,28 @@ impl Record {
         Ok(())
     }
 
-    /// Makes what is sent to `stream` from now on wait for the work.
+    /// Makes what is sent to the stream from now on wait for the work.
     #[inline]
-    pub(crate) fn order_before(&self, stream: &Stream) -> Result<()> {
+    pub(crate) fn order_before(&self, entered: &EnteredStream<'_>) -> Result<()> {
         match self.standing() {
-            Some((other, event)) if !other.is(stream) => {
+            Some((other, event)) if !other.is(entered.stream()) => {
                 self.ticket(other, event)?;
-                stream.wait_for(event)
+                entered.wait(event)
             }
             _ => Ok(()),
         }
     }
 
-    /// The record stands, lazily, for all that is sent to `stream` from now on, and no longer for what
+    /// The record stands, lazily, for all that is sent to the stream from now on, and no longer for what
     /// it stood for: order that before first.
-    pub(crate) fn stand_for(&mut self, stream: &Stream) -> Result<()> {
+    pub(crate) fn stand_for(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
+        let stream = entered.stream();
         let flags = stream.event_flags();
         // Before anything changes, since this may fail.
         if self.event.as_ref().is_none_or(|event| event.flags() != flags) {
-            let context = stream.context().expect("only CUDA streams are recorded");
-            self.event = Some(EventHandle::new(context, flags)?);
-            // The new event answers for nothing yet.
-            self.stamp.set_lazy();
+            self.event = Some(EventHandle::new(entered.context(), flags)?);
         }
+        self.stands = true;
         self.stamp.set_lazy();
         if self.stream.as_ref().is_none_or(|known| !known.is(stream)) {
             // Dropped last: with the last handle of a borrowed stream goes its owner, which may panic.
@@ -102,17 +108,17 @@ impl Record {
         Ok(())
     }
 
-    /// Enqueues a transfer on `stream` that the record then stands for. Whatever this answers after the
+    /// Enqueues a transfer on the stream that the record then stands for. Whatever this answers after the
     /// transfer was tried, it is treated as in flight.
     #[inline]
     pub(crate) fn submit(
         &mut self,
-        stream: &Stream,
+        entered: &EnteredStream<'_>,
         enqueue: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        self.stand_for(stream)?;
+        self.stand_for(entered)?;
         let event = self.event.as_ref().expect("made by `stand_for`");
-        let ticket = stream.tickets().submit(enqueue, || stream.record_into(event))?;
+        let ticket = entered.stream().tickets().submit(enqueue, || entered.record(event))?;
         self.stamp.set(ticket);
         Ok(())
     }
@@ -120,6 +126,6 @@ impl Record {
     /// The record stands for nothing: another one, enqueued after it, answers for its work.
     #[inline]
     pub(crate) fn cover(&mut self) {
-        self.stream = None;
+        self.stands = false;
     }
 }

@@ -28,7 +28,7 @@ use crate::fork;
 use crate::host::HostMemory;
 use crate::raw;
 use crate::record::Record;
-use crate::stream::Stream;
+use crate::stream::{EnteredStream, Stream};
 use crate::sys::cudaMemcpyKind;
 
 pub(crate) struct Storage {
@@ -148,19 +148,20 @@ impl Storage {
 
     /// Copies a range of the host half to the same range of the device half.
     pub(crate) fn copy_to_gpu(&mut self, range: Range<usize>, stream: &Stream) -> Result<()> {
-        self.admit(stream)?;
+        let entered = self.admit(stream)?;
         if range.is_empty() {
             return Ok(());
         }
-        self.order(stream)?;
-        if range.len() < self.bytes {
-            self.zero_if_fresh(stream)?;
+        if let Some(entered) = &entered {
+            self.order(entered)?;
+            if range.len() < self.bytes {
+                self.zero_if_fresh(entered)?;
+            }
         }
         let to = self.gpu_at(range.start);
         // SAFETY: the range lies in both halves.
-        unsafe { self.upload_to(range, to, stream) }?;
+        unsafe { self.upload_to(range, to, entered.as_ref()) }?;
         self.fresh = false;
-        self.device_use.cover();
         Ok(())
     }
 
@@ -175,30 +176,30 @@ impl Storage {
         to: *mut u8,
         stream: &Stream,
     ) -> Result<()> {
-        self.admit(stream)?;
+        let entered = self.admit(stream)?;
         if range.is_empty() {
             return Ok(());
         }
-        self.order(stream)?;
+        if let Some(entered) = &entered {
+            self.order(entered)?;
+        }
         // SAFETY: the caller vouches for `to`.
-        unsafe { self.upload_to(range, to, stream) }?;
-        self.device_use.cover();
-        Ok(())
+        unsafe { self.upload_to(range, to, entered.as_ref()) }
     }
 
     /// Copies a range of the device half to the same range of the host half.
     pub(crate) fn copy_to_cpu(&mut self, range: Range<usize>, stream: &Stream) -> Result<()> {
-        self.admit(stream)?;
+        let entered = self.admit(stream)?;
         if range.is_empty() {
             return Ok(());
         }
-        self.order(stream)?;
-        self.zero_if_fresh(stream)?;
+        if let Some(entered) = &entered {
+            self.order(entered)?;
+            self.zero_if_fresh(entered)?;
+        }
         let from = self.gpu_at(range.start);
         // SAFETY: the range lies in both halves.
-        unsafe { self.download_from(range, from, stream) }?;
-        self.device_use.cover();
-        Ok(())
+        unsafe { self.download_from(range, from, entered.as_ref()) }
     }
 
     /// Copies device memory of somebody else's to a range of the host half.
@@ -212,74 +213,78 @@ impl Storage {
         from: *const u8,
         stream: &Stream,
     ) -> Result<()> {
-        self.admit(stream)?;
+        let entered = self.admit(stream)?;
         if range.is_empty() {
             return Ok(());
         }
-        self.order(stream)?;
+        if let Some(entered) = &entered {
+            self.order(entered)?;
+        }
         // SAFETY: the caller vouches for `from`.
-        unsafe { self.download_from(range, from, stream) }?;
-        self.device_use.cover();
-        Ok(())
+        unsafe { self.download_from(range, from, entered.as_ref()) }
     }
 
     /// Fills the used part of a CUDA device half with `element`, whose length divides it.
     pub(crate) fn fill_gpu(&mut self, element: &[u8], stream: &Stream) -> Result<()> {
-        self.admit(stream)?;
-        if self.bytes == 0 {
+        let Some(entered) = &self.admit(stream)? else {
             return Ok(());
-        }
-        self.order(stream)?;
-        self.device_use.stand_for(stream)?;
+        };
+        self.order(entered)?;
+        self.device_use.stand_for(entered)?;
         // SAFETY: the device half is this value's, and `device_use` and `order` keep others from it.
-        unsafe { fill::enqueue(self.gpu.as_ptr(), self.bytes, element, stream) }?;
+        unsafe { fill::enqueue(self.gpu.as_ptr(), self.bytes, element, entered) }?;
         self.fresh = false;
         Ok(())
     }
 
     /// Orders `stream` after everything, and remembers that it may use the device half from now on.
     pub(crate) fn use_on(&mut self, stream: &Stream) -> Result<()> {
-        self.admit(stream)?;
-        if self.bytes == 0 || self.device == Device::Cpu {
+        let Some(entered) = &self.admit(stream)? else {
             return Ok(());
-        }
-        self.order(stream)?;
-        self.zero_if_fresh(stream)?;
-        self.device_use.stand_for(stream)
+        };
+        self.order(entered)?;
+        self.zero_if_fresh(entered)?;
+        self.device_use.stand_for(entered)
     }
 
-    /// Whether `stream` can be given work of this storage at all.
-    pub(crate) fn admit(&self, stream: &Stream) -> Result<()> {
+    /// Checks that `stream` can be given work of this storage, and enters it. `None` where CUDA has
+    /// nothing to do with it: on the CPU, and where there are no bytes.
+    #[inline]
+    pub(crate) fn admit<'s>(&self, stream: &'s Stream) -> Result<Option<EnteredStream<'s>>> {
         if stream.device() != self.device {
             return Err(Error::DeviceMismatch { expected: self.device, actual: stream.device() });
         }
-        // Where there are no bytes there is nothing to refuse, and CUDA is not called.
-        match self.bytes {
-            0 => Ok(()),
-            _ => stream.refuse_capture(),
+        if self.bytes == 0 {
+            return Ok(None);
         }
+        let entered = stream.enter()?;
+        if let Some(entered) = &entered {
+            entered.refuse_capture()?;
+        }
+        Ok(entered)
     }
 
-    /// Makes what is sent to `stream` from now on wait for what stands on other streams.
+    /// Makes what is sent to the stream from now on wait for what stands on other streams.
     #[inline]
-    fn order(&self, stream: &Stream) -> Result<()> {
-        self.upload.order_before(stream)?;
-        self.download.order_before(stream)?;
-        self.device_use.order_before(stream)
+    fn order(&self, entered: &EnteredStream<'_>) -> Result<()> {
+        self.upload.order_before(entered)?;
+        self.download.order_before(entered)?;
+        self.device_use.order_before(entered)
     }
 
-    fn zero_if_fresh(&mut self, stream: &Stream) -> Result<()> {
+    fn zero_if_fresh(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         if !self.fresh {
             return Ok(());
         }
-        self.device_use.stand_for(stream)?;
-        let (to, bytes) = (self.gpu.as_ptr(), self.bytes);
+        self.device_use.stand_for(entered)?;
         // SAFETY: the device half is this value's, and `device_use` and `order` keep others from it.
-        stream.enqueue(|raw| unsafe { raw::memset_d8(to, 0, bytes, raw) })?;
+        unsafe { raw::memset_d8(self.gpu.as_ptr(), 0, self.bytes, entered.raw()) }?;
         self.fresh = false;
         Ok(())
     }
 
+    /// Copies on the stream, which was ordered after everything; at once, where there is none.
+    ///
     /// # Safety
     ///
     /// The range lies in the host half, and `to` has room for it, which nothing else touches until the
@@ -289,22 +294,26 @@ impl Storage {
         &mut self,
         range: Range<usize>,
         to: *mut u8,
-        stream: &Stream,
+        entered: Option<&EnteredStream<'_>>,
     ) -> Result<()> {
         let from = self.host_at(range.start);
-        if self.device == Device::Cpu {
+        let Some(entered) = entered else {
             // SAFETY: the caller vouches for both ranges; on the CPU nothing is in flight.
             unsafe { ptr::copy(from, to, range.len()) };
             return Ok(());
-        }
+        };
         let kind = cudaMemcpyKind::cudaMemcpyHostToDevice;
-        self.upload.submit(stream, || {
+        self.upload.submit(entered, || {
             // SAFETY: the caller vouches for the ranges. `upload` keeps the host half from being
             // written and both halves from being released until the copy has finished.
-            stream.enqueue(|raw| unsafe { raw::memcpy_async(to, from, range.len(), kind, raw) })
-        })
+            unsafe { raw::memcpy_async(to, from, range.len(), kind, entered.raw()) }
+        })?;
+        self.device_use.cover();
+        Ok(())
     }
 
+    /// Copies on the stream, which was ordered after everything; at once, where there is none.
+    ///
     /// # Safety
     ///
     /// The range lies in the host half, and `from` has as many bytes, which nothing writes until the
@@ -314,20 +323,22 @@ impl Storage {
         &mut self,
         range: Range<usize>,
         from: *const u8,
-        stream: &Stream,
+        entered: Option<&EnteredStream<'_>>,
     ) -> Result<()> {
         let to = self.host_at(range.start);
-        if self.device == Device::Cpu {
+        let Some(entered) = entered else {
             // SAFETY: as in `upload_to`.
             unsafe { ptr::copy(from, to, range.len()) };
             return Ok(());
-        }
+        };
         let kind = cudaMemcpyKind::cudaMemcpyDeviceToHost;
-        self.download.submit(stream, || {
+        self.download.submit(entered, || {
             // SAFETY: the caller vouches for the ranges. `download` keeps the host half from being read or
             // written and both halves from being released until the copy has finished.
-            stream.enqueue(|raw| unsafe { raw::memcpy_async(to, from, range.len(), kind, raw) })
-        })
+            unsafe { raw::memcpy_async(to, from, range.len(), kind, entered.raw()) }
+        })?;
+        self.device_use.cover();
+        Ok(())
     }
 
     #[inline]

@@ -110,22 +110,13 @@ unsafe impl Sync for CudaStream {}
 const LEGACY: usize = 1;
 const PER_THREAD: usize = 2;
 
-impl CudaStream {
-    /// The legacy stream is that of the current context; any other knows its own.
-    #[inline]
-    fn current_if_legacy(&self) -> Result<Option<raw::Entered>> {
-        match self.raw.addr() {
-            0 | LEGACY => self.context.enter().map(Some),
-            _ => Ok(None),
-        }
-    }
-}
-
 impl Drop for CudaStream {
     fn drop(&mut self) {
         if fork::forked() || !matches!(self.ownership, Ownership::Owned) {
             return;
         }
+        // The handle says enough, should the context not be had.
+        let _current = self.context.enter_if_none();
         // SAFETY: the last handle is gone. Destroying a stream does not wait for its work, and lets the
         // work finish (CUDA Runtime API, `cudaStreamDestroy`).
         let destroyed = unsafe { raw::stream_destroy(self.raw) };
@@ -222,18 +213,17 @@ impl Stream {
     ///
     /// [`Error::StreamCapturing`], or an error of the driver's, which may be that of earlier work.
     pub fn synchronize(&self) -> Result<()> {
-        let Some(cuda) = &self.0.cuda else {
-            return Ok(());
-        };
-        if self.0.wait == WaitPolicy::Block {
+        if self.0.cuda.is_some() && self.0.wait == WaitPolicy::Block {
             return self.record()?.synchronize();
         }
-        self.refuse_capture()?;
-        let _current = cuda.current_if_legacy()?;
+        let Some(entered) = self.enter()? else {
+            return Ok(());
+        };
+        entered.refuse_capture()?;
         // Before the call: what is submitted while it waits, it does not wait for.
         let submitted = self.tickets().submitted();
-        // SAFETY: the handle keeps the stream, and the legacy stream's context is current.
-        unsafe { raw::stream_synchronize(cuda.raw) }?;
+        // SAFETY: the handle keeps the stream, and it is entered.
+        unsafe { raw::stream_synchronize(entered.raw) }?;
         self.tickets().complete(submitted);
         Ok(())
     }
@@ -244,14 +234,13 @@ impl Stream {
     ///
     /// As for [`synchronize`](Self::synchronize).
     pub fn is_idle(&self) -> Result<bool> {
-        let Some(cuda) = &self.0.cuda else {
+        let Some(entered) = self.enter()? else {
             return Ok(true);
         };
-        self.refuse_capture()?;
-        let _current = cuda.current_if_legacy()?;
+        entered.refuse_capture()?;
         let submitted = self.tickets().submitted();
         // SAFETY: as in `synchronize`.
-        let idle = unsafe { raw::stream_query(cuda.raw) }?;
+        let idle = unsafe { raw::stream_query(entered.raw) }?;
         if idle {
             self.tickets().complete(submitted);
         }
@@ -274,18 +263,16 @@ impl Stream {
     ///
     /// [`Error::StreamCapturing`], or an error of the driver's.
     pub fn wait(&self, event: &Event) -> Result<()> {
-        match event.handle() {
-            None => Ok(()),
-            Some(_) if self.0.cuda.is_none() => event.synchronize(),
-            Some(handle) => {
-                self.refuse_capture()?;
-                self.wait_for(handle)
+        let Some(handle) = event.handle() else {
+            return Ok(());
+        };
+        match self.enter()? {
+            None => event.synchronize(),
+            Some(entered) => {
+                entered.refuse_capture()?;
+                entered.wait(handle)
             }
         }
-    }
-
-    pub(crate) fn context(&self) -> Option<&'static Context> {
-        self.0.cuda.as_ref().map(|cuda| cuda.context)
     }
 
     #[inline]
@@ -311,52 +298,60 @@ impl Stream {
         }
     }
 
+    /// Makes calls on the stream possible in this thread; `None` on the CPU.
+    #[inline]
+    pub(crate) fn enter(&self) -> Result<Option<EnteredStream<'_>>> {
+        let Some(CudaStream { raw, context, .. }) = &self.0.cuda else {
+            return Ok(None);
+        };
+        let current = match raw.addr() {
+            // The legacy stream is that of the current context; any other knows its own.
+            0 | LEGACY => Some(context.enter()?),
+            _ => context.enter_if_none()?,
+        };
+        Ok(Some(EnteredStream { stream: self, raw: *raw, context, _current: current }))
+    }
+}
+
+/// A CUDA stream in a thread whose current context is one that calls on the stream can be made with.
+pub(crate) struct EnteredStream<'a> {
+    stream: &'a Stream,
+    raw: sys::cudaStream_t,
+    context: &'static Context,
+    _current: Option<raw::Entered>,
+}
+
+impl<'a> EnteredStream<'a> {
+    pub(crate) fn stream(&self) -> &'a Stream {
+        self.stream
+    }
+
+    pub(crate) fn context(&self) -> &'static Context {
+        self.context
+    }
+
+    pub(crate) fn raw(&self) -> sys::cudaStream_t {
+        self.raw
+    }
+
     /// An error where what is sent to the stream would go into a graph instead of running.
     #[inline]
     pub(crate) fn refuse_capture(&self) -> Result<()> {
-        let Some(cuda) = &self.0.cuda else {
-            return Ok(());
-        };
-        fork::refuse_child()?;
-        let _current = cuda.current_if_legacy()?;
-        // SAFETY: the handle keeps the stream, and the legacy stream's context is current.
-        unsafe { raw::refuse_capture(cuda.raw) }
+        // SAFETY: the handle keeps the stream, and it is entered.
+        unsafe { raw::refuse_capture(self.raw) }
     }
 
     /// Records `event`, which is of this stream's device, behind what was sent so far.
     #[inline]
-    pub(crate) fn record_into(&self, event: &EventHandle) -> Result<()> {
-        let Some(cuda) = &self.0.cuda else {
-            return Ok(());
-        };
-        let _current = cuda.current_if_legacy()?;
-        // SAFETY: the handles keep both, they are of one device, and the legacy stream's context is current.
-        unsafe { raw::event_record(event.raw(), cuda.raw) }
+    pub(crate) fn record(&self, event: &EventHandle) -> Result<()> {
+        // SAFETY: the handles keep both, they are of one device, and the stream is entered.
+        unsafe { raw::event_record(event.raw(), self.raw) }
     }
 
     /// Makes what is sent from now on wait for `event`.
-    pub(crate) fn wait_for(&self, event: &EventHandle) -> Result<()> {
-        let Some(cuda) = &self.0.cuda else {
-            return Ok(());
-        };
-        let _current = cuda.current_if_legacy()?;
-        // SAFETY: the handles keep both, and the legacy stream's context is current.
-        unsafe { raw::stream_wait(cuda.raw, event.raw()) }
-    }
-
-    /// Calls `enqueue` with the raw stream, the legacy stream's context being current.
-    ///
-    /// Not to be called on a stream of the CPU, where it does nothing.
-    #[inline]
-    pub(crate) fn enqueue(
-        &self,
-        enqueue: impl FnOnce(sys::cudaStream_t) -> Result<()>,
-    ) -> Result<()> {
-        let Some(cuda) = &self.0.cuda else {
-            return Ok(());
-        };
-        let _current = cuda.current_if_legacy()?;
-        enqueue(cuda.raw)
+    pub(crate) fn wait(&self, event: &EventHandle) -> Result<()> {
+        // SAFETY: the handles keep both, and the stream is entered.
+        unsafe { raw::stream_wait(self.raw, event.raw()) }
     }
 }
 

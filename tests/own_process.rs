@@ -158,6 +158,96 @@ fn after_a_sticky_error_every_call_returns_it_and_drop_neither_panics_nor_hangs(
     assert!(start.elapsed() < Duration::from_secs(20));
 }
 
+// ---- contexts and processes ----
+
+#[test]
+fn a_thread_that_never_chose_a_device_gets_no_context_on_another_one() {
+    let test = "a_thread_that_never_chose_a_device_gets_no_context_on_another_one";
+    if !is_own_process() {
+        return match Device::cuda_count() {
+            0 | 1 => common::left_out(test, "fewer than two CUDA devices"),
+            _ => succeeded(&in_own_process(test, &[])),
+        };
+    }
+    let far = Device::Cuda(1);
+    let stream = Stream::new(far).unwrap();
+    let other = Stream::new(far).unwrap();
+    let mut buffer = CpuGpuBuffer::<u16>::new(1000, far).unwrap();
+    std::thread::spawn(move || {
+        buffer.fill(7, &stream).unwrap();
+        buffer.copy_to_gpu(..9, &other).unwrap();
+        buffer.copy_to_cpu(.., &stream).unwrap();
+        buffer.try_cpu().unwrap();
+        assert_eq!(buffer.cpu().unwrap(), [7; 1000]);
+        buffer.gpu_on(&other).unwrap();
+        buffer.is_idle().unwrap();
+        buffer.resize(100_000).unwrap();
+        let event = other.record().unwrap();
+        stream.wait(&event).unwrap();
+        event.is_complete().unwrap();
+        event.synchronize().unwrap();
+        stream.is_idle().unwrap();
+        stream.synchronize().unwrap();
+        far.memory().unwrap();
+        drop((event, buffer, other, stream));
+        CpuGpuBuffer::<u8>::new(1usize << 46, far).unwrap_err();
+    })
+    .join()
+    .unwrap();
+    assert!(!common::has_context(0), "a context was made on device 0");
+    assert!(common::has_context(1));
+}
+
+#[test]
+#[cfg(unix)]
+fn a_forked_child_neither_uses_nor_frees_what_the_parent_made() {
+    let test = "a_forked_child_neither_uses_nor_frees_what_the_parent_made";
+    if !is_own_process() {
+        return succeeded(&in_own_process(test, &[]));
+    }
+    let device = Device::auto();
+    let stream = Stream::new(device).unwrap();
+    let mut buffer = CpuGpuBuffer::<u8>::new(3 << 20, device).unwrap();
+    buffer.fill(5, &stream).unwrap();
+    buffer.copy_to_gpu(.., &stream).unwrap();
+    let event = stream.record().unwrap();
+    // SAFETY: the child calls nothing that another thread of the parent could have left half done, but
+    // the allocator, which takes care of itself.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            assert_eq!(Device::auto(), Device::Cpu);
+            if device != Device::Cpu {
+                assert_eq!(buffer.cpu(), Err(Error::Forked));
+                assert_eq!(buffer.cpu_mut(), Err(Error::Forked));
+                assert_eq!(buffer.copy_to_gpu(.., &stream), Err(Error::Forked));
+                assert_eq!(buffer.synchronize(), Err(Error::Forked));
+                assert_eq!(buffer.resize(1), Err(Error::Forked));
+                assert_eq!(stream.synchronize(), Err(Error::Forked));
+                assert_eq!(event.synchronize(), Err(Error::Forked));
+                assert_eq!(device.memory(), Err(Error::Forked));
+                assert_eq!(Stream::new(device).map(drop), Err(Error::Forked));
+            }
+            drop((buffer, event, stream));
+            // The CPU has nothing to do with it.
+            let stream = Stream::new(Device::Cpu).unwrap();
+            let mut buffer = CpuGpuBuffer::<u8>::new(100, Device::Cpu).unwrap();
+            buffer.fill(1, &stream).unwrap();
+            buffer.copy_to_gpu(.., &stream).unwrap();
+            buffer.gpu_on(&stream).unwrap();
+        }));
+        // SAFETY: ends the child at once, without the parent's exit handlers.
+        unsafe { libc::_exit(outcome.is_err().into()) };
+    }
+    let mut status = -1;
+    // SAFETY: the child is ours, the place valid.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "the child failed");
+    buffer.fill_cpu(0).unwrap();
+    buffer.copy_to_cpu(.., &stream).unwrap();
+    assert!(buffer.cpu().unwrap().iter().all(|byte| *byte == 5));
+}
+
 // ---- memory ----
 
 /// Resident memory of this process, in bytes.

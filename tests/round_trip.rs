@@ -5,7 +5,8 @@ mod common;
 
 use common::device_bytes;
 use cpu_gpu_buffer::{
-    BufferOptions, CpuGpuBuffer, DType, Device, Pinning, Shape, Stream, is_pinned_memory_available,
+    BufferOptions, CpuGpuBuffer, DType, Device, HostFlags, Pinning, Shape, Stream,
+    is_pinned_memory_available,
 };
 
 #[derive(Clone, Copy, PartialEq, Debug, bytemuck::Zeroable)]
@@ -244,4 +245,19 @@ fn a_view_covers_the_rows_it_was_asked_for() {
         assert!(rows.rows(..3).is_err());
         assert_eq!(view.as_host_slice().is_some(), device == Device::Cpu);
     });
+}
+
+#[test]
+fn host_flags_without_a_name_are_left_out() {
+    let Some((device, _turn)) = common::cuda("host_flags_without_a_name_are_left_out") else {
+        return;
+    };
+    let stream = Stream::new(device).unwrap();
+    // Among them read-only, I/O memory and write-combined.
+    let host_flags = HostFlags::from_bits_retain(!0);
+    let options = BufferOptions { pinning: Pinning::Required, host_flags };
+    let mut buffer = CpuGpuBuffer::<u8>::with_options(5000, device, options).unwrap();
+    buffer.fill_gpu(3, &stream).unwrap();
+    buffer.copy_to_cpu(.., &stream).unwrap();
+    assert_eq!(buffer.cpu().unwrap(), [3; 5000]);
 }

@@ -117,6 +117,57 @@ fn the_owner_of_a_foreign_stream_is_kept_while_a_buffer_remembers_it() {
 }
 
 #[test]
+fn an_owner_that_panics_when_it_is_let_go_leaves_the_buffer_whole() {
+    let test = "an_owner_that_panics_when_it_is_let_go_leaves_the_buffer_whole";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    struct Panicking;
+    impl Drop for Panicking {
+        fn drop(&mut self) {
+            if !thread::panicking() {
+                panic!("let go");
+            }
+        }
+    }
+    // SAFETY: the legacy stream lives as long as its context.
+    let foreign = || unsafe {
+        Stream::from_raw(std::ptr::null_mut(), device, Some(Arc::new(Panicking))).unwrap()
+    };
+    let ours = Stream::new(device).unwrap();
+    let catch = |action: &mut dyn FnMut()| {
+        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action));
+        assert!(caught.is_err(), "nothing was let go");
+    };
+    let mut buffer = CpuGpuBuffer::<u32>::new(64, device).unwrap();
+
+    buffer.cpu_mut().unwrap().fill(1);
+    buffer.copy_to_gpu(.., &foreign()).unwrap();
+    catch(&mut || buffer.copy_to_gpu(.., &ours).unwrap());
+    buffer.cpu_mut().unwrap().fill(2);
+    buffer.copy_to_gpu(.., &ours).unwrap();
+
+    // A device use on the foreign stream, and a fresh device half.
+    buffer.gpu_on(&foreign()).unwrap();
+    buffer.resize(32).unwrap();
+    buffer.cpu_mut().unwrap().fill(7);
+    buffer.copy_to_gpu(.., &ours).unwrap();
+    buffer.cpu_mut().unwrap().fill(0);
+    buffer.copy_to_cpu(.., &ours).unwrap();
+    all(buffer.cpu().unwrap(), 7);
+    catch(&mut || {
+        buffer.gpu_on(&ours).unwrap();
+    });
+
+    // Growing lets go of everything that the smaller memory remembered.
+    buffer.copy_to_cpu(.., &foreign()).unwrap();
+    catch(&mut || buffer.resize(1 << 20).unwrap());
+    assert_eq!(buffer.shape(), [1 << 20]);
+    all(buffer.cpu().unwrap(), 0);
+    buffer.fill(3, &ours).unwrap();
+    buffer.copy_to_cpu(.., &ours).unwrap();
+    all(buffer.cpu().unwrap(), 3);
+}
+
+#[test]
 fn the_legacy_stream_of_a_device_can_be_used_from_any_thread() {
     let test = "the_legacy_stream_of_a_device_can_be_used_from_any_thread";
     let Some((first, _turn)) = common::cuda(test) else { return };

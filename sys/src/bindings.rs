@@ -603,6 +603,9 @@ pub type PFN_cuCtxPushCurrent_v4000 = ::std::option::Option<
 pub type PFN_cuCtxPopCurrent_v4000 = ::std::option::Option<
     unsafe extern "C" fn(pctx: *mut CUcontext) -> CUresult,
 >;
+pub type PFN_cuCtxGetCurrent_v4000 = ::std::option::Option<
+    unsafe extern "C" fn(pctx: *mut CUcontext) -> CUresult,
+>;
 pub type PFN_cuModuleLoadData_v2000 = ::std::option::Option<
     unsafe extern "C" fn(
         module: *mut CUmodule,

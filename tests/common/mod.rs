@@ -143,6 +143,17 @@ fn kernels() -> &'static Kernels {
     })
 }
 
+/// Whether the device's primary context exists.
+pub fn has_context(device: i32) -> bool {
+    type GetState = unsafe extern "C" fn(i32, *mut u32, *mut i32) -> sys::CUresult;
+    let get_state: GetState = entry(c"cuDevicePrimaryCtxGetState");
+    let (mut flags, mut active) = (0, 0);
+    // SAFETY: the places are valid.
+    let status = unsafe { get_state(device, &mut flags, &mut active) };
+    assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
+    active != 0
+}
+
 pub fn use_first_device() {
     // SAFETY: no pointers.
     assert_eq!(unsafe { sys::cudaSetDevice(0) }, SUCCESS);
