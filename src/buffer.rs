@@ -194,6 +194,16 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Errors
     ///
     /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<u8>::new(3, Device::Cpu)?;
+    /// if let Some(host) = buffer.try_cpu()? {
+    ///     assert_eq!(host, [0, 0, 0]);
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn try_cpu(&self) -> Result<Option<&[T]>> {
         Ok(match self.storage.may_read()? {
             // SAFETY: as in `cpu`.
@@ -207,6 +217,17 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Errors
     ///
     /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<u8>::new(3, Device::Cpu)?;
+    /// match buffer.try_cpu_mut()? {
+    ///     Some(host) => host.fill(1),
+    ///     None => println!("still in flight"),
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn try_cpu_mut(&mut self) -> Result<Option<&mut [T]>> {
         Ok(match self.storage.may_write()? {
             // SAFETY: as in `cpu_mut`.
@@ -250,6 +271,17 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Errors
     ///
     /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut logits = CpuGpuBuffer::<f32>::new([4, 2], Device::Cpu)?;
+    /// logits.fill_gpu(0.5, &stream)?;
+    /// logits.copy_to_cpu(1..3, &stream)?;
+    /// assert_eq!(logits.cpu()?, [0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn copy_to_cpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
         let range = self.bytes_of(&rows)?;
         self.storage.copy_to_cpu(range, stream)
@@ -266,6 +298,19 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// The rows of `to` are memory of `stream`'s device (on the CPU, of the program), and nothing else
     /// touches them until the copy has finished in stream order.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut theirs = vec![0u32; 8];
+    /// let mut ours = CpuGpuBuffer::<u32>::new([4, 2], Device::Cpu)?;
+    /// ours.fill_cpu(3)?;
+    /// // SAFETY: `theirs` has 4 rows of 2 words, and nothing else looks at it.
+    /// unsafe { ours.copy_to_device_ptr(1..2, theirs.as_mut_ptr(), &stream) }?;
+    /// assert_eq!(theirs, [0, 0, 3, 3, 0, 0, 0, 0]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub unsafe fn copy_to_device_ptr(
         &mut self,
         rows: impl RangeBounds<usize>,
@@ -308,6 +353,14 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// As for [`cpu`](Self::cpu); [`Error::StreamCapturing`] where a stream of `gpu_on`'s has since begun
     /// to be captured.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<u8>::new(3, Device::Cpu)?;
+    /// assert!(buffer.is_idle()?);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn is_idle(&self) -> Result<bool> {
         self.storage.is_idle()
     }
@@ -365,6 +418,16 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Errors
     ///
     /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut buffer = CpuGpuBuffer::<[u8; 3]>::new(2, Device::Cpu)?;
+    /// buffer.fill_gpu([1, 2, 3], &stream)?;
+    /// assert_eq!(buffer.cpu()?, [[0; 3]; 2]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn fill_gpu(&mut self, value: T, stream: &Stream) -> Result<()> {
         if self.device() != Device::Cpu {
             return self.storage.fill_gpu(bytemuck::bytes_of(&value), stream);
@@ -432,6 +495,17 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Errors
     ///
     /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<f32>::new([16, 16], stream.device())?;
+    /// let view = buffer.gpu_on(&stream)?;
+    /// // Launch kernels on `stream.as_raw()` with `view.as_mut_ptr()` here, while the view lives.
+    /// assert_eq!(view.len(), 256);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GpuView<'_, T>> {
         self.storage.use_on(stream)?;
         Ok(GpuView::new(self.device_ptr(), self.shape, self.numel, self.device()))

@@ -31,6 +31,9 @@ use crate::record::Record;
 use crate::stream::{EnteredStream, Stream};
 use crate::sys::cudaMemcpyKind;
 
+const UP: cudaMemcpyKind = cudaMemcpyKind::cudaMemcpyHostToDevice;
+const DOWN: cudaMemcpyKind = cudaMemcpyKind::cudaMemcpyDeviceToHost;
+
 pub(crate) struct Storage {
     device: Device,
     host: HostMemory,
@@ -158,9 +161,9 @@ impl Storage {
                 self.zero_if_fresh(entered)?;
             }
         }
-        let to = self.gpu_at(range.start);
+        let (to, from) = (self.gpu_at(range.start), self.host_at(range.start));
         // SAFETY: the range lies in both halves.
-        unsafe { self.upload_to(range, to, entered.as_ref()) }?;
+        unsafe { self.transfer(UP, to, from, range.len(), entered.as_ref()) }?;
         self.fresh = false;
         Ok(())
     }
@@ -183,8 +186,9 @@ impl Storage {
         if let Some(entered) = &entered {
             self.order(entered)?;
         }
+        let from = self.host_at(range.start);
         // SAFETY: the caller vouches for `to`.
-        unsafe { self.upload_to(range, to, entered.as_ref()) }
+        unsafe { self.transfer(UP, to, from, range.len(), entered.as_ref()) }
     }
 
     /// Copies a range of the device half to the same range of the host half.
@@ -197,9 +201,9 @@ impl Storage {
             self.order(entered)?;
             self.zero_if_fresh(entered)?;
         }
-        let from = self.gpu_at(range.start);
+        let (to, from) = (self.host_at(range.start), self.gpu_at(range.start));
         // SAFETY: the range lies in both halves.
-        unsafe { self.download_from(range, from, entered.as_ref()) }
+        unsafe { self.transfer(DOWN, to, from, range.len(), entered.as_ref()) }
     }
 
     /// Copies device memory of somebody else's to a range of the host half.
@@ -220,8 +224,9 @@ impl Storage {
         if let Some(entered) = &entered {
             self.order(entered)?;
         }
+        let to = self.host_at(range.start);
         // SAFETY: the caller vouches for `from`.
-        unsafe { self.download_from(range, from, entered.as_ref()) }
+        unsafe { self.transfer(DOWN, to, from, range.len(), entered.as_ref()) }
     }
 
     /// Fills the used part of a CUDA device half with `element`, whose length divides it.
@@ -283,59 +288,35 @@ impl Storage {
         Ok(())
     }
 
-    /// Copies on the stream, which was ordered after everything; at once, where there is none.
+    /// Copies on the stream, which was ordered after everything; at once, where there is none. The record of
+    /// the `direction` stands for the copy.
     ///
     /// # Safety
     ///
-    /// The range lies in the host half, and `to` has room for it, which nothing else touches until the
-    /// copy has finished in stream order.
+    /// One range lies in the host half. The other is of as many bytes of device memory, that nothing else
+    /// uses against the copy until it has finished in stream order.
     #[inline]
-    unsafe fn upload_to(
+    unsafe fn transfer(
         &mut self,
-        range: Range<usize>,
+        direction: cudaMemcpyKind,
         to: *mut u8,
+        from: *const u8,
+        bytes: usize,
         entered: Option<&EnteredStream<'_>>,
     ) -> Result<()> {
-        let from = self.host_at(range.start);
         let Some(entered) = entered else {
             // SAFETY: the caller vouches for both ranges; on the CPU nothing is in flight.
-            unsafe { ptr::copy(from, to, range.len()) };
+            unsafe { ptr::copy(from, to, bytes) };
             return Ok(());
         };
-        let kind = cudaMemcpyKind::cudaMemcpyHostToDevice;
-        self.upload.submit(entered, || {
-            // SAFETY: the caller vouches for the ranges. `upload` keeps the host half from being
-            // written and both halves from being released until the copy has finished.
-            unsafe { raw::memcpy_async(to, from, range.len(), kind, entered.raw()) }
-        })?;
-        self.device_use.cover();
-        Ok(())
-    }
-
-    /// Copies on the stream, which was ordered after everything; at once, where there is none.
-    ///
-    /// # Safety
-    ///
-    /// The range lies in the host half, and `from` has as many bytes, which nothing writes until the
-    /// copy has finished in stream order.
-    #[inline]
-    unsafe fn download_from(
-        &mut self,
-        range: Range<usize>,
-        from: *const u8,
-        entered: Option<&EnteredStream<'_>>,
-    ) -> Result<()> {
-        let to = self.host_at(range.start);
-        let Some(entered) = entered else {
-            // SAFETY: as in `upload_to`.
-            unsafe { ptr::copy(from, to, range.len()) };
-            return Ok(());
+        let record = match direction {
+            UP => &mut self.upload,
+            _ => &mut self.download,
         };
-        let kind = cudaMemcpyKind::cudaMemcpyDeviceToHost;
-        self.download.submit(entered, || {
-            // SAFETY: the caller vouches for the ranges. `download` keeps the host half from being read or
-            // written and both halves from being released until the copy has finished.
-            unsafe { raw::memcpy_async(to, from, range.len(), kind, entered.raw()) }
+        record.submit(entered, || {
+            // SAFETY: the caller vouches for the ranges. The record keeps the host half from being written
+            // (and, for a download, read) and both halves from being released until the copy has finished.
+            unsafe { raw::memcpy_async(to, from, bytes, direction, entered.raw()) }
         })?;
         self.device_use.cover();
         Ok(())

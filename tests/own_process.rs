@@ -70,19 +70,17 @@ fn a_named_library_that_is_no_runtime_is_an_error() {
     succeeded(&in_own_process(test, &[("CUDART_LIBRARY", "libc.so.6")]));
 }
 
-#[test]
+/// Runs the test in its own process with a runtime library that answers `version` and has no other function.
 #[cfg(target_os = "linux")]
-fn a_named_runtime_of_an_unknown_major_version_is_an_error() {
-    if is_own_process() {
-        return unusable("it is CUDA 14.2, and these bindings know 12.x and 13.x");
-    }
-    let test = "a_named_runtime_of_an_unknown_major_version_is_an_error";
-    let directory = std::env::temp_dir().join(format!("cgb-runtime-{}", std::process::id()));
+fn with_runtime(test: &str, version: i32) {
+    let directory = std::env::temp_dir().join(format!("cgb-{version}-{}", std::process::id()));
     std::fs::create_dir_all(&directory).unwrap();
-    let source = directory.join("future.rs");
-    let library = directory.join("libcudart.so.14");
-    let text = "#[unsafe(no_mangle)] unsafe extern \"C\" fn cudaRuntimeGetVersion(v: *mut i32) -> u32 \
-                { unsafe { *v = 14020 }; 0 }";
+    let source = directory.join("runtime.rs");
+    let library = directory.join("libcudart.so");
+    let text = format!(
+        "#[unsafe(no_mangle)] unsafe extern \"C\" fn cudaRuntimeGetVersion(v: *mut i32) -> u32 \
+         {{ unsafe {{ *v = {version} }}; 0 }}"
+    );
     std::fs::write(&source, text).unwrap();
     let built = Command::new("rustc")
         .args(["--edition", "2024", "--crate-type", "cdylib", "-o"])
@@ -97,6 +95,35 @@ fn a_named_runtime_of_an_unknown_major_version_is_an_error() {
         }
     }
     std::fs::remove_dir_all(directory).unwrap();
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_named_runtime_of_an_unknown_major_version_is_an_error() {
+    if is_own_process() {
+        return unusable("it is CUDA 14.2, and these bindings know 12.x and 13.x");
+    }
+    with_runtime("a_named_runtime_of_an_unknown_major_version_is_an_error", 14020);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_function_that_the_runtime_lacks_is_a_status_that_names_it() {
+    if !is_own_process() {
+        return with_runtime("a_function_that_the_runtime_lacks_is_a_status_that_names_it", 12000);
+    }
+    let library = std::env::var("CUDART_LIBRARY").unwrap();
+    let mut count = 0;
+    // SAFETY: a valid place.
+    let status = unsafe { sys::cudaGetDeviceCount(&mut count) };
+    assert_eq!(status, sys::cudaError::SYMBOL_NOT_FOUND);
+    let Err(Error::Unavailable { reason }) = Device::cuda(0) else { panic!("it has no functions") };
+    for text in [status.to_string(), reason] {
+        assert!(text.contains(&library) && text.contains("12000"), "{text}");
+        assert!(text.contains("cudaGetDeviceCount, "), "{text}");
+    }
+    assert_eq!(sys::runtime().unwrap().version(), 12000);
+    assert_eq!(Device::auto(), Device::Cpu);
 }
 
 // ---- a broken context ----

@@ -175,13 +175,17 @@ fn the_legacy_stream_of_a_device_can_be_used_from_any_thread() {
         common::left_out(test, "its part with a second device, one device here");
     }
     let devices = [first].into_iter().chain((Device::cuda_count() > 1).then_some(Device::Cuda(1)));
+    // The legacy stream under its two names, in a thread that never chose a device and in one that chose
+    // the first.
     for device in devices {
-        for raw in [0, 1] {
+        for (raw, chosen) in [(0, false), (0, true), (1, false), (1, true)] {
             let raw = std::ptr::without_provenance_mut(raw);
             // SAFETY: the legacy stream lives as long as its context.
             let legacy = unsafe { Stream::from_raw(raw, device, None) }.unwrap();
-            thread::spawn(move || {
-                // This thread has never chosen a device.
+            let work = move || {
+                if chosen {
+                    common::use_first_device();
+                }
                 let mut buffer = CpuGpuBuffer::<[u8; 3]>::new(1000, device).unwrap();
                 buffer.fill([1, 2, 3], &legacy).unwrap();
                 buffer.fill_cpu([0; 3]).unwrap();
@@ -191,14 +195,12 @@ fn the_legacy_stream_of_a_device_can_be_used_from_any_thread() {
                 assert!(!legacy.is_idle().unwrap() || buffer.is_idle().unwrap());
                 legacy.record().unwrap().synchronize().unwrap();
                 legacy.synchronize().unwrap();
-                let blocking = StreamFlags::empty();
-                let options = StreamOptions { flags: blocking, ..Default::default() };
+                let options = StreamOptions { flags: StreamFlags::empty(), ..Default::default() };
                 let other = Stream::with_options(device, options).unwrap();
                 buffer.copy_to_cpu(.., &other).unwrap();
                 assert_eq!(buffer.cpu().unwrap(), [[1, 2, 3]; 1000]);
-            })
-            .join()
-            .unwrap();
+            };
+            thread::spawn(work).join().unwrap();
         }
     }
 }

@@ -111,9 +111,15 @@ fn entry<F>(name: &CStr) -> F {
     let mut address = ptr::null_mut();
     let mut found = sys::cudaDriverEntryPointQueryResult(0);
     // SAFETY: the places are valid.
-    let status = unsafe {
+    let mut status = unsafe {
         sys::cudaGetDriverEntryPointByVersion(name.as_ptr(), &mut address, 12000, 0, &mut found)
     };
+    if status == sys::cudaError::SYMBOL_NOT_FOUND {
+        // Runtimes before 12.5.
+        // SAFETY: as above.
+        status =
+            unsafe { sys::cudaGetDriverEntryPoint(name.as_ptr(), &mut address, 0, &mut found) };
+    }
     assert_eq!(status, SUCCESS);
     assert_eq!(size_of::<F>(), size_of::<*mut c_void>());
     // SAFETY: the callers name the type that belongs to the name.
