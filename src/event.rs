@@ -54,13 +54,14 @@ impl EventHandle {
     }
 
     pub(crate) fn is_complete(&self) -> Result<bool> {
-        let _current = self.context.enter_if_none()?;
+        // Its own context: another one might answer with an error of its own.
+        let _current = self.context.enter()?;
         // SAFETY: the event is destroyed with the value, not before.
         unsafe { raw::event_query(self.raw) }
     }
 
     pub(crate) fn synchronize(&self) -> Result<()> {
-        let _current = self.context.enter_if_none()?;
+        let _current = self.context.enter()?;
         // SAFETY: as above.
         unsafe { raw::event_synchronize(self.raw) }
     }

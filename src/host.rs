@@ -164,8 +164,14 @@ impl HostMemory {
             // that of earlier work, and the pages registered all the same.
             // SAFETY: nothing was copied from or to them yet.
             match unsafe { raw::host_unregister(address) } {
-                Ok(()) => {}
-                Err(Error::Cuda { code: cudaError::cudaErrorHostMemoryNotRegistered, .. }) => {}
+                Ok(())
+                | Err(Error::Cuda {
+                    code:
+                        cudaError::cudaErrorHostMemoryNotRegistered
+                        | cudaError::cudaErrorInvalidValue
+                        | cudaError::cudaErrorNotSupported,
+                    ..
+                }) => {}
                 Err(_) => mapping.leak(),
             }
             return None;

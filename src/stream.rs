@@ -7,6 +7,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::mem;
 use std::ptr;
 use std::sync::Arc;
 
@@ -97,7 +98,7 @@ struct CudaStream {
 enum Ownership {
     Owned,
     // Keeps the real stream alive, where the caller gave something that does.
-    Borrowed(#[allow(dead_code)] Option<Arc<dyn Any + Send + Sync>>),
+    Borrowed(Option<Arc<dyn Any + Send + Sync>>),
 }
 
 // SAFETY: the runtime's streams may be used from any thread, by several at once; the owner of a borrowed
@@ -112,16 +113,29 @@ const PER_THREAD: usize = 2;
 
 impl Drop for CudaStream {
     fn drop(&mut self) {
-        if fork::forked() || !matches!(self.ownership, Ownership::Owned) {
+        if fork::forked() {
             return;
         }
-        // The handle says enough, should the context not be had.
-        let _current = self.context.enter_if_none();
-        // SAFETY: the last handle is gone. Destroying a stream does not wait for its work, and lets the
-        // work finish (CUDA Runtime API, `cudaStreamDestroy`).
-        let destroyed = unsafe { raw::stream_destroy(self.raw) };
-        // Nobody could act on the error, and there is nothing left to give back.
-        let _ = destroyed;
+        match &mut self.ownership {
+            Ownership::Owned => {
+                // The handle says enough, should the context not be had.
+                let _current = self.context.enter_if_none();
+                // SAFETY: the last handle is gone. Destroying a stream does not wait for its work, and lets
+                // the work finish (CUDA Runtime API, `cudaStreamDestroy`).
+                let destroyed = unsafe { raw::stream_destroy(self.raw) };
+                // Nobody could act on the error, and there is nothing left to give back.
+                let _ = destroyed;
+            }
+            Ownership::Borrowed(owner) => {
+                // The owner is let go in the middle of another stream's work, and may make another context
+                // current. What it makes current takes the place of this entry, and goes with it.
+                let owner = owner.take();
+                match self.context.enter() {
+                    Ok(_current) => drop(owner),
+                    Err(_) => mem::forget(owner),
+                }
+            }
+        }
     }
 }
 

@@ -168,6 +168,41 @@ fn an_owner_that_panics_when_it_is_let_go_leaves_the_buffer_whole() {
 }
 
 #[test]
+fn an_owner_that_chooses_another_device_when_it_is_let_go_does_not_divert_the_work() {
+    let test = "an_owner_that_chooses_another_device_when_it_is_let_go_does_not_divert_the_work";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if Device::cuda_count() < 2 {
+        return common::left_out(test, "one CUDA device");
+    }
+    struct Choosing;
+    impl Drop for Choosing {
+        fn drop(&mut self) {
+            // SAFETY: no pointers.
+            assert_eq!(unsafe { sys::cudaSetDevice(1) }, SUCCESS);
+        }
+    }
+    Stream::new(Device::Cuda(1)).unwrap();
+    common::use_first_device();
+    let mut buffer = CpuGpuBuffer::<u32>::new(1 << 16, device).unwrap();
+    // SAFETY: the legacy stream lives as long as its context.
+    let legacy = |owner| unsafe { Stream::from_raw(std::ptr::null_mut(), device, owner).unwrap() };
+    let ours = legacy(None);
+    for value in 1..9 {
+        buffer.cpu_mut().unwrap().fill(value);
+        buffer.copy_to_gpu(.., &legacy(Some(Arc::new(Choosing)))).unwrap();
+        // Here the last handle of the other stream goes, and with it its owner.
+        buffer.copy_to_gpu(.., &ours).unwrap();
+        buffer.fill_cpu(0).unwrap();
+        buffer.copy_to_cpu(.., &ours).unwrap();
+        all(buffer.cpu().unwrap(), value);
+    }
+    let mut current = -1;
+    // SAFETY: a valid place.
+    assert_eq!(unsafe { sys::cudaGetDevice(&mut current) }, SUCCESS);
+    assert_eq!(current, 0);
+}
+
+#[test]
 fn the_legacy_stream_of_a_device_can_be_used_from_any_thread() {
     let test = "the_legacy_stream_of_a_device_can_be_used_from_any_thread";
     let Some((first, _turn)) = common::cuda(test) else { return };
