@@ -14,6 +14,49 @@ use cpu_gpu_buffer::{Device, Stream, sys};
 
 const SUCCESS: sys::cudaError_t = sys::cudaError::cudaSuccess;
 
+/// Which runtime the tests run on: `CPU_GPU_BUFFER_TEST_RUNTIME` says `sim`, `real` or `cpu`; unsaid, it is the
+/// real one where there is a driver, and the simulated one elsewhere. Chosen before `main`, while there is one
+/// thread, by naming it to the loader.
+#[cfg(target_os = "linux")]
+#[used]
+#[unsafe(link_section = ".init_array")]
+static CHOOSE: extern "C" fn() = choose;
+
+#[cfg(target_os = "linux")]
+extern "C" fn choose() {
+    if std::env::var_os("CUDART_LIBRARY").is_some() {
+        return;
+    }
+    let runtime = match std::env::var("CPU_GPU_BUFFER_TEST_RUNTIME").as_deref() {
+        Ok("real") => return,
+        Ok("cpu") => "/left/out/by/CPU_GPU_BUFFER_TEST_RUNTIME".into(),
+        Ok("sim") => simulated(),
+        Ok(other) => panic!("CPU_GPU_BUFFER_TEST_RUNTIME={other} is none of sim, real, cpu"),
+        // SAFETY: a NUL-terminated name; the driver's library may be loaded at any time.
+        Err(_) if !unsafe { libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_LAZY) }.is_null() => {
+            return;
+        }
+        Err(_) => simulated(),
+    };
+    // SAFETY: before `main` there is one thread.
+    unsafe { std::env::set_var("CUDART_LIBRARY", runtime) };
+}
+
+/// The simulated runtime's library: beside this program in a build, in `lib` where the tests are packed.
+fn simulated() -> std::path::PathBuf {
+    let program = std::env::current_exe().unwrap();
+    let directory = program.parent().unwrap();
+    let name = "libcudart_sim.so";
+    let places = [directory.join(name), directory.join("../lib").join(name)];
+    let found = places.iter().find(|place| place.is_file());
+    found.unwrap_or_else(|| panic!("the simulated runtime is not in {places:?}")).clone()
+}
+
+/// Whether this program runs on the simulated runtime.
+pub fn is_simulated() -> bool {
+    std::env::var("CUDART_LIBRARY").is_ok_and(|library| library.contains("cudart_sim"))
+}
+
 /// The CPU, and the first CUDA device where there is one.
 pub fn devices() -> Vec<Device> {
     match Device::auto() {

@@ -1,0 +1,327 @@
+//! The driver's functions that the runtime hands out, and the kernels that the crate and its tests launch.
+//!
+//! The simulation compiles nothing: it knows the kernels by their names, and does what they do. That the
+//! kernels themselves do it is tested on hardware.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use cudart_sys::{
+    CUcontext, CUdevice_v1, CUdeviceptr_v2, CUfunction, CUmodule, CUresult, CUstream,
+};
+
+use crate::control::{self, Verdict};
+use crate::stream::Stream;
+use crate::{Result, Status, context, memory, stream};
+
+/// Counts a call of the driver's and may make it fail; unlike the runtime's, it leaves no last error.
+fn call(name: &'static str, body: impl FnOnce() -> Result) -> CUresult {
+    let status = match control::verdict(name) {
+        Verdict::Proceed => body().err(),
+        Verdict::Fail(code) => Some(cudart_sys::cudaError(code)),
+        Verdict::ProceedAndFail(code) => {
+            let _ = body();
+            Some(cudart_sys::cudaError(code))
+        }
+    };
+    CUresult(status.map_or(0, |status| status.0))
+}
+
+fn put<T>(place: *mut T, value: T) -> Result {
+    if place.is_null() {
+        return Err(Status::cudaErrorInvalidValue);
+    }
+    // SAFETY: not null, and the caller of a C function passes valid places.
+    unsafe { place.write(value) };
+    Ok(())
+}
+
+/// A context's handle says its device.
+fn handle(device: usize) -> CUcontext {
+    ptr::without_provenance_mut((device + 1) * 16)
+}
+
+fn device_of(handle: CUcontext) -> Result<usize> {
+    match (handle.addr() / 16).checked_sub(1) {
+        Some(device) if device < context::count() => Ok(device),
+        _ => Err(Status::cudaErrorDeviceUninitialized),
+    }
+}
+
+unsafe extern "C" fn device_get(place: *mut CUdevice_v1, ordinal: c_int) -> CUresult {
+    call("cuDeviceGet", || {
+        context::is_active(usize::try_from(ordinal).unwrap_or(usize::MAX))?;
+        put(place, ordinal)
+    })
+}
+
+unsafe extern "C" fn primary_retain(place: *mut CUcontext, device: CUdevice_v1) -> CUresult {
+    call("cuDevicePrimaryCtxRetain", || {
+        context::activate(device as usize)?;
+        put(place, handle(device as usize))
+    })
+}
+
+unsafe extern "C" fn primary_release(device: CUdevice_v1) -> CUresult {
+    call("cuDevicePrimaryCtxRelease", || context::is_active(device as usize).map(drop))
+}
+
+unsafe extern "C" fn primary_state(
+    device: CUdevice_v1,
+    flags: *mut c_uint,
+    active: *mut c_int,
+) -> CUresult {
+    call("cuDevicePrimaryCtxGetState", || {
+        put(flags, 0)?;
+        put(active, context::is_active(device as usize)?.into())
+    })
+}
+
+unsafe extern "C" fn get_current(place: *mut CUcontext) -> CUresult {
+    call("cuCtxGetCurrent", || put(place, context::current().map_or(ptr::null_mut(), handle)))
+}
+
+unsafe extern "C" fn push(new: CUcontext) -> CUresult {
+    call("cuCtxPushCurrent", || {
+        context::push(device_of(new)?);
+        Ok(())
+    })
+}
+
+unsafe extern "C" fn pop(place: *mut CUcontext) -> CUresult {
+    call("cuCtxPopCurrent", || match context::pop() {
+        Some(device) => put(place, handle(device)),
+        None => Err(Status::cudaErrorDeviceUninitialized),
+    })
+}
+
+/// Fat binaries begin with this word.
+const FATBIN: u32 = 0xba55_ed50;
+
+unsafe extern "C" fn module_load(place: *mut CUmodule, image: *const c_void) -> CUresult {
+    call("cuModuleLoadData", || {
+        stream::prohibited(context::capture_mode())?;
+        // SAFETY: an image is longer than a word.
+        let begin: [u8; 4] = unsafe { image.cast::<[u8; 4]>().read() };
+        let is_text = begin.iter().all(|byte| byte.is_ascii());
+        if u32::from_ne_bytes(begin) != FATBIN && !is_text {
+            return Err(Status::cudaErrorInvalidKernelImage);
+        }
+        put(place, ptr::without_provenance_mut(32))
+    })
+}
+
+unsafe extern "C" fn module_unload(_module: CUmodule) -> CUresult {
+    call("cuModuleUnload", || stream::prohibited(context::capture_mode()))
+}
+
+/// The kernels; a function's handle is the place of its name here.
+const KERNELS: [&CStr; 5] = [c"gate", c"store", c"cgb_fill", c"cgb_repeat1", c"cgb_repeat16"];
+
+unsafe extern "C" fn module_function(
+    place: *mut CUfunction,
+    _module: CUmodule,
+    name: *const c_char,
+) -> CUresult {
+    call("cuModuleGetFunction", || {
+        // SAFETY: the caller of a C function passes NUL-terminated names.
+        let name = unsafe { CStr::from_ptr(name) };
+        let known = KERNELS.iter().position(|kernel| *kernel == name);
+        let known = known.ok_or(Status::cudaErrorSymbolNotFound)?;
+        put(place, ptr::without_provenance_mut((known + 1) * 16))
+    })
+}
+
+/// The kernel's parameter of this number.
+///
+/// # Safety
+///
+/// `parameters` has one, of this type.
+unsafe fn parameter<T: Copy>(parameters: *mut *mut c_void, number: usize) -> T {
+    // SAFETY: the caller vouches for it.
+    let place = unsafe { parameters.add(number) };
+    // SAFETY: as above.
+    let place = unsafe { place.read() };
+    // SAFETY: as above.
+    unsafe { place.cast::<T>().read_unaligned() }
+}
+
+#[allow(clippy::too_many_arguments)]
+unsafe extern "C" fn launch(
+    function: CUfunction,
+    _blocks: c_uint,
+    _blocks_y: c_uint,
+    _blocks_z: c_uint,
+    _threads: c_uint,
+    _threads_y: c_uint,
+    _threads_z: c_uint,
+    _shared: c_uint,
+    on: CUstream,
+    parameters: *mut *mut c_void,
+    _extra: *mut *mut c_void,
+) -> CUresult {
+    call("cuLaunchKernel", || {
+        // A launch wants the context of its stream.
+        let device = context::current().ok_or(Status::cudaErrorDeviceUninitialized)?;
+        context::sticky(device).map_or(Ok(()), Err)?;
+        let on = stream::stream(on.addr())?;
+        if on.device != device {
+            return Err(Status::cudaErrorInvalidResourceHandle);
+        }
+        let number = (function.addr() / 16).wrapping_sub(1);
+        let name = KERNELS.get(number).ok_or(Status::cudaErrorInvalidResourceHandle)?;
+        // SAFETY: the caller vouches for the kernel's parameters, of these types.
+        let word = |number| unsafe { parameter::<usize>(parameters, number) };
+        match name.to_bytes() {
+            b"gate" => {
+                let flag = word(0);
+                on.enqueue(move || gate(flag)).map(drop)
+            }
+            b"store" => {
+                let (to, count) = (word(0), word(1));
+                // SAFETY: as above.
+                let value: u32 = unsafe { parameter(parameters, 2) };
+                repeat(to, count * 4, value.to_ne_bytes().to_vec(), &on)
+            }
+            b"cgb_fill" => {
+                let (to, bytes) = (word(0), word(1));
+                // SAFETY: as above.
+                let vectors: u32 = unsafe { parameter(parameters, 2) };
+                // SAFETY: as above.
+                let pattern: [u8; 3584] = unsafe { parameter(parameters, 3) };
+                let mut period = pattern[..vectors as usize * 16].to_vec();
+                // The pattern begins at the first multiple of 16.
+                period.rotate_right(to.next_multiple_of(16) - to);
+                repeat(to, bytes, period, &on)
+            }
+            name => {
+                let width = if name == b"cgb_repeat16" { 16 } else { 1 };
+                let (to, bytes, period) = (word(0), word(1) * width, word(2) * width);
+                let device = on.device;
+                on.enqueue(move || {
+                    let done = memory::with_device(to, bytes, |to| {
+                        // SAFETY: within device memory, which the streams alone touch.
+                        let range = unsafe { std::slice::from_raw_parts_mut(to, bytes) };
+                        let mut filled = period;
+                        while filled < bytes {
+                            let length = filled.min(bytes - filled);
+                            range.copy_within(..length, filled);
+                            filled += length;
+                        }
+                    });
+                    illegal(done, device);
+                })
+                .map(drop)
+            }
+        }
+    })
+}
+
+/// Waits until the word is not 0, for 20 seconds at most.
+fn gate(flag: usize) {
+    // SAFETY: a gate's word is aligned, and is not given back while a gate looks at it.
+    let flag = unsafe { &*memory::at(flag).cast::<AtomicU32>() };
+    let start = Instant::now();
+    while flag.load(Ordering::SeqCst) == 0 && start.elapsed() < Duration::from_secs(20) {
+        thread::sleep(Duration::from_micros(50));
+    }
+}
+
+/// A kernel that touched what is no memory breaks its context.
+fn illegal(done: Option<()>, device: usize) {
+    if done.is_none() {
+        context::break_context(device, Status::cudaErrorIllegalAddress);
+    }
+}
+
+/// Writes `period` over and over, in stream order.
+fn repeat(to: usize, bytes: usize, period: Vec<u8>, on: &Arc<Stream>) -> Result {
+    let device = on.device;
+    let queued = on.enqueue(move || {
+        let done = memory::with_device(to, bytes, |to| {
+            // SAFETY: within device memory, which the streams alone touch.
+            let range = unsafe { std::slice::from_raw_parts_mut(to, bytes) };
+            for piece in range.chunks_mut(period.len()) {
+                piece.copy_from_slice(&period[..piece.len()]);
+            }
+        });
+        illegal(done, device);
+    });
+    queued.map(drop)
+}
+
+pub(crate) fn fill(to: usize, value: u8, bytes: usize, on: &Arc<Stream>) -> Result {
+    if bytes > 0 && !memory::is_device(to, bytes) {
+        return Err(Status::cudaErrorInvalidValue);
+    }
+    repeat(to, bytes, vec![value; 4096], on)
+}
+
+/// A memset of the driver's: it wants no current context, and an aligned range.
+fn memset(name: &'static str, to: u64, unit: &[u8], count: usize, on: CUstream) -> CUresult {
+    call(name, || {
+        let (to, bytes) = (to as usize, count * unit.len());
+        if !to.is_multiple_of(unit.len()) || !memory::is_device(to, bytes) {
+            return Err(Status::cudaErrorInvalidValue);
+        }
+        let on = stream::stream(on.addr())?;
+        context::sticky(on.device).map_or(Ok(()), Err)?;
+        repeat(to, bytes, unit.repeat(1024), &on)
+    })
+}
+
+unsafe extern "C" fn memset_d16(
+    to: CUdeviceptr_v2,
+    value: u16,
+    count: usize,
+    on: CUstream,
+) -> CUresult {
+    memset("cuMemsetD16Async", to, &value.to_ne_bytes(), count, on)
+}
+
+unsafe extern "C" fn memset_d32(
+    to: CUdeviceptr_v2,
+    value: c_uint,
+    count: usize,
+    on: CUstream,
+) -> CUresult {
+    memset("cuMemsetD32Async", to, &value.to_ne_bytes(), count, on)
+}
+
+// The types are those of the driver's headers.
+const _: cudart_sys::PFN_cuDeviceGet_v2000 = Some(device_get);
+const _: cudart_sys::PFN_cuDevicePrimaryCtxRetain_v7000 = Some(primary_retain);
+const _: cudart_sys::PFN_cuDevicePrimaryCtxRelease_v11000 = Some(primary_release);
+const _: cudart_sys::PFN_cuCtxGetCurrent_v4000 = Some(get_current);
+const _: cudart_sys::PFN_cuCtxPushCurrent_v4000 = Some(push);
+const _: cudart_sys::PFN_cuCtxPopCurrent_v4000 = Some(pop);
+const _: cudart_sys::PFN_cuModuleLoadData_v2000 = Some(module_load);
+const _: cudart_sys::PFN_cuModuleUnload_v2000 = Some(module_unload);
+const _: cudart_sys::PFN_cuModuleGetFunction_v2000 = Some(module_function);
+const _: cudart_sys::PFN_cuLaunchKernel_v4000 = Some(launch);
+const _: cudart_sys::PFN_cuMemsetD16Async_v3020 = Some(memset_d16);
+const _: cudart_sys::PFN_cuMemsetD32Async_v3020 = Some(memset_d32);
+
+/// The address of a function of the driver's; null where the simulation has none of the name.
+pub(crate) fn entry_point(name: &CStr) -> *const c_void {
+    match name.to_bytes() {
+        b"cuDeviceGet" => device_get as *const c_void,
+        b"cuDevicePrimaryCtxRetain" => primary_retain as *const c_void,
+        b"cuDevicePrimaryCtxRelease" => primary_release as *const c_void,
+        b"cuDevicePrimaryCtxGetState" => primary_state as *const c_void,
+        b"cuCtxGetCurrent" => get_current as *const c_void,
+        b"cuCtxPushCurrent" => push as *const c_void,
+        b"cuCtxPopCurrent" => pop as *const c_void,
+        b"cuModuleLoadData" => module_load as *const c_void,
+        b"cuModuleUnload" => module_unload as *const c_void,
+        b"cuModuleGetFunction" => module_function as *const c_void,
+        b"cuLaunchKernel" => launch as *const c_void,
+        b"cuMemsetD16Async" => memset_d16 as *const c_void,
+        b"cuMemsetD32Async" => memset_d32 as *const c_void,
+        _ => ptr::null(),
+    }
+}

@@ -1,0 +1,29 @@
+//! A simulated CUDA runtime: a shared library with the runtime's C interface, which the loader takes for
+//! the real one.
+//!
+//! Device memory is host memory at addresses that the host cannot touch. Streams are threads, and what is
+//! sent to them happens *late*: after a pseudo-random delay, in stream order, on that thread. A wait that is
+//! missing is then a real data race and a real wrong byte. Where CUDA promises nothing, the simulation does
+//! the worst: memory comes with garbage in it, releasing memory waits for nothing, and a transfer or kernel
+//! that touches memory which was given back in the meantime ends the program.
+//!
+//! | file | what it simulates |
+//! |---|---|
+//! | `runtime.rs` | the functions of the runtime, one by one |
+//! | `driver.rs` | the driver's functions that come through `cudaGetDriverEntryPoint`, and the kernels |
+//! | `stream.rs` | streams as threads, events, capture |
+//! | `memory.rs` | device memory and pinned memory |
+//! | `context.rs` | devices, contexts, the thread's current one, errors that stick |
+//! | `control.rs` | counting calls, and making them fail |
+
+mod context;
+mod control;
+mod driver;
+mod memory;
+mod runtime;
+mod stream;
+
+use cudart_sys::cudaError;
+
+type Status = cudaError;
+type Result<T = (), E = Status> = std::result::Result<T, E>;

@@ -1,0 +1,248 @@
+//! Device memory and pinned host memory.
+//!
+//! A device address is reserved and cannot be read or written; the bytes are elsewhere, for the streams
+//! alone. Addresses are multiples of 256 and of no more, as `cudaMalloc` promises no more.
+
+use std::collections::BTreeMap;
+use std::ptr;
+use std::sync::{LazyLock, Mutex};
+
+use crate::control::{self, Kind};
+use crate::{Result, Status};
+
+/// Where an allocation begins within its pages.
+const OFFSET: usize = 256;
+const PAGE: usize = 4096;
+/// What fresh memory holds: nothing that a program could take for zeroes.
+const GARBAGE: u8 = 0xcd;
+
+struct Allocation {
+    bytes: usize,
+    device: usize,
+    backing: usize,
+}
+
+struct Memory {
+    device: BTreeMap<usize, Allocation>,
+    /// Device memory that was given back, by address: touching it is a violation, not an error.
+    gone: BTreeMap<usize, usize>,
+    /// Pinned host memory by address: its bytes, and whether this library allocated it.
+    pinned: BTreeMap<usize, (usize, bool)>,
+    limit_device: usize,
+    limit_pinned: usize,
+}
+
+static MEMORY: LazyLock<Mutex<Memory>> = LazyLock::new(|| {
+    Mutex::new(Memory {
+        device: BTreeMap::new(),
+        gone: BTreeMap::new(),
+        pinned: BTreeMap::new(),
+        limit_device: 8 << 30,
+        limit_pinned: 8 << 30,
+    })
+});
+
+fn memory<R>(action: impl FnOnce(&mut Memory) -> R) -> R {
+    action(&mut MEMORY.lock().unwrap_or_else(|poison| poison.into_inner()))
+}
+
+impl Memory {
+    fn used(&self, device: usize) -> usize {
+        let ours = self.device.values().filter(|allocation| allocation.device == device);
+        ours.map(|allocation| allocation.bytes).sum()
+    }
+
+    fn pinned_bytes(&self) -> usize {
+        self.pinned.values().map(|(bytes, _)| bytes).sum()
+    }
+}
+
+pub(crate) fn limit_device(bytes: usize) {
+    memory(|memory| memory.limit_device = bytes);
+}
+
+pub(crate) fn limit_pinned(bytes: usize) {
+    memory(|memory| memory.limit_pinned = bytes);
+}
+
+/// Free and total bytes.
+pub(crate) fn info(device: usize) -> (usize, usize) {
+    memory(|memory| {
+        let total = memory.limit_device;
+        (total.saturating_sub(memory.used(device)), total)
+    })
+}
+
+/// Pages of the process's own; `None` where there are none.
+fn pages(bytes: usize, protection: i32) -> Option<usize> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+    let address = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, -1, 0) };
+    (address != libc::MAP_FAILED).then_some(address.addr())
+}
+
+fn unmap(address: usize, bytes: usize) {
+    // SAFETY: pages that `pages` gave, and that nothing uses.
+    unsafe { libc::munmap(ptr::without_provenance_mut(address), bytes) };
+}
+
+/// An address that came as a number, which is how C sees it.
+pub(crate) fn at(address: usize) -> *mut u8 {
+    ptr::with_exposed_provenance_mut(address)
+}
+
+pub(crate) fn allocate_device(device: usize, bytes: usize) -> Result<usize> {
+    if bytes == 0 {
+        return Ok(0);
+    }
+    memory(|memory| {
+        let free = memory.limit_device.saturating_sub(memory.used(device));
+        if bytes > free {
+            return Err(Status::cudaErrorMemoryAllocation);
+        }
+        let room = (bytes + OFFSET).next_multiple_of(PAGE);
+        let address = pages(room, libc::PROT_NONE).ok_or(Status::cudaErrorMemoryAllocation)?;
+        let writable = libc::PROT_READ | libc::PROT_WRITE;
+        let backing = pages(room, writable).ok_or(Status::cudaErrorMemoryAllocation)?;
+        // SAFETY: `room` bytes of a mapping of our own.
+        unsafe { ptr::write_bytes(at(backing), GARBAGE, room) };
+        let address = address + OFFSET;
+        memory.gone.retain(|gone, bytes| gone + *bytes <= address || address + room <= *gone);
+        memory.device.insert(address, Allocation { bytes, device, backing });
+        control::born(Kind::Device);
+        Ok(address)
+    })
+}
+
+/// Gives memory back at once. CUDA promises no wait for what is queued, and here there is none.
+pub(crate) fn free_device(address: usize) -> Result {
+    if address == 0 {
+        return Ok(());
+    }
+    memory(|memory| {
+        let gone = memory.device.remove(&address).ok_or(Status::cudaErrorInvalidValue)?;
+        let room = (gone.bytes + OFFSET).next_multiple_of(PAGE);
+        unmap(gone.backing, room);
+        unmap(address - OFFSET, room);
+        memory.gone.insert(address, gone.bytes);
+        control::died(Kind::Device);
+        Ok(())
+    })
+}
+
+/// Does something with the bytes behind a range of device memory, on a stream's thread. `None` where there
+/// is no such memory; where it was given back, the program ends.
+pub(crate) fn with_device<R>(
+    address: usize,
+    bytes: usize,
+    action: impl FnOnce(*mut u8) -> R,
+) -> Option<R> {
+    // The bytes themselves are touched outside the lock: copies of several streams run side by side.
+    let backing = memory(|memory| {
+        let end = address.checked_add(bytes)?;
+        if let Some((base, allocation)) = memory.device.range(..=address).next_back()
+            && end <= base + allocation.bytes
+        {
+            return Some(allocation.backing + (address - base));
+        }
+        if let Some((base, bytes)) = memory.gone.range(..=address).next_back()
+            && address < base + bytes
+        {
+            control::violation("device memory was used after it was given back");
+        }
+        None
+    })?;
+    Some(action(at(backing)))
+}
+
+/// Whether a range is device memory.
+pub(crate) fn is_device(address: usize, bytes: usize) -> bool {
+    memory(|memory| {
+        let found = memory.device.range(..=address).next_back();
+        found.is_some_and(|(base, allocation)| address + bytes <= base + allocation.bytes)
+    })
+}
+
+pub(crate) fn allocate_pinned(bytes: usize) -> Result<usize> {
+    memory(|memory| {
+        if bytes == 0 || bytes > memory.limit_pinned.saturating_sub(memory.pinned_bytes()) {
+            return Err(Status::cudaErrorMemoryAllocation);
+        }
+        let room = bytes.next_multiple_of(PAGE);
+        let writable = libc::PROT_READ | libc::PROT_WRITE;
+        let address = pages(room, writable).ok_or(Status::cudaErrorMemoryAllocation)?;
+        // SAFETY: a mapping of our own.
+        unsafe { ptr::write_bytes(at(address), GARBAGE, room) };
+        memory.pinned.insert(address, (room, true));
+        control::born(Kind::Pinned);
+        Ok(address)
+    })
+}
+
+pub(crate) fn free_pinned(address: usize) -> Result {
+    memory(|memory| match memory.pinned.get(&address) {
+        Some((bytes, true)) => {
+            unmap(address, *bytes);
+            memory.pinned.remove(&address);
+            control::died(Kind::Pinned);
+            Ok(())
+        }
+        _ => Err(Status::cudaErrorInvalidValue),
+    })
+}
+
+/// Pins pages of the caller's.
+pub(crate) fn register(address: usize, bytes: usize) -> Result {
+    if bytes == 0 {
+        return Err(Status::cudaErrorInvalidValue);
+    }
+    memory(|memory| {
+        let end = address + bytes;
+        let overlaps =
+            memory.pinned.iter().any(|(at, (bytes, _))| *at < end && address < at + bytes);
+        if overlaps {
+            return Err(Status::cudaErrorHostMemoryAlreadyRegistered);
+        }
+        if bytes > memory.limit_pinned.saturating_sub(memory.pinned_bytes()) {
+            return Err(Status::cudaErrorMemoryAllocation);
+        }
+        memory.pinned.insert(address, (bytes, false));
+        control::born(Kind::Pinned);
+        Ok(())
+    })
+}
+
+pub(crate) fn unregister(address: usize) -> Result {
+    memory(|memory| match memory.pinned.get(&address) {
+        Some((_, false)) => {
+            memory.pinned.remove(&address);
+            control::died(Kind::Pinned);
+            Ok(())
+        }
+        _ => Err(Status::cudaErrorHostMemoryNotRegistered),
+    })
+}
+
+/// How a range of host memory is pinned.
+#[derive(PartialEq, Eq, Clone, Copy)]
+pub(crate) enum Pinned {
+    No,
+    Whole,
+    /// In part, or in pieces: CUDA copies from and to no such range.
+    Partly,
+}
+
+pub(crate) fn pinned(address: usize, bytes: usize) -> Pinned {
+    memory(|memory| {
+        let end = address + bytes;
+        match memory.pinned.range(..end).next_back() {
+            Some((base, (length, _))) if base + length > address => {
+                match *base <= address && end <= base + length {
+                    true => Pinned::Whole,
+                    false => Pinned::Partly,
+                }
+            }
+            _ => Pinned::No,
+        }
+    })
+}

@@ -1,0 +1,446 @@
+//! The functions of the runtime, under the names and types of the bindings: one whose signature changes
+//! there does not compile here.
+
+use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
+use std::ptr;
+
+use cudart_sys::{
+    cudaDeviceAttr, cudaDriverEntryPointQueryResult, cudaEvent_t, cudaGraph_t, cudaHostFn_t,
+    cudaMemcpyKind, cudaStream_t, cudaStreamCaptureMode, cudaStreamCaptureStatus,
+};
+
+use crate::control::{self, Verdict};
+use crate::memory::{self, Pinned};
+use crate::{Result, Status, context, driver, stream};
+
+/// Exports functions: each is counted and may be made to fail, and an error becomes the last error.
+macro_rules! export {
+    ($(fn $name:ident($($arg:ident: $type:ty),* $(,)?) $body:block)*) => {$(
+        #[unsafe(no_mangle)]
+        unsafe extern "C" fn $name($($arg: $type),*) -> Status {
+            const _: unsafe fn($($type),*) -> Status = cudart_sys::$name;
+            call(stringify!($name), || $body)
+        }
+    )*};
+}
+
+fn call(name: &'static str, body: impl FnOnce() -> Result) -> Status {
+    let status = match control::verdict(name) {
+        Verdict::Proceed => body().err(),
+        Verdict::Fail(code) => Some(cudart_sys::cudaError(code)),
+        Verdict::ProceedAndFail(code) => {
+            let _ = body();
+            Some(cudart_sys::cudaError(code))
+        }
+    };
+    match status {
+        None => Status::cudaSuccess,
+        // Not an error, and not kept as one.
+        Some(Status::cudaErrorNotReady) => Status::cudaErrorNotReady,
+        Some(status) => {
+            context::set_last_error(status);
+            status
+        }
+    }
+}
+
+/// Writes a result where the caller wants it.
+fn put<T>(place: *mut T, value: T) -> Result {
+    if place.is_null() {
+        return Err(Status::cudaErrorInvalidValue);
+    }
+    // SAFETY: not null, and the caller of a C function passes valid places.
+    unsafe { place.write(value) };
+    Ok(())
+}
+
+/// A call that is prohibited while a stream is in capture.
+fn prohibited() -> Result {
+    context::bind()?;
+    stream::prohibited(context::capture_mode())
+}
+
+/// Copies between memory of the kinds that `kind` says, in stream order.
+fn copy(to: usize, from: usize, bytes: usize, kind: cudaMemcpyKind, on: cudaStream_t) -> Result {
+    let on = stream::stream(on.addr())?;
+    if bytes == 0 {
+        return Ok(());
+    }
+    let (host, gpu) = match kind {
+        cudaMemcpyKind::cudaMemcpyHostToDevice => (Some(from), to),
+        cudaMemcpyKind::cudaMemcpyDeviceToHost => (Some(to), from),
+        cudaMemcpyKind::cudaMemcpyDeviceToDevice if memory::is_device(from, bytes) => (None, to),
+        _ => return Err(Status::cudaErrorInvalidValue),
+    };
+    if !memory::is_device(gpu, bytes) {
+        return Err(Status::cudaErrorInvalidValue);
+    }
+    let Some(host) = host else {
+        on.enqueue(move || {
+            memory::with_device(to, bytes, |to| {
+                memory::with_device(from, bytes, |from| {
+                    // SAFETY: both lie in device memory, which the streams alone touch.
+                    unsafe { ptr::copy(from, to, bytes) };
+                })
+            });
+        })?;
+        return Ok(());
+    };
+    let upload = kind == cudaMemcpyKind::cudaMemcpyHostToDevice;
+    let pinned = memory::pinned(host, bytes);
+    let transfer = move |host: *mut u8| {
+        memory::with_device(gpu, bytes, |gpu| {
+            let (to, from) = if upload { (gpu, host) } else { (host, gpu) };
+            // SAFETY: one lies in device memory; the caller of the copy vouches for the other.
+            unsafe { ptr::copy_nonoverlapping(from, to, bytes) };
+        });
+    };
+    match pinned {
+        Pinned::Partly => Err(Status::cudaErrorInvalidValue),
+        Pinned::Whole => on
+            .enqueue(move || {
+                if memory::pinned(host, bytes) != Pinned::Whole {
+                    control::violation("a copy runs on host memory that is no longer pinned");
+                }
+                transfer(memory::at(host));
+            })
+            .map(drop),
+        // Pageable memory is staged before the call returns, or waited for ("CUDA Runtime API, API
+        // synchronization behavior").
+        Pinned::No if upload => {
+            // SAFETY: the caller of the copy vouches for the range.
+            let staged = unsafe { std::slice::from_raw_parts(memory::at(host), bytes) }.to_vec();
+            let mut staged = staged;
+            on.enqueue(move || transfer(staged.as_mut_ptr())).map(drop)
+        }
+        Pinned::No => on.enqueue(move || transfer(memory::at(host)))?.wait_for(),
+    }
+}
+
+fn fill(to: usize, value: c_int, bytes: usize, on: cudaStream_t) -> Result {
+    driver::fill(to, value as u8, bytes, &stream::stream(on.addr())?)
+}
+
+fn create_stream(place: *mut cudaStream_t, flags: c_uint) -> Result {
+    context::bind()?;
+    if flags > 1 {
+        return Err(Status::cudaErrorInvalidValue);
+    }
+    let handle = stream::create(context::current_device(), flags == 1);
+    put(place, ptr::without_provenance_mut(handle))
+}
+
+export! {
+    fn cudaRuntimeGetVersion(place: *mut c_int) {
+        put(place, context::version())
+    }
+    fn cudaDriverGetVersion(place: *mut c_int) {
+        put(place, 13000)
+    }
+    fn cudaGetDeviceCount(place: *mut c_int) {
+        match context::count() {
+            0 => Err(Status::cudaErrorNoDevice),
+            count => put(place, count as c_int),
+        }
+    }
+    fn cudaGetDevice(place: *mut c_int) {
+        put(place, context::current_device() as c_int)
+    }
+    fn cudaSetDevice(device: c_int) {
+        context::set_device(usize::try_from(device).map_err(|_| Status::cudaErrorInvalidDevice)?)
+    }
+    fn cudaDeviceGetAttribute(place: *mut c_int, attribute: cudaDeviceAttr, device: c_int) {
+        context::is_active(device as usize)?;
+        let value = match attribute {
+            cudaDeviceAttr::cudaDevAttrMultiProcessorCount => 4,
+            cudaDeviceAttr::cudaDevAttrComputeCapabilityMajor => 9,
+            _ => 0,
+        };
+        put(place, value)
+    }
+    fn cudaDeviceGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
+        context::bind()?;
+        put(least, 0)?;
+        put(greatest, -5)
+    }
+    fn cudaDeviceSynchronize() {
+        prohibited()?;
+        stream::synchronize_device(context::current_device())?;
+        context::bind()
+    }
+    fn cudaMalloc(place: *mut *mut c_void, bytes: usize) {
+        prohibited()?;
+        let address = memory::allocate_device(context::current_device(), bytes)?;
+        put(place, memory::at(address).cast())
+    }
+    fn cudaMallocAsync(place: *mut *mut c_void, bytes: usize, on: cudaStream_t) {
+        context::bind()?;
+        let address = memory::allocate_device(stream::stream(on.addr())?.device, bytes)?;
+        put(place, memory::at(address).cast())
+    }
+    fn cudaFree(address: *mut c_void) {
+        prohibited()?;
+        memory::free_device(address.addr())
+    }
+    fn cudaFreeAsync(address: *mut c_void, on: cudaStream_t) {
+        context::bind()?;
+        let address = address.addr();
+        let freed = stream::stream(on.addr())?.enqueue(move || {
+            let _ = memory::free_device(address);
+        });
+        freed.map(drop)
+    }
+    fn cudaMemGetInfo(free: *mut usize, total: *mut usize) {
+        context::bind()?;
+        let (is_free, all) = memory::info(context::current_device());
+        put(free, is_free)?;
+        put(total, all)
+    }
+    fn cudaHostAlloc(place: *mut *mut c_void, bytes: usize, flags: c_uint) {
+        prohibited()?;
+        if flags > 7 {
+            return Err(Status::cudaErrorInvalidValue);
+        }
+        put(place, memory::at(memory::allocate_pinned(bytes)?).cast())
+    }
+    fn cudaFreeHost(address: *mut c_void) {
+        prohibited()?;
+        memory::free_pinned(address.addr())
+    }
+    fn cudaHostRegister(address: *mut c_void, bytes: usize, flags: c_uint) {
+        prohibited()?;
+        // Flag 8 is memory that the device only reads: a download to it would fail.
+        if flags > 15 {
+            return Err(Status::cudaErrorInvalidValue);
+        }
+        memory::register(address.addr(), bytes)
+    }
+    fn cudaHostUnregister(address: *mut c_void) {
+        prohibited()?;
+        memory::unregister(address.addr())
+    }
+    fn cudaHostGetDevicePointer(place: *mut *mut c_void, address: *mut c_void, _flags: c_uint) {
+        context::bind()?;
+        match memory::pinned(address.addr(), 1) {
+            Pinned::Whole => put(place, address),
+            _ => Err(Status::cudaErrorInvalidValue),
+        }
+    }
+    fn cudaHostGetFlags(place: *mut c_uint, address: *mut c_void) {
+        context::bind()?;
+        match memory::pinned(address.addr(), 1) {
+            Pinned::Whole => put(place, 3),
+            _ => Err(Status::cudaErrorInvalidValue),
+        }
+    }
+
+    fn cudaMemcpyAsync(
+        to: *mut c_void,
+        from: *const c_void,
+        bytes: usize,
+        kind: cudaMemcpyKind,
+        on: cudaStream_t,
+    ) {
+        context::bind()?;
+        copy(to.expose_provenance(), from.expose_provenance(), bytes, kind, on)
+    }
+    fn cudaMemcpy(to: *mut c_void, from: *const c_void, bytes: usize, kind: cudaMemcpyKind) {
+        prohibited()?;
+        copy(to.expose_provenance(), from.expose_provenance(), bytes, kind, ptr::null_mut())?;
+        stream::stream(0)?.synchronize()?;
+        context::bind()
+    }
+    fn cudaMemsetAsync(to: *mut c_void, value: c_int, bytes: usize, on: cudaStream_t) {
+        context::bind()?;
+        fill(to.addr(), value, bytes, on)
+    }
+    fn cudaMemset(to: *mut c_void, value: c_int, bytes: usize) {
+        prohibited()?;
+        fill(to.addr(), value, bytes, ptr::null_mut())
+    }
+
+    fn cudaStreamCreateWithFlags(place: *mut cudaStream_t, flags: c_uint) {
+        create_stream(place, flags)
+    }
+    fn cudaStreamCreateWithPriority(place: *mut cudaStream_t, flags: c_uint, _priority: c_int) {
+        create_stream(place, flags)
+    }
+    fn cudaStreamDestroy(on: cudaStream_t) {
+        context::bind()?;
+        stream::destroy(on.addr())
+    }
+    fn cudaStreamGetFlags(on: cudaStream_t, place: *mut c_uint) {
+        context::bind()?;
+        put(place, stream::stream(on.addr())?.non_blocking.into())
+    }
+    fn cudaStreamGetPriority(on: cudaStream_t, place: *mut c_int) {
+        context::bind()?;
+        stream::stream(on.addr())?;
+        put(place, 0)
+    }
+    fn cudaStreamSynchronize(on: cudaStream_t) {
+        prohibited()?;
+        stream::stream(on.addr())?.synchronize()?;
+        context::bind()
+    }
+    fn cudaStreamQuery(on: cudaStream_t) {
+        prohibited()?;
+        match stream::stream(on.addr())?.is_idle()? {
+            true => Ok(()),
+            false => Err(Status::cudaErrorNotReady),
+        }
+    }
+    fn cudaStreamWaitEvent(on: cudaStream_t, event: cudaEvent_t, _flags: c_uint) {
+        context::bind()?;
+        stream::wait_event(&stream::stream(on.addr())?, event.addr())
+    }
+    fn cudaStreamIsCapturing(on: cudaStream_t, place: *mut cudaStreamCaptureStatus) {
+        context::bind()?;
+        if on.addr() <= 1 && stream::legacy_is_blocked(context::current_device()) {
+            return Err(Status::cudaErrorStreamCaptureImplicit);
+        }
+        put(place, match stream::stream(on.addr())?.is_capturing() {
+            true => cudaStreamCaptureStatus::cudaStreamCaptureStatusActive,
+            false => cudaStreamCaptureStatus::cudaStreamCaptureStatusNone,
+        })
+    }
+    fn cudaStreamBeginCapture(on: cudaStream_t, mode: cudaStreamCaptureMode) {
+        context::bind()?;
+        stream::stream(on.addr())?.begin_capture(mode)
+    }
+    fn cudaStreamEndCapture(on: cudaStream_t, graph: *mut cudaGraph_t) {
+        context::bind()?;
+        put(graph, ptr::null_mut())?;
+        stream::stream(on.addr())?.end_capture()?;
+        put(graph, ptr::without_provenance_mut(16))
+    }
+    fn cudaGraphDestroy(graph: cudaGraph_t) {
+        match graph.addr() {
+            16 => Ok(()),
+            _ => Err(Status::cudaErrorInvalidValue),
+        }
+    }
+    fn cudaThreadExchangeStreamCaptureMode(mode: *mut cudaStreamCaptureMode) {
+        context::bind()?;
+        if mode.is_null() {
+            return Err(Status::cudaErrorInvalidValue);
+        }
+        // SAFETY: not null, and the caller of a C function passes valid places.
+        let new = unsafe { mode.read() };
+        put(mode, context::exchange_capture_mode(new))
+    }
+
+    fn cudaEventCreateWithFlags(place: *mut cudaEvent_t, flags: c_uint) {
+        context::bind()?;
+        let timing = flags & cudart_sys::cudaEventDisableTiming == 0;
+        let handle = stream::create_event(context::current_device(), timing);
+        put(place, ptr::without_provenance_mut(handle))
+    }
+    fn cudaEventDestroy(event: cudaEvent_t) {
+        context::bind()?;
+        stream::destroy_event(event.addr())
+    }
+    fn cudaEventRecord(event: cudaEvent_t, on: cudaStream_t) {
+        context::bind()?;
+        stream::record(event.addr(), &stream::stream(on.addr())?)
+    }
+    fn cudaEventQuery(event: cudaEvent_t) {
+        stream::prohibited(context::capture_mode())?;
+        stream::query_event(event.addr())
+    }
+    fn cudaEventSynchronize(event: cudaEvent_t) {
+        stream::prohibited(context::capture_mode())?;
+        stream::synchronize_event(event.addr())
+    }
+    fn cudaEventElapsedTime(place: *mut f32, from: cudaEvent_t, to: cudaEvent_t) {
+        context::bind()?;
+        put(place, stream::elapsed(from.addr(), to.addr())?)
+    }
+    fn cudaLaunchHostFunc(on: cudaStream_t, function: cudaHostFn_t, data: *mut c_void) {
+        context::bind()?;
+        let function = function.ok_or(Status::cudaErrorInvalidValue)?;
+        let data = data.expose_provenance();
+        let queued = stream::stream(on.addr())?.enqueue(move || {
+            // SAFETY: the caller vouches for the function and its argument.
+            unsafe { function(memory::at(data).cast()) }
+        });
+        queued.map(drop)
+    }
+
+    fn cudaGetDriverEntryPoint(
+        name: *const c_char,
+        place: *mut *mut c_void,
+        _flags: c_ulonglong,
+        found: *mut cudaDriverEntryPointQueryResult,
+    ) {
+        entry_point(name, place, found)
+    }
+    fn cudaGetDriverEntryPointByVersion(
+        name: *const c_char,
+        place: *mut *mut c_void,
+        _version: c_uint,
+        _flags: c_ulonglong,
+        found: *mut cudaDriverEntryPointQueryResult,
+    ) {
+        match context::version() {
+            // Runtimes before 12.5 lack it: what the loader answers for a name that is not there.
+            ..12050 => Err(Status::SYMBOL_NOT_FOUND),
+            _ => entry_point(name, place, found),
+        }
+    }
+}
+
+fn entry_point(
+    name: *const c_char,
+    place: *mut *mut c_void,
+    found: *mut cudaDriverEntryPointQueryResult,
+) -> Result {
+    if name.is_null() {
+        return Err(Status::cudaErrorInvalidValue);
+    }
+    // SAFETY: not null, and the caller of a C function passes NUL-terminated names.
+    let name = unsafe { std::ffi::CStr::from_ptr(name) };
+    let address = driver::entry_point(name);
+    put(
+        found,
+        match address.is_null() {
+            true => cudaDriverEntryPointQueryResult::cudaDriverEntryPointSymbolNotFound,
+            false => cudaDriverEntryPointQueryResult::cudaDriverEntryPointSuccess,
+        },
+    )?;
+    put(place, address.cast_mut())
+}
+
+// These two answer the last error, and make none.
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cudaGetLastError() -> Status {
+    const _: unsafe fn() -> Status = cudart_sys::cudaGetLastError;
+    context::last_error(true)
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cudaPeekAtLastError() -> Status {
+    const _: unsafe fn() -> Status = cudart_sys::cudaPeekAtLastError;
+    context::last_error(false)
+}
+
+/// Names of the statuses that tests look at; the others are numbers.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cudaGetErrorName(status: Status) -> *const c_char {
+    const _: unsafe fn(Status) -> *const c_char = cudart_sys::cudaGetErrorName;
+    let name = match status {
+        Status::cudaSuccess => c"cudaSuccess",
+        Status::cudaErrorInvalidValue => c"cudaErrorInvalidValue",
+        Status::cudaErrorMemoryAllocation => c"cudaErrorMemoryAllocation",
+        Status::cudaErrorIllegalAddress => c"cudaErrorIllegalAddress",
+        _ => c"cudaErrorOfTheSimulation",
+    };
+    name.as_ptr()
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cudaGetErrorString(_status: Status) -> *const c_char {
+    const _: unsafe fn(Status) -> *const c_char = cudart_sys::cudaGetErrorString;
+    c"an error of the simulated runtime".as_ptr()
+}
