@@ -2,6 +2,9 @@
 
 #![allow(dead_code)]
 
+#[cfg(target_os = "linux")]
+pub mod sim;
+
 use std::ffi::{CStr, c_void};
 use std::io::Write;
 use std::ptr;

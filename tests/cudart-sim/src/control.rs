@@ -25,6 +25,7 @@ struct Control {
     by_name: HashMap<&'static str, u64>,
     fault: Option<Fault>,
     injected: u64,
+    injected_releases: u64,
 }
 
 static CONTROL: LazyLock<Mutex<Control>> = LazyLock::new(Mutex::default);
@@ -57,6 +58,7 @@ pub(crate) fn verdict(name: &'static str) -> Verdict {
             return Verdict::Proceed;
         }
         control.injected += 1;
+        control.injected_releases += u64::from(RELEASES.contains(&name));
         match fault.effect {
             true => Verdict::ProceedAndFail(fault.code),
             false => Verdict::Fail(fault.code),
@@ -101,6 +103,16 @@ pub extern "C" fn cudart_sim_heal() {
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_calls() -> u64 {
     control(|control| control.calls)
+}
+
+/// The calls that give something back, and of which a failing one leaves it behind.
+const RELEASES: [&str; 5] =
+    ["cudaFree", "cudaFreeHost", "cudaHostUnregister", "cudaEventDestroy", "cudaStreamDestroy"];
+
+/// The calls that give something back and were made to fail since the reset.
+#[unsafe(no_mangle)]
+pub extern "C" fn cudart_sim_injected_releases() -> u64 {
+    control(|control| control.injected_releases)
 }
 
 /// The calls that were made to fail since the reset.

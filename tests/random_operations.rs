@@ -1,0 +1,184 @@
+//! Whatever sequence of operations, on whatever streams and from several threads at once: each half holds what it
+//! would hold had every operation been done when it was called.
+
+mod common;
+
+use std::mem;
+use std::ops::Range;
+
+use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+const STREAMS: usize = 3;
+const MOST: usize = 3000;
+
+#[derive(Clone, Debug)]
+enum Operation {
+    Write(Range<usize>, u32),
+    Upload(Range<usize>, usize),
+    Download(Range<usize>, usize),
+    Fill(u32, usize),
+    FillCpu(u32),
+    FillGpu(u32, usize),
+    Kernel(u32, usize),
+    Resize(usize),
+    Synchronize(usize),
+    WaitForBuffer,
+    Replace { forget: bool, words: usize },
+    Swap,
+    Look,
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    // Ranges are cut to the buffer's size when they are used.
+    let range = || (0..MOST, 0..MOST).prop_map(|(a, b)| a.min(b)..a.max(b));
+    let value = || prop_oneof![Just(0), Just(0x0707_0707), Just(0x0001_0001), any::<u32>()];
+    prop_oneof![
+        4 => (range(), value()).prop_map(|(range, value)| Operation::Write(range, value)),
+        4 => (range(), 0..STREAMS).prop_map(|(range, on)| Operation::Upload(range, on)),
+        4 => (range(), 0..STREAMS).prop_map(|(range, on)| Operation::Download(range, on)),
+        1 => (value(), 0..STREAMS).prop_map(|(value, on)| Operation::Fill(value, on)),
+        1 => value().prop_map(Operation::FillCpu),
+        2 => (value(), 0..STREAMS).prop_map(|(value, on)| Operation::FillGpu(value, on)),
+        2 => (value(), 0..STREAMS).prop_map(|(value, on)| Operation::Kernel(value, on)),
+        1 => (0..MOST).prop_map(Operation::Resize),
+        1 => (0..STREAMS).prop_map(Operation::Synchronize),
+        1 => Just(Operation::WaitForBuffer),
+        1 => (any::<bool>(), 0..MOST)
+            .prop_map(|(forget, words)| Operation::Replace { forget, words }),
+        1 => Just(Operation::Swap),
+        2 => Just(Operation::Look),
+    ]
+}
+
+/// A buffer, and what each of its halves must hold.
+struct Modelled {
+    buffer: CpuGpuBuffer<u32>,
+    host: Vec<u32>,
+    gpu: Vec<u32>,
+}
+
+impl Modelled {
+    fn new(words: usize, device: Device) -> Modelled {
+        let buffer = CpuGpuBuffer::new(words, device).unwrap();
+        Modelled { buffer, host: vec![0; words], gpu: vec![0; words] }
+    }
+
+    fn look(&self) {
+        assert!(self.buffer.cpu().unwrap() == self.host, "the host half is not what it must be");
+    }
+
+    fn run(&mut self, operation: &Operation, other: &mut Modelled, streams: &[Stream]) {
+        let words = self.host.len();
+        let cut = |range: &Range<usize>| range.start.min(words)..range.end.min(words);
+        let buffer = &mut self.buffer;
+        match operation {
+            Operation::Write(range, value) => {
+                buffer.cpu_mut().unwrap()[cut(range)].fill(*value);
+                self.host[cut(range)].fill(*value);
+            }
+            Operation::Upload(range, on) => {
+                buffer.copy_to_gpu(cut(range), &streams[*on]).unwrap();
+                self.gpu[cut(range)].copy_from_slice(&self.host[cut(range)]);
+            }
+            Operation::Download(range, on) => {
+                buffer.copy_to_cpu(cut(range), &streams[*on]).unwrap();
+                self.host[cut(range)].copy_from_slice(&self.gpu[cut(range)]);
+            }
+            Operation::Fill(value, on) => {
+                buffer.fill(*value, &streams[*on]).unwrap();
+                self.host.fill(*value);
+                self.gpu.fill(*value);
+            }
+            Operation::FillCpu(value) => {
+                buffer.fill_cpu(*value).unwrap();
+                self.host.fill(*value);
+            }
+            Operation::FillGpu(value, on) => {
+                buffer.fill_gpu(*value, &streams[*on]).unwrap();
+                self.gpu.fill(*value);
+            }
+            Operation::Kernel(value, on) => {
+                let stream = &streams[*on];
+                let view = buffer.gpu_on(stream).unwrap();
+                match view.device() {
+                    _ if view.is_empty() => {}
+                    Device::Cuda(_) => common::store(view.as_mut_ptr(), view.len(), *value, stream),
+                    Device::Cpu => {
+                        for at in 0..view.len() {
+                            // SAFETY: within the view, which this thread alone has.
+                            unsafe { view.as_mut_ptr().wrapping_add(at).write(*value) };
+                        }
+                    }
+                }
+                self.gpu.fill(*value);
+            }
+            Operation::Resize(words) => {
+                buffer.resize(*words).unwrap();
+                self.host = vec![0; *words];
+                self.gpu = vec![0; *words];
+            }
+            Operation::Synchronize(on) => streams[*on].synchronize().unwrap(),
+            Operation::WaitForBuffer => {
+                buffer.synchronize().unwrap();
+                assert!(buffer.is_idle().unwrap());
+            }
+            Operation::Replace { forget, words } => {
+                let next = Modelled::new(*words, buffer.device());
+                let before = mem::replace(self, next);
+                match forget {
+                    true => mem::forget(before),
+                    false => drop(before),
+                }
+            }
+            Operation::Swap => mem::swap(self, other),
+            Operation::Look => self.look(),
+        }
+    }
+
+    /// Both halves.
+    fn finish(mut self, stream: &Stream) {
+        self.look();
+        self.buffer.copy_to_cpu(.., stream).unwrap();
+        self.host.clone_from(&self.gpu);
+        self.look();
+    }
+}
+
+/// One thread's sequence, on streams that it shares with the others.
+fn run(operations: &[Operation], device: Device, streams: &[Stream]) {
+    let mut modelled = Modelled::new(MOST / 2, device);
+    let mut other = Modelled::new(7, device);
+    for operation in operations {
+        modelled.run(operation, &mut other, streams);
+    }
+    modelled.finish(&streams[0]);
+    other.finish(&streams[1]);
+}
+
+#[test]
+fn any_sequence_of_operations_does_what_it_would_do_one_by_one() {
+    let _turn = common::turn();
+    // `PROPTEST_CASES` for a longer run; each case is a sequence for each of two threads.
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok());
+    for device in common::devices() {
+        let config = Config {
+            cases: cases.unwrap_or(1000),
+            failure_persistence: None,
+            max_shrink_iters: 2000,
+            ..Config::default()
+        };
+        let sequence = || prop::collection::vec(operation(), 1..40);
+        let outcome = TestRunner::new(config).run(&(sequence(), sequence()), |(first, second)| {
+            let streams: Vec<Stream> = (0..STREAMS).map(|_| Stream::new(device).unwrap()).collect();
+            std::thread::scope(|scope| {
+                let beside = scope.spawn(|| run(&second, device, &streams));
+                run(&first, device, &streams);
+                beside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            });
+            Ok(())
+        });
+        outcome.unwrap_or_else(|failure| panic!("on {device}: {failure}"));
+    }
+}
