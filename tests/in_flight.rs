@@ -408,7 +408,7 @@ fn forgetting_leaves_a_queued_upload_its_bytes() {
         let address = forgotten.device_ptr();
         let gate = Gate::close(&stream);
         forgotten.copy_to_gpu(.., &stream).unwrap();
-        mem::forget(forgotten);
+        common::forget(forgotten);
         // Whatever memory comes next, it is not the forgotten buffer's.
         let mut next = CpuGpuBuffer::<u32>::new(words, device).unwrap();
         assert_ne!(next.device_ptr(), address);
@@ -424,7 +424,7 @@ fn forgetting_leaves_a_queued_download_its_memory() {
         let (mut forgotten, stream) = buffer(words, device, 0, NEW);
         let gate = Gate::close(&stream);
         forgotten.copy_to_cpu(.., &stream).unwrap();
-        mem::forget(forgotten);
+        common::forget(forgotten);
         let mut next = CpuGpuBuffer::<u32>::new(words, device).unwrap();
         gate.passes(|| next.cpu_mut().unwrap().fill(OLD));
         stream.synchronize().unwrap();

@@ -128,7 +128,7 @@ impl Modelled {
                 let next = Modelled::new(*words, buffer.device());
                 let before = mem::replace(self, next);
                 match forget {
-                    true => mem::forget(before),
+                    true => common::forget(before),
                     false => drop(before),
                 }
             }

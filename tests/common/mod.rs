@@ -375,6 +375,13 @@ impl Drop for Foreign {
     }
 }
 
+/// Never drops a value, as `mem::forget`, but keeps its address, so that a leak detector takes it for wanted.
+pub fn forget<T: 'static>(value: T) {
+    static FORGOTTEN: Mutex<Vec<usize>> = Mutex::new(Vec::new());
+    let kept = Box::into_raw(Box::new(std::mem::ManuallyDrop::new(value)));
+    FORGOTTEN.lock().unwrap_or_else(|poison| poison.into_inner()).push(kept.expose_provenance());
+}
+
 /// Asserts that all words are `value`, without printing millions of them.
 #[track_caller]
 pub fn all(words: &[u32], value: u32) {

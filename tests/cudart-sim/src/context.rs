@@ -4,31 +4,32 @@
 //! of the runtime make that of device 0 current where there is none, as the real one was seen to.
 
 use std::cell::{Cell, RefCell};
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use cudart_sys::cudaStreamCaptureMode as Mode;
 
 use crate::{Result, Status};
 
-#[derive(Default)]
 struct Device {
     active: AtomicBool,
     sticky: AtomicU32,
 }
 
-static DEVICES: LazyLock<Vec<Device>> = LazyLock::new(|| {
-    let count = std::env::var("CUDART_SIM_DEVICES").ok().and_then(|count| count.parse().ok());
-    (0..count.unwrap_or(2)).map(|_: usize| Device::default()).collect()
-});
+static DEVICES: [Device; 8] =
+    [const { Device { active: AtomicBool::new(false), sticky: AtomicU32::new(0) } }; 8];
+
+fn setting<T: std::str::FromStr>(name: &str, otherwise: T) -> T {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
+}
 
 /// The version that the simulation says it is of: 13000, unless `CUDART_SIM_VERSION` says another.
 pub(crate) fn version() -> i32 {
-    static VERSION: LazyLock<i32> = LazyLock::new(|| {
-        let version = std::env::var("CUDART_SIM_VERSION").ok();
-        version.and_then(|version| version.parse().ok()).unwrap_or(13000)
-    });
-    *VERSION
+    setting("CUDART_SIM_VERSION", 13000)
+}
+
+/// How many devices there are: 2, unless `CUDART_SIM_DEVICES` says another number up to 8.
+pub(crate) fn count() -> usize {
+    setting("CUDART_SIM_DEVICES", 2).min(DEVICES.len())
 }
 
 thread_local! {
@@ -38,12 +39,8 @@ thread_local! {
     static MODE: Cell<Mode> = const { Cell::new(Mode::cudaStreamCaptureModeGlobal) };
 }
 
-pub(crate) fn count() -> usize {
-    DEVICES.len()
-}
-
 fn device(device: usize) -> Result<&'static Device> {
-    DEVICES.get(device).ok_or(Status::cudaErrorInvalidDevice)
+    DEVICES[..count()].get(device).ok_or(Status::cudaErrorInvalidDevice)
 }
 
 /// The device of the thread's current context; of a thread without one, the first.

@@ -1,9 +1,10 @@
 //! What a test can ask of the simulation: to count the calls, and to make some of them fail.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
-use std::sync::{LazyLock, Mutex};
+
+use parking_lot::Mutex;
 
 use crate::memory;
 
@@ -19,16 +20,27 @@ struct Fault {
     effect: bool,
 }
 
-#[derive(Default)]
 struct Control {
     calls: u64,
-    by_name: HashMap<&'static str, u64>,
+    by_name: BTreeMap<&'static str, u64>,
     fault: Option<Fault>,
     injected: u64,
     injected_releases: u64,
 }
 
-static CONTROL: LazyLock<Mutex<Control>> = LazyLock::new(Mutex::default);
+impl Control {
+    const fn new() -> Control {
+        Control {
+            calls: 0,
+            by_name: BTreeMap::new(),
+            fault: None,
+            injected: 0,
+            injected_releases: 0,
+        }
+    }
+}
+
+static CONTROL: Mutex<Control> = Mutex::new(Control::new());
 
 /// What a call is to do.
 pub(crate) enum Verdict {
@@ -38,7 +50,7 @@ pub(crate) enum Verdict {
 }
 
 fn control<R>(action: impl FnOnce(&mut Control) -> R) -> R {
-    action(&mut CONTROL.lock().unwrap_or_else(|poison| poison.into_inner()))
+    action(&mut CONTROL.lock())
 }
 
 /// Counts a call and decides what becomes of it.
@@ -69,7 +81,7 @@ pub(crate) fn verdict(name: &'static str) -> Verdict {
 /// Counts from 0 again.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_reset() {
-    control(|control| *control = Control::default());
+    control(|control| *control = Control::new());
 }
 
 /// From the reset on, the call of this number fails with `code`: of the function that is named, or of all
@@ -160,10 +172,13 @@ pub extern "C" fn cudart_sim_limit_pinned(bytes: usize) {
 
 /// A pseudo-random number from the seed in `CUDART_SIM_SEED`.
 pub(crate) fn random() -> u64 {
-    static STATE: LazyLock<AtomicU64> = LazyLock::new(|| {
+    static STATE: AtomicU64 = AtomicU64::new(0);
+    if STATE.load(Ordering::Relaxed) == 0 {
         let seed = std::env::var("CUDART_SIM_SEED").ok().and_then(|seed| seed.parse().ok());
-        AtomicU64::new(seed.unwrap_or(1))
-    });
+        let seed = seed.unwrap_or(1u64).max(1);
+        // Whoever comes first sets it.
+        let _ = STATE.compare_exchange(0, seed, Ordering::Relaxed, Ordering::Relaxed);
+    }
     // SplitMix64, by Steele, Lea and Flood.
     let mut z = STATE.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 use std::ptr;
-use std::sync::{LazyLock, Mutex};
+
+use parking_lot::Mutex;
 
 use crate::control::{self, Kind};
 use crate::{Result, Status};
@@ -32,18 +33,16 @@ struct Memory {
     limit_pinned: usize,
 }
 
-static MEMORY: LazyLock<Mutex<Memory>> = LazyLock::new(|| {
-    Mutex::new(Memory {
-        device: BTreeMap::new(),
-        gone: BTreeMap::new(),
-        pinned: BTreeMap::new(),
-        limit_device: 8 << 30,
-        limit_pinned: 8 << 30,
-    })
+static MEMORY: Mutex<Memory> = Mutex::new(Memory {
+    device: BTreeMap::new(),
+    gone: BTreeMap::new(),
+    pinned: BTreeMap::new(),
+    limit_device: 8 << 30,
+    limit_pinned: 8 << 30,
 });
 
 fn memory<R>(action: impl FnOnce(&mut Memory) -> R) -> R {
-    action(&mut MEMORY.lock().unwrap_or_else(|poison| poison.into_inner()))
+    action(&mut MEMORY.lock())
 }
 
 impl Memory {

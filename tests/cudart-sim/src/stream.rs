@@ -1,12 +1,13 @@
 //! Streams as threads, events, and stream capture.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cudart_sys::cudaStreamCaptureMode as Mode;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::context;
 use crate::control::{self, Kind};
@@ -59,7 +60,7 @@ impl Point {
     fn wait(&self) {
         let mut queue = self.stream.queue();
         while queue.done < self.position {
-            queue = self.stream.moved.wait(queue).unwrap_or_else(|poison| poison.into_inner());
+            self.stream.moved.wait(&mut queue);
         }
     }
 }
@@ -78,7 +79,7 @@ impl Stream {
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(|poison| poison.into_inner())
+        self.queue.lock()
     }
 
     fn work_off(&self) {
@@ -89,7 +90,7 @@ impl Stream {
                     Some(work) => break work,
                     None if queue.closed => return,
                     None => {
-                        queue = self.moved.wait(queue).unwrap_or_else(|poison| poison.into_inner());
+                        self.moved.wait(&mut queue);
                     }
                 }
             };
@@ -189,17 +190,19 @@ impl Stream {
 // ---- handles ----
 
 struct Handles {
-    streams: HashMap<usize, Arc<Stream>>,
-    legacy: HashMap<usize, Arc<Stream>>,
-    events: HashMap<usize, Arc<Mutex<Event>>>,
+    streams: BTreeMap<usize, Arc<Stream>>,
+    legacy: BTreeMap<usize, Arc<Stream>>,
+    events: BTreeMap<usize, Arc<Mutex<Event>>>,
 }
 
-static HANDLES: LazyLock<Mutex<Handles>> = LazyLock::new(|| {
-    Mutex::new(Handles { streams: HashMap::new(), legacy: HashMap::new(), events: HashMap::new() })
+static HANDLES: Mutex<Handles> = Mutex::new(Handles {
+    streams: BTreeMap::new(),
+    legacy: BTreeMap::new(),
+    events: BTreeMap::new(),
 });
 
 fn handles() -> MutexGuard<'static, Handles> {
-    HANDLES.lock().unwrap_or_else(|poison| poison.into_inner())
+    HANDLES.lock()
 }
 
 /// Handles are numbers that are never used again, so that a stale one is found out.
@@ -337,7 +340,7 @@ fn event(handle: usize) -> Result<Arc<Mutex<Event>>> {
 }
 
 fn lock(event: &Mutex<Event>) -> MutexGuard<'_, Event> {
-    event.lock().unwrap_or_else(|poison| poison.into_inner())
+    event.lock()
 }
 
 pub(crate) fn record(handle: usize, stream: &Arc<Stream>) -> Result {
@@ -350,7 +353,7 @@ pub(crate) fn record(handle: usize, stream: &Arc<Stream>) -> Result {
     let reached_at = Arc::new(Mutex::new(None));
     event.reached_at = Arc::clone(&reached_at);
     let point = stream.enqueue(move || {
-        *reached_at.lock().unwrap_or_else(|poison| poison.into_inner()) = Some(Instant::now());
+        *reached_at.lock() = Some(Instant::now());
     })?;
     event.point = Some(point);
     Ok(())
@@ -403,7 +406,7 @@ pub(crate) fn elapsed(from: usize, to: usize) -> Result<f32> {
         if !event.timing {
             return Err(Status::cudaErrorInvalidResourceHandle);
         }
-        let reached_at = *event.reached_at.lock().unwrap_or_else(|poison| poison.into_inner());
+        let reached_at = *event.reached_at.lock();
         instants.push(reached_at.ok_or(Status::cudaErrorInvalidResourceHandle)?);
     }
     let seconds = match instants[1].checked_duration_since(instants[0]) {
