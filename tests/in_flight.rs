@@ -497,10 +497,10 @@ fn threads_that_share_a_stream_each_wait_for_their_own_upload() {
     let test = "threads_that_share_a_stream_each_wait_for_their_own_upload";
     let Some((device, _turn)) = common::cuda(test) else { return };
     let stream = Stream::new(device).unwrap();
-    thread::scope(|scope| {
-        for thread in 0..8 {
+    let threads: Vec<_> = (0..8)
+        .map(|thread| {
             let stream = stream.clone();
-            scope.spawn(move || {
+            thread::spawn(move || {
                 let mut buffer = CpuGpuBuffer::<u32>::new(1024, device).unwrap();
                 let mut back = CpuGpuBuffer::<u32>::new(1024, device).unwrap();
                 for step in 0..500 {
@@ -513,9 +513,10 @@ fn threads_that_share_a_stream_each_wait_for_their_own_upload() {
                     buffer.cpu_mut().unwrap().fill(!0);
                     all(back.cpu().unwrap(), value);
                 }
-            });
-        }
-    });
+            })
+        })
+        .collect();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
 }
 
 #[test]
