@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::memory;
+use crate::{Result, Status, memory};
 
 /// A call that is to fail.
 struct Fault {
@@ -43,7 +43,7 @@ impl Control {
 static CONTROL: Mutex<Control> = Mutex::new(Control::new());
 
 /// What a call is to do.
-pub(crate) enum Verdict {
+enum Verdict {
     Proceed,
     Fail(u32),
     ProceedAndFail(u32),
@@ -54,7 +54,7 @@ fn control<R>(action: impl FnOnce(&mut Control) -> R) -> R {
 }
 
 /// Counts a call and decides what becomes of it.
-pub(crate) fn verdict(name: &'static str) -> Verdict {
+fn verdict(name: &'static str) -> Verdict {
     control(|control| {
         control.calls += 1;
         let count = control.by_name.entry(name).or_default();
@@ -76,6 +76,18 @@ pub(crate) fn verdict(name: &'static str) -> Verdict {
             false => Verdict::Fail(fault.code),
         }
     })
+}
+
+/// Makes a call: counts it, and lets it do its work or fail. The answer is its error.
+pub(crate) fn run(name: &'static str, body: impl FnOnce() -> Result) -> Option<Status> {
+    match verdict(name) {
+        Verdict::Proceed => body().err(),
+        Verdict::Fail(code) => Some(cudart_sys::cudaError(code)),
+        Verdict::ProceedAndFail(code) => {
+            let _ = body();
+            Some(cudart_sys::cudaError(code))
+        }
+    }
 }
 
 /// Counts from 0 again.

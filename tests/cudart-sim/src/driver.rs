@@ -14,30 +14,12 @@ use cudart_sys::{
     CUcontext, CUdevice_v1, CUdeviceptr_v2, CUfunction, CUmodule, CUresult, CUstream,
 };
 
-use crate::control::{self, Verdict};
 use crate::stream::Stream;
-use crate::{Result, Status, context, memory, stream};
+use crate::{Result, Status, context, control, memory, put, stream};
 
 /// Counts a call of the driver's and may make it fail; unlike the runtime's, it leaves no last error.
 fn call(name: &'static str, body: impl FnOnce() -> Result) -> CUresult {
-    let status = match control::verdict(name) {
-        Verdict::Proceed => body().err(),
-        Verdict::Fail(code) => Some(cudart_sys::cudaError(code)),
-        Verdict::ProceedAndFail(code) => {
-            let _ = body();
-            Some(cudart_sys::cudaError(code))
-        }
-    };
-    CUresult(status.map_or(0, |status| status.0))
-}
-
-fn put<T>(place: *mut T, value: T) -> Result {
-    if place.is_null() {
-        return Err(Status::cudaErrorInvalidValue);
-    }
-    // SAFETY: not null, and the caller of a C function passes valid places.
-    unsafe { place.write(value) };
-    Ok(())
+    CUresult(control::run(name, body).map_or(0, |status| status.0))
 }
 
 /// A context's handle says its device.

@@ -27,3 +27,13 @@ use cudart_sys::cudaError;
 
 type Status = cudaError;
 type Result<T = (), E = Status> = std::result::Result<T, E>;
+
+/// Writes a result where the caller of a C function wants it.
+fn put<T>(place: *mut T, value: T) -> Result {
+    if place.is_null() {
+        return Err(Status::cudaErrorInvalidValue);
+    }
+    // SAFETY: not null, and the caller of a C function passes valid places.
+    unsafe { place.write(value) };
+    Ok(())
+}

@@ -9,9 +9,9 @@ use cudart_sys::{
     cudaMemcpyKind, cudaStream_t, cudaStreamCaptureMode, cudaStreamCaptureStatus,
 };
 
-use crate::control::{self, Verdict};
+use crate::control;
 use crate::memory::{self, Pinned};
-use crate::{Result, Status, context, driver, stream};
+use crate::{Result, Status, context, driver, put, stream};
 
 /// Exports functions: each is counted and may be made to fail, and an error becomes the last error.
 macro_rules! export {
@@ -25,14 +25,7 @@ macro_rules! export {
 }
 
 fn call(name: &'static str, body: impl FnOnce() -> Result) -> Status {
-    let status = match control::verdict(name) {
-        Verdict::Proceed => body().err(),
-        Verdict::Fail(code) => Some(cudart_sys::cudaError(code)),
-        Verdict::ProceedAndFail(code) => {
-            let _ = body();
-            Some(cudart_sys::cudaError(code))
-        }
-    };
+    let status = control::run(name, body);
     match status {
         None => Status::cudaSuccess,
         // Not an error, and not kept as one.
@@ -42,16 +35,6 @@ fn call(name: &'static str, body: impl FnOnce() -> Result) -> Status {
             status
         }
     }
-}
-
-/// Writes a result where the caller wants it.
-fn put<T>(place: *mut T, value: T) -> Result {
-    if place.is_null() {
-        return Err(Status::cudaErrorInvalidValue);
-    }
-    // SAFETY: not null, and the caller of a C function passes valid places.
-    unsafe { place.write(value) };
-    Ok(())
 }
 
 /// A call that is prohibited while a stream is in capture.
