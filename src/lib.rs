@@ -42,6 +42,10 @@ mod fork;
 mod host;
 mod raw;
 mod record;
+/// The unit tests choose their runtime as the others do.
+#[cfg(test)]
+#[path = "../tests/common/runtime.rs"]
+mod runtime;
 mod shape;
 mod storage;
 mod stream;

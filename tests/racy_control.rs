@@ -1,56 +1,110 @@
-//! The control of all the others: a program that does race, over the raw bindings, is caught. It writes host
-//! memory whose upload is queued, as programs do that forget to wait, and looks at what arrived.
+//! The control of all the others: a program that does race, over the raw bindings alone, is caught. It does what
+//! programs do that forget to wait: it writes host memory whose upload is queued, and reads host memory before
+//! its download has come.
 
 #![cfg(target_os = "linux")]
 
-mod common;
+#[path = "common/runtime.rs"]
+mod runtime;
 
-use common::{in_own_process, is_own_process};
-use cpu_gpu_buffer::{Device, sys};
+use cudart_sys as sys;
+use runtime::{in_own_process, is_own_process};
 
 const SUCCESS: sys::cudaError_t = sys::cudaError::cudaSuccess;
+const UP: sys::cudaMemcpyKind = sys::cudaMemcpyKind::cudaMemcpyHostToDevice;
+const DOWN: sys::cudaMemcpyKind = sys::cudaMemcpyKind::cudaMemcpyDeviceToHost;
 const BYTES: usize = 4096;
+const ROUNDS: u8 = 100;
 
-/// How many of 200 racy uploads delivered something else than was there when they were sent.
-fn wrong_bytes() -> usize {
-    let (mut host, mut gpu, mut stream) =
-        (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
-    // SAFETY: valid places.
-    assert_eq!(unsafe { sys::cudaHostAlloc(&mut host, BYTES, 0) }, SUCCESS);
-    // SAFETY: as above.
-    assert_eq!(unsafe { sys::cudaMalloc(&mut gpu, BYTES) }, SUCCESS);
-    // SAFETY: as above.
-    assert_eq!(unsafe { sys::cudaStreamCreateWithFlags(&mut stream, 1) }, SUCCESS);
-    let mut wrong = 0;
-    for round in 0..200 {
-        // SAFETY: as many bytes as were allocated.
-        unsafe { host.cast::<u8>().write_bytes(round as u8, BYTES) };
-        let kind = sys::cudaMemcpyKind::cudaMemcpyHostToDevice;
-        // SAFETY: as many bytes on both sides.
-        assert_eq!(unsafe { sys::cudaMemcpyAsync(gpu, host, BYTES, kind, stream) }, SUCCESS);
-        // The race.
-        // SAFETY: of the write there is nothing to say; it is what this program is for.
-        unsafe { host.cast::<u8>().write_bytes(0xff, BYTES) };
-        // SAFETY: the stream is live.
-        assert_eq!(unsafe { sys::cudaStreamSynchronize(stream) }, SUCCESS);
-        let seen = common::device_bytes(Device::Cuda(0), gpu.cast(), BYTES);
-        wrong += usize::from(seen.iter().any(|byte| *byte != round as u8));
+/// Pinned host memory, device memory of the same size, and a stream.
+struct Racer {
+    host: *mut u8,
+    gpu: *mut u8,
+    stream: sys::cudaStream_t,
+}
+
+impl Racer {
+    fn new() -> Racer {
+        let (mut host, mut gpu, mut stream) =
+            (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: a valid place.
+        assert_eq!(unsafe { sys::cudaHostAlloc(&mut host, BYTES, 0) }, SUCCESS);
+        // SAFETY: as above.
+        assert_eq!(unsafe { sys::cudaMalloc(&mut gpu, BYTES) }, SUCCESS);
+        // SAFETY: as above.
+        assert_eq!(unsafe { sys::cudaStreamCreateWithFlags(&mut stream, 1) }, SUCCESS);
+        Racer { host: host.cast(), gpu: gpu.cast(), stream }
     }
-    wrong
+
+    fn write(&self, value: u8) {
+        // SAFETY: as many bytes as were allocated. Of the race there is nothing to say; it is what this program
+        // is for.
+        unsafe { self.host.write_bytes(value, BYTES) };
+    }
+
+    /// Whether the host memory holds this value, and no other.
+    fn reads(&self, value: u8) -> bool {
+        // SAFETY: as above; volatile, so that every byte is looked at.
+        (0..BYTES).all(|at| unsafe { self.host.add(at).read_volatile() } == value)
+    }
+
+    fn copy(&self, kind: sys::cudaMemcpyKind) {
+        let (to, from) = if kind == UP { (self.gpu, self.host) } else { (self.host, self.gpu) };
+        // SAFETY: as many bytes on both sides.
+        let status =
+            unsafe { sys::cudaMemcpyAsync(to.cast(), from.cast(), BYTES, kind, self.stream) };
+        assert_eq!(status, SUCCESS);
+    }
+
+    fn wait(&self) {
+        // SAFETY: the stream is live.
+        assert_eq!(unsafe { sys::cudaStreamSynchronize(self.stream) }, SUCCESS);
+    }
+
+    /// Writes while the upload is queued; whether something else arrived than was there when it was sent.
+    fn upload_arrives_wrong(&self, round: u8) -> bool {
+        self.write(round);
+        self.copy(UP);
+        self.write(0xff);
+        self.wait();
+        self.copy(DOWN);
+        self.wait();
+        !self.reads(round)
+    }
+
+    /// Reads before the download has finished; whether it saw something else than was sent.
+    fn download_is_read_wrong(&self, round: u8) -> bool {
+        self.write(round);
+        self.copy(UP);
+        self.wait();
+        self.write(0xff);
+        self.copy(DOWN);
+        let wrong = !self.reads(round);
+        self.wait();
+        // The bytes do come in the end.
+        assert!(self.reads(round));
+        wrong
+    }
 }
 
 #[test]
 fn a_racy_program_gets_wrong_bytes_with_every_seed() {
     let test = "a_racy_program_gets_wrong_bytes_with_every_seed";
-    if !common::is_simulated() {
-        return common::left_out(test, "a race on hardware may be won");
+    if !runtime::is_simulated() {
+        return runtime::left_out(test, "a race on hardware may be won");
     }
     if is_own_process() {
-        return assert!(wrong_bytes() > 0, "the race was won 200 times");
+        let racer = Racer::new();
+        let count =
+            |race: fn(&Racer, u8) -> bool| (0..ROUNDS).filter(|round| race(&racer, *round)).count();
+        let (up, down) = (count(Racer::upload_arrives_wrong), count(Racer::download_is_read_wrong));
+        println!("wrong bytes in {up} uploads and {down} downloads of {ROUNDS}");
+        return assert!(up > 0 && down > 0, "a race was won every time");
     }
-    for seed in 1..=8 {
+    for seed in 1..=24 {
         let output = in_own_process(test, &[("CUDART_SIM_SEED", &seed.to_string())]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success() && text.contains("1 passed"), "seed {seed}: {text}");
+        println!("seed {seed}: {}", text.lines().find(|line| line.contains("wrong")).unwrap_or(""));
     }
 }

@@ -1,6 +1,8 @@
 //! The simulated runtime's controls.
 
 use std::ffi::{CStr, CString, c_char};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// A function of the simulation's, in the copy of it that the loader loaded.
 fn function<F>(name: &CStr) -> F {
@@ -27,17 +29,76 @@ pub fn fail(number: u64, code: u32, once: bool, effect: bool) {
     unsafe { function::<Fail>(c"cudart_sim_fail")(std::ptr::null(), number, code, once, effect) };
 }
 
-/// Makes no call fail any more.
+/// Makes every call of one function fail, without its effect.
+pub fn fail_function(name: &CStr, code: u32) {
+    type Fail = unsafe extern "C" fn(*const c_char, u64, u32, bool, bool);
+    // SAFETY: a NUL-terminated name.
+    unsafe { function::<Fail>(c"cudart_sim_fail")(name.as_ptr(), 0, code, false, false) };
+}
+
+/// Breaks the context at the call of this number, counted from the reset: that call and every later one on the
+/// device answers `code`.
+pub fn break_at(number: u64, code: u32) {
+    type Break = unsafe extern "C" fn(*const c_char, u64, u32);
+    // SAFETY: null stands for every function.
+    unsafe { function::<Break>(c"cudart_sim_break")(std::ptr::null(), number, code) };
+}
+
+/// Makes no call fail any more, and broken contexts work again.
 pub fn heal() {
     function::<extern "C" fn()>(c"cudart_sim_heal")();
 }
 
-/// The calls that were made to fail since the reset.
+/// A call that is held back at its beginning, before it has done anything.
+pub struct Held(());
+
+impl Held {
+    /// Holds back the next call of a function, of whatever thread.
+    pub fn next(name: &CStr) -> Held {
+        type Hold = unsafe extern "C" fn(*const c_char);
+        // SAFETY: a NUL-terminated name.
+        unsafe { function::<Hold>(c"cudart_sim_hold")(name.as_ptr()) };
+        Held(())
+    }
+
+    /// Waits until the call has come.
+    pub fn wait(&self) {
+        let is_held: extern "C" fn() -> bool = function(c"cudart_sim_is_held");
+        let start = Instant::now();
+        while !is_held() {
+            assert!(start.elapsed() < Duration::from_secs(20), "the call does not come");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        function::<extern "C" fn()>(c"cudart_sim_let_go")();
+    }
+}
+
+/// The calls since the reset.
+pub fn calls() -> u64 {
+    type Calls = unsafe extern "C" fn(*const c_char) -> u64;
+    // SAFETY: null stands for every function.
+    unsafe { function::<Calls>(c"cudart_sim_calls")(std::ptr::null()) }
+}
+
+/// The calls of one function since the reset.
+pub fn calls_of(name: &CStr) -> u64 {
+    type Calls = unsafe extern "C" fn(*const c_char) -> u64;
+    // SAFETY: a NUL-terminated name.
+    unsafe { function::<Calls>(c"cudart_sim_calls")(name.as_ptr()) }
+}
+
+/// The calls that were made to fail since the reset, or at which a context broke.
 pub fn injected() -> u64 {
     function::<extern "C" fn() -> u64>(c"cudart_sim_injected")()
 }
 
-/// Those among them that give something back, and so left it behind.
+/// The calls that were to give something back and were made to fail, or met a broken context, and so left it
+/// behind.
 pub fn injected_releases() -> u64 {
     function::<extern "C" fn() -> u64>(c"cudart_sim_injected_releases")()
 }

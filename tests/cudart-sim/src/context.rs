@@ -3,11 +3,13 @@
 //! Contexts are those of the driver's primary ones; a thread has a stack of current contexts, and most calls
 //! of the runtime make that of device 0 current where there is none, as the real one was seen to.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use cudart_sys::cudaStreamCaptureMode as Mode;
 
+use crate::control;
 use crate::{Result, Status};
 
 struct Device {
@@ -32,9 +34,16 @@ pub(crate) fn count() -> usize {
     setting("CUDART_SIM_DEVICES", 2).min(DEVICES.len())
 }
 
+/// Devices whose contexts are current, the innermost last.
+#[derive(Clone, Copy)]
+struct Stack {
+    devices: [usize; 16],
+    depth: usize,
+}
+
+// None of these has a destructor: calls come from the destructors of other thread-locals, too.
 thread_local! {
-    /// Devices whose contexts are current, the innermost last.
-    static STACK: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
+    static STACK: Cell<Stack> = const { Cell::new(Stack { devices: [0; 16], depth: 0 }) };
     static LAST_ERROR: Cell<Status> = const { Cell::new(Status::cudaSuccess) };
     static MODE: Cell<Mode> = const { Cell::new(Mode::cudaStreamCaptureModeGlobal) };
 }
@@ -50,15 +59,26 @@ pub(crate) fn current_device() -> usize {
 
 /// The device of the thread's current context, if it has one.
 pub(crate) fn current() -> Option<usize> {
-    STACK.with_borrow(|stack| stack.last().copied())
+    let stack = STACK.get();
+    stack.devices[..stack.depth].last().copied()
 }
 
 pub(crate) fn push(on: usize) {
-    STACK.with_borrow_mut(|stack| stack.push(on));
+    let mut stack = STACK.get();
+    match stack.devices.get_mut(stack.depth) {
+        Some(place) => *place = on,
+        None => control::violation("contexts are pushed and not popped"),
+    }
+    stack.depth += 1;
+    STACK.set(stack);
 }
 
 pub(crate) fn pop() -> Option<usize> {
-    STACK.with_borrow_mut(Vec::pop)
+    let current = current();
+    let mut stack = STACK.get();
+    stack.depth = stack.depth.saturating_sub(1);
+    STACK.set(stack);
+    current
 }
 
 /// Makes a primary context, if there is none yet.
@@ -71,28 +91,31 @@ pub(crate) fn is_active(on: usize) -> Result<bool> {
     Ok(device(on)?.active.load(Ordering::SeqCst))
 }
 
-/// What most calls of the runtime begin with: a current context, whose sticky error they answer.
-pub(crate) fn bind() -> Result {
-    let on = match current() {
-        Some(on) => on,
-        None => {
-            activate(0)?;
-            push(0);
-            0
-        }
-    };
-    sticky(on).map_or(Ok(()), Err)
+/// Makes a context current where there is none; the answer is its device.
+pub(crate) fn bind_any() -> Result<usize> {
+    if let Some(on) = current() {
+        return Ok(on);
+    }
+    activate(0)?;
+    push(0);
+    Ok(0)
 }
 
-/// `cudaSetDevice`: takes the place of the current context.
+/// What most calls of the runtime begin with: a current context, whose sticky error they answer.
+pub(crate) fn bind() -> Result {
+    sticky(bind_any()?).map_or(Ok(()), Err)
+}
+
+/// `cudaSetDevice`: takes the place of the current context. A broken one can be chosen like any other.
 pub(crate) fn set_device(on: usize) -> Result {
     activate(on)?;
     pop();
     push(on);
-    sticky(on).map_or(Ok(()), Err)
+    Ok(())
 }
 
-/// The error that every call on the device answers, once a kernel broke its context.
+/// The error that every call on the device answers, once a kernel broke its context ("CUDA Runtime API,
+/// `cudaErrorIllegalAddress`"). Calls that only choose, count or name things go on working, as on hardware.
 pub(crate) fn sticky(on: usize) -> Option<Status> {
     let code = DEVICES.get(on)?.sticky.load(Ordering::SeqCst);
     (code != 0).then_some(cudart_sys::cudaError(code))
@@ -104,9 +127,39 @@ pub(crate) fn break_context(on: usize, code: Status) {
     }
 }
 
+/// Lets broken contexts work again, which no real one does.
+pub(crate) fn mend() {
+    DEVICES.iter().for_each(|device| device.sticky.store(0, Ordering::SeqCst));
+}
+
+static TORN_DOWN: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn tear_down() {
+    TORN_DOWN.store(true, Ordering::SeqCst);
+}
+
+/// Has the runtime torn down when the process exits. As on hardware, that is arranged by the first call that
+/// needs the driver: exit handlers that were registered before it run after the runtime's end.
+pub(crate) fn live_until_exit() {
+    static ARRANGED: Once = Once::new();
+    ARRANGED.call_once(|| {
+        // SAFETY: the handler stores to an atomic, and this library is never unloaded.
+        if unsafe { libc::atexit(tear_down) } != 0 {
+            control::violation("no exit handler could be registered");
+        }
+    });
+}
+
+/// Whether the process is so far in its exit that every call answers `cudaErrorCudartUnloading`.
+pub(crate) fn is_torn_down() -> bool {
+    TORN_DOWN.load(Ordering::SeqCst)
+}
+
+/// The last error of this thread's calls. A broken context's is found here when a call has answered it, and
+/// then once, as for any other.
 pub(crate) fn last_error(take: bool) -> Status {
-    if let Some(code) = current().and_then(sticky) {
-        return code;
+    if is_torn_down() {
+        return Status::cudaErrorCudartUnloading;
     }
     match take {
         true => LAST_ERROR.replace(Status::cudaSuccess),

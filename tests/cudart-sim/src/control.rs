@@ -1,23 +1,32 @@
-//! What a test can ask of the simulation: to count the calls, and to make some of them fail.
+//! What a test can ask of the simulation: to count the calls, to make some of them fail, and to hold one back.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
-use crate::{Result, Status, memory};
+use crate::{Result, Status, context, memory};
 
-/// A call that is to fail.
+/// A call at which something goes wrong.
 struct Fault {
     /// The call's number, counted over all functions, or over one.
     number: u64,
     function: Option<String>,
     code: u32,
-    /// This call only, or all from it on.
-    once: bool,
-    /// Whether the call does its work all the same, as an error of earlier work lets it.
-    effect: bool,
+    harm: Harm,
+}
+
+enum Harm {
+    /// The call fails.
+    Fail {
+        /// This call only, or all from it on.
+        once: bool,
+        /// Whether the call does its work all the same, as an error of earlier work lets it.
+        effect: bool,
+    },
+    /// Before the call, a kernel breaks the calling thread's current context.
+    Break,
 }
 
 struct Control {
@@ -26,6 +35,10 @@ struct Control {
     fault: Option<Fault>,
     injected: u64,
     injected_releases: u64,
+    /// The function whose next call is to be held back.
+    hold: Option<String>,
+    /// Whether a call is being held back.
+    held: bool,
 }
 
 impl Control {
@@ -36,17 +49,21 @@ impl Control {
             fault: None,
             injected: 0,
             injected_releases: 0,
+            hold: None,
+            held: false,
         }
     }
 }
 
 static CONTROL: Mutex<Control> = Mutex::new(Control::new());
+static LET_GO: Condvar = Condvar::new();
 
 /// What a call is to do.
 enum Verdict {
     Proceed,
     Fail(u32),
     ProceedAndFail(u32),
+    Break(u32),
 }
 
 fn control<R>(action: impl FnOnce(&mut Control) -> R) -> R {
@@ -66,27 +83,60 @@ fn verdict(name: &'static str) -> Verdict {
             Some(function) if function == name => of_this,
             Some(_) => return Verdict::Proceed,
         };
-        if number < fault.number || fault.once && number > fault.number {
+        let (harmed, verdict) = match fault.harm {
+            Harm::Fail { once: true, .. } if number != fault.number => (false, Verdict::Proceed),
+            Harm::Fail { effect: true, .. } => (true, Verdict::ProceedAndFail(fault.code)),
+            Harm::Fail { effect: false, .. } => (true, Verdict::Fail(fault.code)),
+            Harm::Break => (number == fault.number, Verdict::Break(fault.code)),
+        };
+        if number < fault.number || !harmed {
             return Verdict::Proceed;
         }
         control.injected += 1;
-        control.injected_releases += u64::from(RELEASES.contains(&name));
-        match fault.effect {
-            true => Verdict::ProceedAndFail(fault.code),
-            false => Verdict::Fail(fault.code),
-        }
+        verdict
     })
 }
 
 /// Makes a call: counts it, and lets it do its work or fail. The answer is its error.
 pub(crate) fn run(name: &'static str, body: impl FnOnce() -> Result) -> Option<Status> {
-    match verdict(name) {
-        Verdict::Proceed => body().err(),
-        Verdict::Fail(code) => Some(cudart_sys::cudaError(code)),
+    context::live_until_exit();
+    wait_while_held(name);
+    let verdict = verdict(name);
+    if context::is_torn_down() {
+        if name == "cudaDriverGetVersion" {
+            violation("cudaDriverGetVersion after the runtime's end, where the real one crashes");
+        }
+        return Some(Status::cudaErrorCudartUnloading);
+    }
+    let (answer, injected) = match verdict {
+        Verdict::Proceed => (body().err(), false),
+        Verdict::Fail(code) => (Some(cudart_sys::cudaError(code)), true),
         Verdict::ProceedAndFail(code) => {
             let _ = body();
-            Some(cudart_sys::cudaError(code))
+            (Some(cudart_sys::cudaError(code)), true)
         }
+        Verdict::Break(code) => {
+            context::break_context(context::current_device(), cudart_sys::cudaError(code));
+            (body().err(), false)
+        }
+    };
+    let broken = answer.is_some() && answer == context::sticky(context::current_device());
+    if RELEASES.contains(&name) && (injected || broken) {
+        control(|control| control.injected_releases += 1);
+    }
+    answer
+}
+
+/// Waits at the beginning of a call that a test holds back.
+fn wait_while_held(name: &str) {
+    let mut control = CONTROL.lock();
+    if control.hold.as_deref() != Some(name) {
+        return;
+    }
+    control.hold = None;
+    control.held = true;
+    while control.held {
+        LET_GO.wait(&mut control);
     }
 }
 
@@ -110,36 +160,100 @@ pub unsafe extern "C" fn cudart_sim_fail(
     once: bool,
     effect: bool,
 ) {
-    let function = (!function.is_null()).then(|| {
-        // SAFETY: not null, so the caller vouches for it.
-        unsafe { CStr::from_ptr(function) }.to_string_lossy().into_owned()
-    });
-    control(|control| control.fault = Some(Fault { number, function, code, once, effect }));
+    // SAFETY: the caller vouches for it.
+    let function = unsafe { name(function) };
+    let harm = Harm::Fail { once, effect };
+    control(|control| control.fault = Some(Fault { number, function, code, harm }));
 }
 
-/// No call fails any more.
+/// At the call of this number, counted from the reset, of the function that is named, or of all for null, the
+/// calling thread's current context breaks: that call and every later one on the device answers `code`, and
+/// what is queued there does not run any more.
+///
+/// # Safety
+///
+/// As for [`cudart_sim_fail`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cudart_sim_break(function: *const c_char, number: u64, code: u32) {
+    // SAFETY: the caller vouches for it.
+    let function = unsafe { name(function) };
+    let harm = Harm::Break;
+    control(|control| control.fault = Some(Fault { number, function, code, harm }));
+}
+
+/// # Safety
+///
+/// `text` is null or NUL-terminated.
+unsafe fn name(text: *const c_char) -> Option<String> {
+    (!text.is_null()).then(|| {
+        // SAFETY: not null, so the caller vouches for it.
+        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+    })
+}
+
+/// No call fails any more, and a broken context works again. Ends the program if host memory was unmapped that
+/// is still pinned.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_heal() {
     control(|control| control.fault = None);
+    context::mend();
+    memory::check_pinned();
 }
 
-/// The calls since the reset.
+/// Holds back the next call of a function, before it is counted and does anything.
+///
+/// # Safety
+///
+/// `function` is NUL-terminated.
 #[unsafe(no_mangle)]
-pub extern "C" fn cudart_sim_calls() -> u64 {
-    control(|control| control.calls)
+pub unsafe extern "C" fn cudart_sim_hold(function: *const c_char) {
+    // SAFETY: the caller vouches for it.
+    let function = unsafe { name(function) };
+    control(|control| control.hold = function);
+}
+
+/// Whether a call is being held back.
+#[unsafe(no_mangle)]
+pub extern "C" fn cudart_sim_is_held() -> bool {
+    control(|control| control.held)
+}
+
+/// Lets the call go that is held back, and holds back none.
+#[unsafe(no_mangle)]
+pub extern "C" fn cudart_sim_let_go() {
+    control(|control| {
+        control.hold = None;
+        control.held = false;
+    });
+    LET_GO.notify_all();
+}
+
+/// The calls since the reset: of the function that is named, or of all for null.
+///
+/// # Safety
+///
+/// As for [`cudart_sim_fail`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cudart_sim_calls(function: *const c_char) -> u64 {
+    // SAFETY: the caller vouches for it.
+    let function = unsafe { name(function) };
+    control(|control| match function {
+        None => control.calls,
+        Some(function) => control.by_name.get(function.as_str()).copied().unwrap_or(0),
+    })
 }
 
 /// The calls that give something back, and of which a failing one leaves it behind.
 const RELEASES: [&str; 5] =
     ["cudaFree", "cudaFreeHost", "cudaHostUnregister", "cudaEventDestroy", "cudaStreamDestroy"];
 
-/// The calls that give something back and were made to fail since the reset.
+/// The calls that give something back and were made to fail since the reset, or met a broken context.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_injected_releases() -> u64 {
     control(|control| control.injected_releases)
 }
 
-/// The calls that were made to fail since the reset.
+/// The calls that were made to fail since the reset, or at which a context broke.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_injected() -> u64 {
     control(|control| control.injected)

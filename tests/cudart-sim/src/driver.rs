@@ -86,6 +86,8 @@ const FATBIN: u32 = 0xba55_ed50;
 
 unsafe extern "C" fn module_load(place: *mut CUmodule, image: *const c_void) -> CUresult {
     call("cuModuleLoadData", || {
+        let device = context::current().ok_or(Status::cudaErrorDeviceUninitialized)?;
+        context::sticky(device).map_or(Ok(()), Err)?;
         stream::prohibited(context::capture_mode())?;
         // SAFETY: an image is longer than a word.
         let begin: [u8; 4] = unsafe { image.cast::<[u8; 4]>().read() };

@@ -3,7 +3,7 @@
 //! A device address is reserved and cannot be read or written; the bytes are elsewhere, for the streams
 //! alone. Addresses are multiples of 256 and of no more, as `cudaMalloc` promises no more.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ptr;
 
 use parking_lot::Mutex;
@@ -29,6 +29,8 @@ struct Memory {
     gone: BTreeMap<usize, usize>,
     /// Pinned host memory by address: its bytes, and whether this library allocated it.
     pinned: BTreeMap<usize, (usize, bool)>,
+    /// Memory that was given back while the context was broken: it stays, and is nobody's any more.
+    given_up: BTreeSet<usize>,
     limit_device: usize,
     limit_pinned: usize,
 }
@@ -37,6 +39,7 @@ static MEMORY: Mutex<Memory> = Mutex::new(Memory {
     device: BTreeMap::new(),
     gone: BTreeMap::new(),
     pinned: BTreeMap::new(),
+    given_up: BTreeSet::new(),
     limit_device: 8 << 30,
     limit_pinned: 8 << 30,
 });
@@ -51,6 +54,13 @@ impl Memory {
         ours.map(|allocation| allocation.bytes).sum()
     }
 
+    /// Whoever gives memory back that a broken context kept does so twice.
+    fn not_given_up(&self, address: usize) {
+        if self.given_up.contains(&address) {
+            control::violation("memory was given back twice");
+        }
+    }
+
     fn pinned_bytes(&self) -> usize {
         self.pinned.values().map(|(bytes, _)| bytes).sum()
     }
@@ -62,6 +72,28 @@ pub(crate) fn limit_device(bytes: usize) {
 
 pub(crate) fn limit_pinned(bytes: usize) {
     memory(|memory| memory.limit_pinned = bytes);
+}
+
+/// A broken context refuses to release memory, of whatever kind. Its owner has given it up all the same.
+pub(crate) fn give_up(address: usize) {
+    memory(|memory| {
+        memory.not_given_up(address);
+        memory.given_up.insert(address);
+    });
+}
+
+/// Ends the program where memory is pinned that is not there any more.
+pub(crate) fn check_pinned() {
+    memory(|memory| {
+        for (address, (bytes, _)) in &memory.pinned {
+            let begin = address / PAGE * PAGE;
+            let room = address + bytes - begin;
+            // SAFETY: private anonymous pages have nothing to write back; of others it only begins earlier.
+            if unsafe { libc::msync(at(begin).cast(), room, libc::MS_ASYNC) } != 0 {
+                control::violation("host memory was unmapped while it was pinned");
+            }
+        }
+    });
 }
 
 /// Free and total bytes.
@@ -119,6 +151,7 @@ pub(crate) fn free_device(address: usize) -> Result {
         return Ok(());
     }
     memory(|memory| {
+        memory.not_given_up(address);
         let gone = memory.device.remove(&address).ok_or(Status::cudaErrorInvalidValue)?;
         let room = (gone.bytes + OFFSET).next_multiple_of(PAGE);
         unmap(gone.backing, room);
@@ -179,14 +212,17 @@ pub(crate) fn allocate_pinned(bytes: usize) -> Result<usize> {
 }
 
 pub(crate) fn free_pinned(address: usize) -> Result {
-    memory(|memory| match memory.pinned.get(&address) {
-        Some((bytes, true)) => {
-            unmap(address, *bytes);
-            memory.pinned.remove(&address);
-            control::died(Kind::Pinned);
-            Ok(())
+    memory(|memory| {
+        memory.not_given_up(address);
+        match memory.pinned.get(&address) {
+            Some((bytes, true)) => {
+                unmap(address, *bytes);
+                memory.pinned.remove(&address);
+                control::died(Kind::Pinned);
+                Ok(())
+            }
+            _ => Err(Status::cudaErrorInvalidValue),
         }
-        _ => Err(Status::cudaErrorInvalidValue),
     })
 }
 
@@ -212,13 +248,16 @@ pub(crate) fn register(address: usize, bytes: usize) -> Result {
 }
 
 pub(crate) fn unregister(address: usize) -> Result {
-    memory(|memory| match memory.pinned.get(&address) {
-        Some((_, false)) => {
-            memory.pinned.remove(&address);
-            control::died(Kind::Pinned);
-            Ok(())
+    memory(|memory| {
+        memory.not_given_up(address);
+        match memory.pinned.get(&address) {
+            Some((_, false)) => {
+                memory.pinned.remove(&address);
+                control::died(Kind::Pinned);
+                Ok(())
+            }
+            _ => Err(Status::cudaErrorHostMemoryNotRegistered),
         }
-        _ => Err(Status::cudaErrorHostMemoryNotRegistered),
     })
 }
 

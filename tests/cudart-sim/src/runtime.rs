@@ -43,6 +43,16 @@ fn prohibited() -> Result {
     stream::prohibited(context::capture_mode())
 }
 
+/// Releases memory. A broken context refuses, and nobody can give the memory back a second time.
+fn release(address: *mut c_void, release: fn(usize) -> Result) -> Result {
+    let allowed = prohibited();
+    if allowed.is_err() && allowed.err() == context::sticky(context::current_device()) {
+        memory::give_up(address.addr());
+    }
+    allowed?;
+    release(address.addr())
+}
+
 /// Copies between memory of the kinds that `kind` says, in stream order.
 fn copy(to: usize, from: usize, bytes: usize, kind: cudaMemcpyKind, on: cudaStream_t) -> Result {
     let on = stream::stream(on.addr())?;
@@ -114,9 +124,6 @@ fn create_stream(place: *mut cudaStream_t, flags: c_uint) -> Result {
 }
 
 export! {
-    fn cudaRuntimeGetVersion(place: *mut c_int) {
-        put(place, context::version())
-    }
     fn cudaDriverGetVersion(place: *mut c_int) {
         put(place, 13000)
     }
@@ -162,8 +169,7 @@ export! {
         put(place, memory::at(address).cast())
     }
     fn cudaFree(address: *mut c_void) {
-        prohibited()?;
-        memory::free_device(address.addr())
+        release(address, memory::free_device)
     }
     fn cudaFreeAsync(address: *mut c_void, on: cudaStream_t) {
         context::bind()?;
@@ -187,8 +193,7 @@ export! {
         put(place, memory::at(memory::allocate_pinned(bytes)?).cast())
     }
     fn cudaFreeHost(address: *mut c_void) {
-        prohibited()?;
-        memory::free_pinned(address.addr())
+        release(address, memory::free_pinned)
     }
     fn cudaHostRegister(address: *mut c_void, bytes: usize, flags: c_uint) {
         prohibited()?;
@@ -199,8 +204,7 @@ export! {
         memory::register(address.addr(), bytes)
     }
     fn cudaHostUnregister(address: *mut c_void) {
-        prohibited()?;
-        memory::unregister(address.addr())
+        release(address, memory::unregister)
     }
     fn cudaHostGetDevicePointer(place: *mut *mut c_void, address: *mut c_void, _flags: c_uint) {
         context::bind()?;
@@ -304,7 +308,7 @@ export! {
         }
     }
     fn cudaThreadExchangeStreamCaptureMode(mode: *mut cudaStreamCaptureMode) {
-        context::bind()?;
+        context::bind_any()?;
         if mode.is_null() {
             return Err(Status::cudaErrorInvalidValue);
         }
@@ -358,19 +362,37 @@ export! {
     ) {
         entry_point(name, place, found)
     }
-    fn cudaGetDriverEntryPointByVersion(
-        name: *const c_char,
-        place: *mut *mut c_void,
-        _version: c_uint,
-        _flags: c_ulonglong,
-        found: *mut cudaDriverEntryPointQueryResult,
-    ) {
-        match context::version() {
-            // Runtimes before 12.5 lack it: what the loader answers for a name that is not there.
-            ..12050 => Err(Status::SYMBOL_NOT_FOUND),
-            _ => entry_point(name, place, found),
-        }
+}
+
+/// Of the functions that the bindings have, the runtime of CUDA 12.0 lacks this one, and those of 12.8 and 13.0
+/// lack none. Where it is not there, this answers what the loader answers, and it is no call of the runtime's.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cudaGetDriverEntryPointByVersion(
+    name: *const c_char,
+    place: *mut *mut c_void,
+    _version: c_uint,
+    _flags: c_ulonglong,
+    found: *mut cudaDriverEntryPointQueryResult,
+) -> Status {
+    const _: unsafe fn(
+        *const c_char,
+        *mut *mut c_void,
+        c_uint,
+        c_ulonglong,
+        *mut cudaDriverEntryPointQueryResult,
+    ) -> Status = cudart_sys::cudaGetDriverEntryPointByVersion;
+    match context::version() {
+        // It came with 12.5.
+        ..12050 => Status::SYMBOL_NOT_FOUND,
+        _ => call("cudaGetDriverEntryPointByVersion", || entry_point(name, place, found)),
     }
+}
+
+/// Needs no driver and has no end: it answers before the first call that needs one, and in the exit.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cudaRuntimeGetVersion(place: *mut c_int) -> Status {
+    const _: unsafe fn(*mut c_int) -> Status = cudart_sys::cudaRuntimeGetVersion;
+    put(place, context::version()).err().unwrap_or(Status::cudaSuccess)
 }
 
 fn entry_point(

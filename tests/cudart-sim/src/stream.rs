@@ -36,7 +36,8 @@ struct Queue {
 struct Capture {
     mode: Mode,
     valid: bool,
-    thread: thread::ThreadId,
+    /// As `this_thread` says.
+    thread: usize,
 }
 
 /// A point in a stream's work.
@@ -169,7 +170,7 @@ impl Stream {
         if queue.capture.is_some() {
             return Err(Status::cudaErrorIllegalState);
         }
-        queue.capture = Some(Capture { mode, valid: true, thread: thread::current().id() });
+        queue.capture = Some(Capture { mode, valid: true, thread: this_thread() });
         Ok(())
     }
 
@@ -267,13 +268,19 @@ pub(crate) fn legacy_is_blocked(device: usize) -> bool {
     blocking.any(|other| other.device == device && other.is_capturing())
 }
 
+/// The calling thread. Unlike the standard library's, it can be asked for in destructors of thread-locals.
+fn this_thread() -> usize {
+    // SAFETY: no arguments.
+    unsafe { libc::pthread_self() as usize }
+}
+
 /// A call that CUDA prohibits during capture: it ends the captures that this thread's mode does not allow it
 /// beside ("CUDA Runtime API, `cudaThreadExchangeStreamCaptureMode`").
 pub(crate) fn prohibited(mode: Mode) -> Result {
     if mode == Mode::cudaStreamCaptureModeRelaxed {
         return Ok(());
     }
-    let this = thread::current().id();
+    let this = this_thread();
     let mut ended = false;
     for stream in handles().streams.values() {
         if let Some(capture) = &mut stream.queue().capture {
