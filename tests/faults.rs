@@ -1,9 +1,10 @@
 //! Whatever call of the driver fails in the middle of whatever operation: a typed error, no panic, nothing
-//! lost, and the same value usable again.
+//! lost, and the same value usable again. Where the context breaks, what may be in use is leaked; and in a forked
+//! child nothing is called at all.
 //!
 //! For each operation, its calls are made to fail one after the other, until it runs without meeting the
 //! fault: with each of several codes, once and for ever, without and with the call's effect (as an error of
-//! earlier work lets it have).
+//! earlier work lets it have). Then the context is broken at each of them.
 
 #![cfg(target_os = "linux")]
 
@@ -11,10 +12,10 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use common::sim;
+use common::{Gate, sim};
 use cpu_gpu_buffer::{
     BufferOptions, CpuGpuBuffer, Device, Error, Event, Pinning, Result, Stream, StreamOptions,
-    WaitPolicy, is_pinned_memory_available,
+    WaitPolicy, is_pinned_memory_available, sys,
 };
 
 const DEVICE: Device = Device::Cuda(0);
@@ -205,6 +206,7 @@ fn any_call_may_fail_in_any_operation() {
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
     }
+    let _turn = common::turn();
     assert_eq!(Device::auto(), DEVICE);
     let mut faults = 0;
     for (name, operation) in OPERATIONS {
@@ -223,6 +225,37 @@ fn any_call_may_fail_in_any_operation() {
     println!("{faults} faults");
 }
 
+/// Runs the operation with something going wrong. The answer is what it answered, and that it neither panicked
+/// nor answered an untyped error.
+fn run(what: &str, operation: Operation, bench: &mut Bench, code: u32) -> Result<()> {
+    let result = catch_unwind(AssertUnwindSafe(|| operation(bench)));
+    let result = result.unwrap_or_else(|_| panic!("{what}: panicked"));
+    match &result {
+        Ok(()) => {}
+        Err(Error::Cuda { code: seen, call }) => {
+            assert!(seen.0 == code && !call.is_empty(), "{what}: {result:?}");
+        }
+        Err(
+            Error::OutOfMemory { .. }
+            | Error::PinningUnavailable { .. }
+            | Error::Unavailable { .. },
+        ) => {}
+        Err(error) => panic!("{what}: {error}"),
+    }
+    result
+}
+
+/// The things that live and did not before.
+fn left(before: [i64; 4]) -> i64 {
+    sim::live().iter().zip(before).map(|(now, before)| now - before).sum()
+}
+
+/// Whether the operation drops a buffer of its own that is in flight. Where the wait fails, nobody knows whether
+/// it still is, and both halves are leaked.
+fn drops(what: &str) -> bool {
+    ["/kernel", "/long", "from_raw", "::drop"].iter().any(|kind| what.contains(kind))
+}
+
 /// Makes the operation's calls fail, one after the other; the answer is how many there were.
 fn sweep(
     what: &str,
@@ -235,38 +268,227 @@ fn sweep(
         let mut bench = Bench::new(state, wait);
         sim::reset();
         sim::fail(number, code, once, effect);
-        let result = catch_unwind(AssertUnwindSafe(|| operation(&mut bench)));
+        let what = format!("{what}, call {number}");
+        let result = run(&what, operation, &mut bench, code);
         sim::heal();
         let (injected, released) = (sim::injected(), sim::injected_releases());
-        let what = format!("{what}, call {number}");
-        let result = result.unwrap_or_else(|_| panic!("{what}: panicked"));
-        match &result {
-            Ok(()) => {}
-            Err(Error::Cuda { code: seen, call }) => {
-                assert!(seen.0 == code && !call.is_empty(), "{what}: {result:?}");
-            }
-            Err(
-                Error::OutOfMemory { .. }
-                | Error::PinningUnavailable { .. }
-                | Error::Unavailable { .. },
-            ) => {}
-            Err(error) => panic!("{what}: {error}"),
-        }
         if injected == 0 {
             assert!(result.is_ok(), "{what}: {result:?}");
             return number - 1;
         }
         bench.verify();
         drop(bench);
-        let left: i64 = sim::live().iter().zip(before).map(|(now, before)| now - before).sum();
         // What a failing call was to give back stays behind, and what one made that then said it had not.
         let excused = released as i64 + i64::from(effect);
-        // These drop a buffer that is in flight. Where the wait fails, nobody knows whether it still is, and
-        // both halves are leaked.
-        let drops =
-            ["/kernel", "/long", "from_raw", "::drop"].iter().any(|kind| what.contains(kind));
-        let unknown = if drops && injected > released { 2 } else { 0 };
+        let unknown = if drops(&what) && injected > released { 2 } else { 0 };
+        let left = left(before);
         assert!((0..=excused + unknown).contains(&left), "{what}: {left} things are left behind");
     }
     unreachable!()
+}
+
+// ---- a broken context ----
+
+const ILLEGAL: u32 = 700;
+
+#[test]
+fn the_context_may_break_at_any_call_of_any_operation() {
+    let test = "the_context_may_break_at_any_call_of_any_operation";
+    if !common::is_simulated() {
+        return common::left_out(test, "faults need the simulated runtime");
+    }
+    let _turn = common::turn();
+    assert_eq!(Device::auto(), DEVICE);
+    let mut calls = 0;
+    for (name, operation) in OPERATIONS {
+        for state in [State::Fresh, State::Busy] {
+            for wait in [WaitPolicy::Spin, WaitPolicy::Block] {
+                for mended in [true, false] {
+                    let what = format!("{name}, {state:?}, mended {mended}");
+                    calls += break_each(&what, *operation, (state, wait), mended);
+                }
+            }
+        }
+    }
+    println!("{calls} calls");
+}
+
+/// Breaks the context at the operation's calls, one after the other; the answer is how many there were. The bench
+/// is dropped after the context was mended and everything was seen to work again, or before.
+fn break_each(
+    what: &str,
+    operation: Operation,
+    (state, wait): (State, WaitPolicy),
+    mended: bool,
+) -> u64 {
+    for number in 1.. {
+        let before = sim::live();
+        let mut bench = Bench::new(state, wait);
+        sim::reset();
+        sim::break_at(number, ILLEGAL);
+        let what = format!("{what}, call {number}");
+        let result = run(&what, operation, &mut bench, ILLEGAL);
+        if sim::injected() == 0 {
+            assert!(result.is_ok(), "{what}: {result:?}");
+            sim::heal();
+            return number - 1;
+        }
+        // It sticks, and is named by the call that answered it.
+        let next = bench.stream.synchronize();
+        let Err(Error::Cuda { code, call }) = next else { panic!("{what}: {next:?}") };
+        assert_eq!((code.0, call), (ILLEGAL, "cudaStreamIsCapturing"), "{what}");
+        if mended {
+            sim::heal();
+            bench.verify();
+        }
+        drop(bench);
+        // Releases that a broken context refused leave their things behind. What was in flight is not even asked to
+        // be released: both halves of the bench's buffer, and of the operation's.
+        let refused = sim::injected_releases() as i64;
+        let unknown = match (mended, drops(&what)) {
+            (true, true) => 2,
+            (true, false) => 0,
+            (false, _) => 6,
+        };
+        // Looks at all that is pinned still being there.
+        sim::heal();
+        let left = left(before);
+        assert!(
+            (0..=refused + unknown).contains(&left),
+            "{what}: {left} things, {refused} refused"
+        );
+    }
+    unreachable!()
+}
+
+#[test]
+fn memory_that_a_broken_context_may_still_use_is_never_given_back_nor_handed_out_again() {
+    let test =
+        "memory_that_a_broken_context_may_still_use_is_never_given_back_nor_handed_out_again";
+    if !common::is_simulated() {
+        return common::left_out(test, "faults need the simulated runtime");
+    }
+    let _turn = common::turn();
+    assert_eq!(Device::auto(), DEVICE);
+    let stream = Stream::new(DEVICE).unwrap();
+    let releases = || [c"cudaFree", c"cudaHostUnregister", c"cudaFreeHost"].map(sim::calls_of);
+    let busy: [fn(&mut CpuGpuBuffer<u32>, &Stream); 4] = [
+        |buffer, stream| buffer.copy_to_gpu(.., stream).unwrap(),
+        |buffer, stream| buffer.copy_to_cpu(.., stream).unwrap(),
+        |buffer, stream| buffer.fill_gpu(7, stream).unwrap(),
+        |buffer, stream| {
+            buffer.gpu_on(stream).unwrap();
+        },
+    ];
+    for (kind, use_it) in busy.iter().enumerate() {
+        let before = sim::live();
+        let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, DEVICE).unwrap();
+        let mut idle = CpuGpuBuffer::<u32>::new(WORDS, DEVICE).unwrap();
+        idle.fill(1, &stream).unwrap();
+        idle.synchronize().unwrap();
+        let gate = Gate::close(&stream);
+        use_it(&mut buffer, &stream);
+        let halves = (buffer.device_ptr(), idle.device_ptr());
+        sim::reset();
+        sim::break_at(1, ILLEGAL);
+        stream.synchronize().unwrap_err();
+        drop(buffer);
+        assert_eq!(releases(), [0, 0, 0], "kind {kind}: memory was given back that may be in use");
+        // Known to be idle: that is given back, whatever comes of it.
+        drop(idle);
+        assert_eq!(releases(), [1, 1, 0], "kind {kind}");
+        gate.open();
+        sim::heal();
+        // Neither half of either buffer is to be had again.
+        let now = sim::live();
+        assert_eq!(
+            [now[0] - before[0], now[1] - before[1]],
+            [2, 3],
+            "kind {kind}: with the gate's page"
+        );
+        let again: Vec<_> =
+            (0..20).map(|_| CpuGpuBuffer::<u32>::new(WORDS, DEVICE).unwrap()).collect();
+        for buffer in again {
+            assert!(buffer.is_pinned());
+            assert!(![halves.0, halves.1].contains(&buffer.device_ptr()), "kind {kind}");
+        }
+    }
+}
+
+#[test]
+fn a_broken_context_is_found_in_the_last_error_once_and_only_after_a_foreign_call() {
+    let test = "a_broken_context_is_found_in_the_last_error_once_and_only_after_a_foreign_call";
+    if !common::is_simulated() {
+        return common::left_out(test, "faults need the simulated runtime");
+    }
+    let _turn = common::turn();
+    let stream = Stream::new(DEVICE).unwrap();
+    common::use_first_device();
+    sim::reset();
+    sim::break_at(1, ILLEGAL);
+    // SAFETY: no arguments.
+    let last_error = || unsafe { sys::cudaGetLastError() };
+    stream.synchronize().unwrap_err();
+    // Ours was cleared.
+    assert_eq!(last_error(), sys::cudaError::cudaSuccess);
+    // SAFETY: the stream is live.
+    let foreign = unsafe { sys::cudaStreamQuery(stream.as_raw()) };
+    assert_eq!([foreign.0, last_error().0, last_error().0], [ILLEGAL, ILLEGAL, 0]);
+    sim::heal();
+    stream.synchronize().unwrap();
+}
+
+// ---- a forked child ----
+
+#[test]
+fn every_operation_is_refused_in_a_forked_child_and_makes_no_call() {
+    let test = "every_operation_is_refused_in_a_forked_child_and_makes_no_call";
+    if !common::is_simulated() {
+        return common::left_out(test, "calls are counted by the simulated runtime");
+    }
+    if !common::is_own_process() {
+        let output = common::in_own_process(test, &[]);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        return assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
+    }
+    // These say what there is, and in the child there is nothing.
+    let answers = ["Device::auto", "Device::cuda_count", "is_pinned_memory_available"];
+    assert_eq!(Device::auto(), DEVICE);
+    for state in [State::Fresh, State::Busy] {
+        let mut bench = Bench::new(state, WaitPolicy::Spin);
+        let view = bench.buffer.gpu_on(&bench.stream).unwrap();
+        let (address, rows) = (view.as_mut_ptr(), view.len());
+        let calls = sim::calls();
+        in_child(|| {
+            for (name, operation) in OPERATIONS {
+                let result = operation(&mut bench);
+                match answers.contains(name) {
+                    true => assert_eq!(result, Ok(()), "{name}"),
+                    false => assert_eq!(result, Err(Error::Forked), "{name}"),
+                }
+            }
+            // What is known without CUDA is still told.
+            assert_eq!((bench.buffer.device_ptr(), bench.buffer.numel()), (address, rows));
+            assert_eq!((Device::auto(), Device::cuda_count()), (Device::Cpu, 0));
+            assert!(!is_pinned_memory_available());
+            drop(bench.stream.clone());
+            drop(bench);
+            assert_eq!(sim::calls(), calls, "the child called CUDA");
+        });
+    }
+}
+
+/// Runs in a forked child, which must end well.
+fn in_child(action: impl FnOnce()) {
+    // SAFETY: no other thread of this process is within the allocator or the loader: streams only wait here.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let outcome = catch_unwind(AssertUnwindSafe(action));
+        // SAFETY: ends the child at once, without the parent's exit handlers.
+        unsafe { libc::_exit(outcome.is_err().into()) };
+    }
+    let mut status = -1;
+    // SAFETY: the child is ours, the place valid.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "the child failed");
 }

@@ -163,7 +163,7 @@ unsafe extern "C" fn launch(
         match name.to_bytes() {
             b"gate" => {
                 let flag = word(0);
-                on.enqueue(move || gate(flag)).map(drop)
+                on.enqueue(move || gate(flag, device)).map(drop)
             }
             b"store" => {
                 let (to, count) = (word(0), word(1));
@@ -205,12 +205,15 @@ unsafe extern "C" fn launch(
     })
 }
 
-/// Waits until the word is not 0, for 20 seconds at most.
-fn gate(flag: usize) {
+/// Waits until the word is not 0, for 20 seconds at most. In a broken context kernels end.
+fn gate(flag: usize, device: usize) {
     // SAFETY: a gate's word is aligned, and is not given back while a gate looks at it.
     let flag = unsafe { &*memory::at(flag).cast::<AtomicU32>() };
     let start = Instant::now();
-    while flag.load(Ordering::SeqCst) == 0 && start.elapsed() < Duration::from_secs(20) {
+    while flag.load(Ordering::SeqCst) == 0
+        && start.elapsed() < Duration::from_secs(20)
+        && context::sticky(device).is_none()
+    {
         thread::sleep(Duration::from_micros(50));
     }
 }

@@ -253,7 +253,7 @@ export! {
         create_stream(place, flags)
     }
     fn cudaStreamDestroy(on: cudaStream_t) {
-        context::bind()?;
+        context::bind().inspect_err(|_| stream::give_up(on.addr()))?;
         stream::destroy(on.addr())
     }
     fn cudaStreamGetFlags(on: cudaStream_t, place: *mut c_uint) {

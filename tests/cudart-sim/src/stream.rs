@@ -228,6 +228,13 @@ pub(crate) fn destroy(handle: usize) -> Result {
     Ok(())
 }
 
+/// A broken context refuses to destroy the stream, which nobody uses any more: its thread ends.
+pub(crate) fn give_up(handle: usize) {
+    if let Some(stream) = handles().streams.get(&handle) {
+        stream.close();
+    }
+}
+
 /// The stream of a handle; of 0 and 1, the legacy stream of the current device.
 pub(crate) fn stream(handle: usize) -> Result<Arc<Stream>> {
     if handle > 1 {
