@@ -520,6 +520,40 @@ fn threads_that_share_a_stream_each_wait_for_their_own_upload() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn a_transfer_that_another_thread_overtakes_is_not_taken_for_finished() {
+    let test = "a_transfer_that_another_thread_overtakes_is_not_taken_for_finished";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if !common::is_simulated() {
+        return common::left_out(test, "a call is held back by the simulated runtime alone");
+    }
+    type Transfer = fn(&mut CpuGpuBuffer<u32>, &Stream) -> cpu_gpu_buffer::Result<()>;
+    let transfers: [Transfer; 2] = [
+        |buffer, stream| buffer.copy_to_gpu(.., stream),
+        |buffer, stream| buffer.copy_to_cpu(.., stream),
+    ];
+    for transfer in transfers {
+        let (mut buffer, stream) = buffer(SIZES[0], device, OLD, OLD);
+        let held = common::sim::Held::next(c"cudaMemcpyAsync");
+        let gate = thread::scope(|scope| {
+            let enqueues = scope.spawn(|| transfer(&mut buffer, &stream).unwrap());
+            // The copy is about to be enqueued. Another thread sees everything finished that was submitted so far:
+            // ticket and event, had they come before the copy.
+            held.wait();
+            stream.synchronize().unwrap();
+            let gate = Gate::close(&stream);
+            drop(held);
+            enqueues.join().unwrap();
+            gate
+        });
+        gate.waits(|| buffer.cpu_mut().unwrap().fill(NEW));
+        stream.synchronize().unwrap();
+        all(&device_words(device, buffer.device_ptr(), buffer.numel()), OLD);
+        all(buffer.cpu().unwrap(), NEW);
+    }
+}
+
+#[test]
 fn memory_whose_use_cannot_be_known_is_leaked_and_not_given_back() {
     let test = "memory_whose_use_cannot_be_known_is_leaked_and_not_given_back";
     let Some((device, _turn)) = common::cuda(test) else { return };
