@@ -109,6 +109,11 @@ pub fn live() -> [i64; 4] {
     [0, 1, 2, 3].map(|kind| live(kind))
 }
 
+/// What is pinned now, in bytes.
+pub fn pinned_bytes() -> usize {
+    function::<extern "C" fn() -> usize>(c"cudart_sim_pinned_bytes")()
+}
+
 /// Limits what can be pinned, in bytes.
 pub fn limit_pinned(bytes: usize) {
     function::<extern "C" fn(usize)>(c"cudart_sim_limit_pinned")(bytes);

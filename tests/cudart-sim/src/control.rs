@@ -290,6 +290,12 @@ pub extern "C" fn cudart_sim_limit_device(bytes: usize) {
     memory::limit_device(bytes);
 }
 
+/// The host memory that is pinned, in bytes.
+#[unsafe(no_mangle)]
+pub extern "C" fn cudart_sim_pinned_bytes() -> usize {
+    memory::pinned_bytes()
+}
+
 /// Limits the host memory that can be pinned, in bytes.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_limit_pinned(bytes: usize) {

@@ -96,6 +96,10 @@ pub(crate) fn check_pinned() {
     });
 }
 
+pub(crate) fn pinned_bytes() -> usize {
+    memory(|memory| memory.pinned_bytes())
+}
+
 /// Free and total bytes.
 pub(crate) fn info(device: usize) -> (usize, usize) {
     memory(|memory| {

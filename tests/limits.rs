@@ -1,0 +1,206 @@
+//! Memory that runs out, of the device or pinned: what falls back says so and is guarded like the rest, what fails
+//! gives back what it had, and it passes when something is dropped.
+
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::sync::MutexGuard;
+
+use common::{Foreign, Gate, all, sim};
+use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Error, Pinning, Result, Side, Stream};
+
+const WORDS: usize = 100_000;
+const BYTES: usize = WORDS * 4;
+const OLD: u32 = 0x0101_0101;
+const NEW: u32 = 0x1234_5678;
+
+/// Sees to it that there is memory again, and that nothing fails any more, however the test ends.
+struct Limits {
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Limits {
+    /// `None` where only the simulated runtime can run out of memory when it is told to.
+    fn of(test: &str) -> Option<(Device, Limits)> {
+        let (device, turn) = common::cuda(test)?;
+        if !common::is_simulated() {
+            common::left_out(test, "memory runs out on the simulated runtime alone");
+            return None;
+        }
+        Some((device, Limits { _turn: turn }))
+    }
+
+    /// No more than this many bytes can be pinned beside what is pinned now.
+    fn pin(&self, bytes: usize) {
+        sim::limit_pinned(sim::pinned_bytes() + bytes);
+    }
+
+    /// No more than this many bytes of the first device can be allocated beside what is now.
+    fn allocate(&self, bytes: usize, device: Device) {
+        let memory = device.memory().unwrap();
+        sim::limit_device(memory.total - memory.free + bytes);
+    }
+}
+
+impl Drop for Limits {
+    fn drop(&mut self) {
+        sim::heal();
+        sim::limit_pinned(8 << 30);
+        sim::limit_device(8 << 30);
+    }
+}
+
+fn with(pinning: Pinning, device: Device) -> Result<CpuGpuBuffer<u32>> {
+    let options = BufferOptions { pinning, ..Default::default() };
+    CpuGpuBuffer::with_options(WORDS, device, options)
+}
+
+/// Rows arrive in both directions, and each direction is guarded while it is queued.
+fn works_and_is_guarded(buffer: &mut CpuGpuBuffer<u32>, device: Device) {
+    let stream = Stream::new(device).unwrap();
+    let foreign = Foreign::new(WORDS, 0);
+    buffer.fill_cpu(OLD).unwrap();
+    let gate = Gate::close(&stream);
+    gate.waits(|| {
+        // A pageable half may make this wait for the gate.
+        // SAFETY: the memory has as many words.
+        unsafe { buffer.copy_to_device_ptr(.., foreign.as_ptr(), &stream) }.unwrap();
+        assert!(gate.is_open() || buffer.try_cpu_mut().unwrap().is_none());
+        buffer.cpu_mut().unwrap().fill(NEW);
+    });
+    stream.synchronize().unwrap();
+    all(&foreign.words(), OLD);
+    let gate = Gate::close(&stream);
+    let seen = gate.waits(|| {
+        // SAFETY: as above.
+        unsafe { buffer.copy_from_device_ptr(.., foreign.as_ptr(), &stream) }.unwrap();
+        buffer.cpu().unwrap().to_vec()
+    });
+    all(&seen, OLD);
+    let gate = Gate::close(&stream);
+    buffer.fill_cpu(NEW).unwrap();
+    gate.waits(|| buffer.copy_to_gpu(.., &stream).unwrap());
+    buffer.fill_cpu(0).unwrap();
+    buffer.copy_to_cpu(.., &stream).unwrap();
+    all(buffer.cpu().unwrap(), NEW);
+}
+
+#[test]
+fn where_no_more_can_be_pinned_preferred_is_pageable_and_required_an_error() {
+    let test = "where_no_more_can_be_pinned_preferred_is_pageable_and_required_an_error";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    let mut pinned = with(Pinning::Required, device).unwrap();
+    assert!(pinned.is_pinned());
+    // The gates pin pages of their own.
+    limits.pin(BYTES / 2);
+    let before = sim::live();
+    let mut pageable = with(Pinning::Preferred, device).unwrap();
+    assert!(!pageable.is_pinned());
+    assert_eq!(sim::live()[1], before[1]);
+    all(pageable.cpu().unwrap(), 0);
+    works_and_is_guarded(&mut pageable, device);
+    works_and_is_guarded(&mut pinned, device);
+    let before = sim::live();
+    let Err(Error::PinningUnavailable { bytes, reason }) = with(Pinning::Required, device) else {
+        panic!("there was nothing left to pin");
+    };
+    assert_eq!(bytes, BYTES);
+    assert!(reason.contains("cudaHostAlloc") && reason.contains("MemoryAllocation"), "{reason}");
+    assert_eq!(sim::live(), before, "the device half was not given back");
+    // One that is there already stays as it is.
+    pinned.fill_cpu(OLD).unwrap();
+    let grown = pinned.resize(2 * WORDS);
+    assert!(matches!(grown, Err(Error::PinningUnavailable { .. })), "{grown:?}");
+    assert_eq!((pinned.shape(), pinned.is_pinned()), (&[WORDS][..], true));
+    all(pinned.cpu().unwrap(), OLD);
+    assert_eq!(sim::live(), before);
+    // Exhaustion passes.
+    drop(pinned);
+    assert!(with(Pinning::Required, device).unwrap().is_pinned());
+}
+
+#[test]
+fn either_way_of_pinning_is_enough() {
+    let test = "either_way_of_pinning_is_enough";
+    let Some((device, _limits)) = Limits::of(test) else { return };
+    let functions =
+        [(c"cudaHostRegister", c"cudaFreeHost"), (c"cudaHostAlloc", c"cudaHostUnregister")];
+    // cudaErrorMemoryAllocation, cudaErrorNotSupported: what a system answers that cannot register.
+    for ((fails, releases), code) in functions.into_iter().flat_map(|pair| [(pair, 2), (pair, 801)])
+    {
+        let before = sim::live();
+        sim::reset();
+        sim::fail_function(fails, code);
+        let mut buffer = with(Pinning::Required, device).unwrap();
+        assert!(buffer.is_pinned() && with(Pinning::Preferred, device).unwrap().is_pinned());
+        sim::heal();
+        all(buffer.cpu().unwrap(), 0);
+        works_and_is_guarded(&mut buffer, device);
+        sim::reset();
+        drop(buffer);
+        assert_eq!(sim::calls_of(releases), 1, "{fails:?}");
+        // The gates keep their pages.
+        let after = sim::live();
+        assert_eq!(
+            [after[0], after[1], after[3]],
+            [before[0], before[1] + 3, before[3]],
+            "{fails:?}"
+        );
+    }
+}
+
+#[test]
+fn where_neither_way_of_pinning_works_required_is_an_error_and_preferred_pageable() {
+    let test = "where_neither_way_of_pinning_works_required_is_an_error_and_preferred_pageable";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    limits.pin(0);
+    for fails in [c"cudaHostRegister", c"cudaHostAlloc"] {
+        sim::reset();
+        sim::fail_function(fails, 801);
+        let before = sim::live();
+        let required = with(Pinning::Required, device);
+        assert!(matches!(required, Err(Error::PinningUnavailable { .. })));
+        assert!(!with(Pinning::Preferred, device).unwrap().is_pinned());
+        assert_eq!(sim::live(), before, "{fails:?}");
+        sim::heal();
+    }
+}
+
+#[test]
+fn where_the_device_is_full_the_error_says_so_and_nothing_stays_behind() {
+    let test = "where_the_device_is_full_the_error_says_so_and_nothing_stays_behind";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    let full = |bytes| Error::OutOfMemory { side: Side::Device, bytes, device };
+    for pinning in [Pinning::Required, Pinning::Preferred, Pinning::Never] {
+        limits.allocate(5 * BYTES / 2, device);
+        let stream = Stream::new(device).unwrap();
+        let mut buffer = with(pinning, device).unwrap();
+        let other = with(pinning, device).unwrap();
+        buffer.fill(OLD, &stream).unwrap();
+        buffer.copy_to_gpu(.., &stream).unwrap();
+        buffer.synchronize().unwrap();
+        let before = sim::live();
+        assert_eq!(with(pinning, device).map(drop), Err(full(BYTES)));
+        assert_eq!(sim::live(), before, "{pinning:?}");
+        // A resize that fails leaves the buffer as it was: shape, address and bytes.
+        let (address, pinned) = (buffer.device_ptr(), buffer.is_pinned());
+        assert_eq!(buffer.resize([2, WORDS]), Err(full(2 * BYTES)));
+        assert_eq!(sim::live(), before, "{pinning:?}");
+        assert_eq!((buffer.shape(), buffer.numel()), (&[WORDS][..], WORDS));
+        assert_eq!((buffer.device_ptr(), buffer.is_pinned()), (address, pinned));
+        all(buffer.cpu().unwrap(), OLD);
+        buffer.fill_cpu(NEW).unwrap();
+        buffer.copy_to_cpu(.., &stream).unwrap();
+        all(buffer.cpu().unwrap(), OLD);
+        // What fits in place needs no memory.
+        buffer.resize([WORDS / 2, 2]).unwrap();
+        // Exhaustion passes.
+        drop(other);
+        let third = with(pinning, device).unwrap();
+        assert_eq!(sim::live()[0], before[0]);
+        drop(third);
+        buffer.resize(3 * WORDS / 2).unwrap();
+        all(buffer.cpu().unwrap(), 0);
+    }
+}
