@@ -114,6 +114,10 @@ const PER_THREAD: usize = 2;
 impl Drop for CudaStream {
     fn drop(&mut self) {
         if fork::forked() {
+            // Nor does the owner of a borrowed stream hear of it, who may destroy the stream.
+            if let Ownership::Borrowed(owner) = &mut self.ownership {
+                mem::forget(owner.take());
+            }
             return;
         }
         match &mut self.ownership {

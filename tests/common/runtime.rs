@@ -54,17 +54,22 @@ pub fn left_out(test: &str, why: &str) {
     let _ = std::io::stderr().write_all(line.as_bytes());
 }
 
-/// Runs one test of this program in a process of its own, with some variables set.
-pub fn in_own_process(test: &str, variables: &[(&str, &str)]) -> std::process::Output {
+/// One test of this program, to be run in a process of its own with some variables set.
+pub fn own_process(test: &str, variables: &[(&str, &str)]) -> std::process::Command {
     let mut command = std::process::Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture", "--include-ignored"]);
     command.env(OWN_PROCESS, "1").envs(variables.iter().copied());
-    command.output().unwrap()
+    command
+}
+
+/// Runs one test of this program in a process of its own, with some variables set.
+pub fn in_own_process(test: &str, variables: &[(&str, &str)]) -> std::process::Output {
+    own_process(test, variables).output().unwrap()
 }
 
 const OWN_PROCESS: &str = "CPU_GPU_BUFFER_OWN_PROCESS";
 
-/// Whether this is the process that [`in_own_process`] started.
+/// Whether this is the process that [`own_process`] describes.
 pub fn is_own_process() -> bool {
     std::env::var_os(OWN_PROCESS).is_some()
 }
