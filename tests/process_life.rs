@@ -25,6 +25,21 @@ struct Life {
     downloading: CpuGpuBuffer<u32>,
     stream: Stream,
     event: Event,
+    // Dropped last.
+    _after: After,
+}
+
+/// Where the buffers before it were dropped while CUDA could still be asked, they waited for their transfers.
+struct After(Stream);
+
+impl Drop for After {
+    fn drop(&mut self) {
+        if self.0.is_idle() == Ok(false) {
+            say("the buffers did not wait\n");
+            // SAFETY: ends the process at once.
+            unsafe { libc::_exit(1) };
+        }
+    }
 }
 
 impl Life {
@@ -53,7 +68,8 @@ impl Life {
         uploading.copy_to_gpu(.., &stream).unwrap();
         downloading.copy_to_cpu(.., &stream).unwrap();
         let event = stream.record().unwrap();
-        Life { idle, used, uploading, downloading, stream, event }
+        let _after = After(stream.clone());
+        Life { idle, used, uploading, downloading, stream, event, _after }
     }
 }
 
