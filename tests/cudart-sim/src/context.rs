@@ -34,7 +34,8 @@ pub(crate) fn count() -> usize {
     setting("CUDART_SIM_DEVICES", 2).min(DEVICES.len())
 }
 
-/// Devices whose contexts are current, the innermost last.
+/// Devices whose contexts are current, the innermost last. Where pops are made to fail it grows without end: of
+/// more than there is room for, the outermost are forgotten.
 #[derive(Clone, Copy)]
 struct Stack {
     devices: [usize; 16],
@@ -65,10 +66,11 @@ pub(crate) fn current() -> Option<usize> {
 
 pub(crate) fn push(on: usize) {
     let mut stack = STACK.get();
-    match stack.devices.get_mut(stack.depth) {
-        Some(place) => *place = on,
-        None => control::violation("contexts are pushed and not popped"),
+    if stack.depth == stack.devices.len() {
+        stack.devices.rotate_left(1);
+        stack.depth -= 1;
     }
+    stack.devices[stack.depth] = on;
     stack.depth += 1;
     STACK.set(stack);
 }

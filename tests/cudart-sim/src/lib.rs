@@ -5,7 +5,15 @@
 //! sent to them happens *late*: after a pseudo-random delay, in stream order, on that thread. A wait that is
 //! missing is then a real data race and a real wrong byte. Where CUDA promises nothing, the simulation does
 //! the worst: memory comes with garbage in it, releasing memory waits for nothing, and a transfer or kernel
-//! that touches memory which was given back in the meantime ends the program.
+//! that touches memory which was given back in the meantime ends the program. What a broken context answers, and
+//! what is answered from the runtime's end on in the exit of the process, is what CUDA 13.0 was seen to answer on
+//! an H100.
+//!
+//! | variable | what it sets |
+//! |---|---|
+//! | `CUDART_SIM_DEVICES` | how many devices there are, 2 unless given |
+//! | `CUDART_SIM_SEED` | how late what is sent happens |
+//! | `CUDART_SIM_VERSION` | the runtime's version, 13000 unless given |
 //!
 //! | file | what it simulates |
 //! |---|---|
@@ -14,7 +22,7 @@
 //! | `stream.rs` | streams as threads, events, capture |
 //! | `memory.rs` | device memory and pinned memory |
 //! | `context.rs` | devices, contexts, the thread's current one, errors that stick |
-//! | `control.rs` | counting calls, and making them fail |
+//! | `control.rs` | counting calls, making them fail, breaking contexts, and holding a call back |
 
 mod context;
 mod control;
