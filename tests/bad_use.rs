@@ -260,6 +260,29 @@ fn the_legacy_stream_is_refused_while_a_stream_that_it_waits_for_is_in_capture()
     buffer.copy_to_gpu(.., &legacy).unwrap();
 }
 
+/// All that a buffer, its streams and events do.
+fn everything(device: Device) -> cpu_gpu_buffer::Result<()> {
+    let stream = Stream::new(device)?;
+    let other = Stream::new(device)?;
+    let mut buffer = CpuGpuBuffer::<u32>::new(1 << 20, device)?;
+    buffer.fill(7, &stream)?;
+    buffer.copy_to_gpu(.., &other)?;
+    buffer.copy_to_cpu(..9, &stream)?;
+    buffer.is_idle()?;
+    buffer.try_cpu_mut()?;
+    buffer.cpu_mut()?[0] = 1;
+    buffer.resize(2 << 20)?;
+    buffer.gpu_on(&stream)?;
+    let event = stream.record()?;
+    event.is_complete()?;
+    event.synchronize()?;
+    event.elapsed_since(&event)?;
+    stream.is_idle()?;
+    stream.synchronize()?;
+    device.memory()?;
+    buffer.synchronize()
+}
+
 #[test]
 fn another_threads_capture_survives_everything_a_buffer_does() {
     let test = "another_threads_capture_survives_everything_a_buffer_does";
@@ -269,30 +292,49 @@ fn another_threads_capture_survives_everything_a_buffer_does() {
     warm.open();
     captured.synchronize().unwrap();
     common::begin_capture(&captured);
-    let work = move || {
-        let stream = Stream::new(device)?;
-        let other = Stream::new(device)?;
-        let mut buffer = CpuGpuBuffer::<u32>::new(1 << 20, device)?;
-        buffer.fill(7, &stream)?;
-        buffer.copy_to_gpu(.., &other)?;
-        buffer.copy_to_cpu(..9, &stream)?;
-        buffer.is_idle()?;
-        buffer.try_cpu_mut()?;
-        buffer.cpu_mut()?[0] = 1;
-        buffer.resize(2 << 20)?;
-        buffer.gpu_on(&stream)?;
-        let event = stream.record()?;
-        event.is_complete()?;
-        event.synchronize()?;
-        event.elapsed_since(&event)?;
-        stream.is_idle()?;
-        stream.synchronize()?;
-        device.memory()?;
-        buffer.synchronize()
-    };
-    let done = std::thread::spawn(work).join().unwrap();
+    let done = std::thread::spawn(move || everything(device)).join().unwrap();
     common::end_capture(&captured);
     done.unwrap();
+}
+
+#[test]
+fn a_threads_own_capture_mode_is_left_alone() {
+    let test = "a_threads_own_capture_mode_is_left_alone";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let exchange = |mut mode| {
+        // SAFETY: a valid mode, and a place for the previous one.
+        let status = unsafe { sys::cudaThreadExchangeStreamCaptureMode(&mut mode) };
+        assert_eq!(status, sys::cudaError::cudaSuccess);
+        mode
+    };
+    for mode in [
+        sys::cudaStreamCaptureMode::cudaStreamCaptureModeGlobal,
+        sys::cudaStreamCaptureMode::cudaStreamCaptureModeThreadLocal,
+        sys::cudaStreamCaptureMode::cudaStreamCaptureModeRelaxed,
+    ] {
+        let before = exchange(mode);
+        everything(device).unwrap();
+        assert_eq!(exchange(before), mode);
+    }
+}
+
+#[test]
+fn growing_a_buffer_of_which_nothing_can_be_known_is_refused_and_changes_nothing() {
+    let test = "growing_a_buffer_of_which_nothing_can_be_known_is_refused_and_changes_nothing";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
+    let mut buffer = CpuGpuBuffer::<u8>::new(4096, device).unwrap();
+    buffer.fill(5, &stream).unwrap();
+    buffer.fill_cpu(6).unwrap();
+    let address = buffer.gpu_on(&stream).unwrap().as_mut_ptr();
+    common::begin_capture(&stream);
+    assert_eq!(buffer.resize(1 << 20), Err(Error::StreamCapturing));
+    assert_eq!((buffer.shape(), buffer.device_ptr()), (&[4096][..], address));
+    common::end_capture(&stream);
+    assert_eq!(buffer.cpu().unwrap(), [6; 4096]);
+    buffer.copy_to_cpu(.., &other).unwrap();
+    assert_eq!(buffer.cpu().unwrap(), [5; 4096]);
+    buffer.resize(1 << 20).unwrap();
 }
 
 #[test]

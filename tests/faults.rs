@@ -287,6 +287,27 @@ fn sweep(
     unreachable!()
 }
 
+#[test]
+fn pages_that_were_registered_by_a_call_that_failed_are_unregistered() {
+    let test = "pages_that_were_registered_by_a_call_that_failed_are_unregistered";
+    if !common::is_simulated() {
+        return common::left_out(test, "faults need the simulated runtime");
+    }
+    let _turn = common::turn();
+    assert_eq!(Device::auto(), DEVICE);
+    for number in 1.. {
+        let before = sim::live();
+        sim::reset();
+        // The call answers the error of earlier work, and has done its own.
+        sim::fail(number, 1, true, true);
+        drop(CpuGpuBuffer::<u8>::new(100, DEVICE));
+        assert_eq!(sim::live()[1], before[1], "call {number}: pages are still pinned");
+        if sim::injected() == 0 {
+            return sim::heal();
+        }
+    }
+}
+
 // ---- a broken context ----
 
 const ILLEGAL: u32 = 700;

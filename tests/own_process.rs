@@ -225,6 +225,76 @@ fn a_thread_that_never_chose_a_device_gets_no_context_on_another_one() {
     assert!(common::has_context(1));
 }
 
+/// Runs the test in a process of its own, where no device was used yet, on the simulated runtime, which can hold
+/// the making of a context back. Whether this is that process.
+#[cfg(target_os = "linux")]
+fn in_process_with_held_calls(test: &str) -> bool {
+    if !common::is_simulated() {
+        common::left_out(test, "calls are held back by the simulated runtime");
+        return false;
+    }
+    if !is_own_process() {
+        succeeded(&in_own_process(test, &[]));
+        return false;
+    }
+    // Loads the runtime, and makes no context.
+    assert_eq!(Device::cuda_count(), 2);
+    assert!(!common::has_context(0) && !common::has_context(1));
+    true
+}
+
+/// Waits for a thread that may never end, for as long as the patience lasts; whether it has ended.
+#[cfg(target_os = "linux")]
+fn ends<T>(thread: &std::thread::ScopedJoinHandle<'_, T>, patience: Duration) -> bool {
+    let start = Instant::now();
+    while !thread.is_finished() && start.elapsed() < patience {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    thread.is_finished()
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn threads_that_come_to_a_device_at_once_make_its_context_once() {
+    let test = "threads_that_come_to_a_device_at_once_make_its_context_once";
+    if !in_process_with_held_calls(test) {
+        return;
+    }
+    common::sim::reset();
+    let held = common::sim::Held::next(c"cuModuleLoadData");
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| Device::cuda(0));
+        held.wait();
+        let second = scope.spawn(|| Device::cuda(0));
+        // It has to wait; should it not, it makes a context of its own now.
+        ends(&second, Duration::from_millis(100));
+        drop(held);
+        assert_eq!(first.join().unwrap(), Ok(Device::Cuda(0)));
+        assert_eq!(second.join().unwrap(), Ok(Device::Cuda(0)));
+    });
+    assert_eq!(common::sim::calls_of(c"cuDevicePrimaryCtxRetain"), 1);
+    assert_eq!(common::sim::calls_of(c"cuModuleLoadData"), 1);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_device_is_used_while_the_context_of_another_is_being_made() {
+    let test = "a_device_is_used_while_the_context_of_another_is_being_made";
+    if !in_process_with_held_calls(test) {
+        return;
+    }
+    let held = common::sim::Held::next(c"cuModuleLoadData");
+    let ended = std::thread::scope(|scope| {
+        scope.spawn(|| Device::cuda(0).unwrap());
+        held.wait();
+        let other = scope.spawn(|| Device::cuda(1).unwrap());
+        let ended = ends(&other, Duration::from_secs(10));
+        drop(held);
+        ended
+    });
+    assert!(ended, "it waits for a device that it has nothing to do with");
+}
+
 #[test]
 #[cfg(unix)]
 fn a_forked_child_neither_uses_nor_frees_what_the_parent_made() {
