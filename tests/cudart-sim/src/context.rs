@@ -15,10 +15,13 @@ use crate::{Result, Status};
 struct Device {
     active: AtomicBool,
     sticky: AtomicU32,
+    /// How often its context broke.
+    breaks: AtomicU32,
 }
 
-static DEVICES: [Device; 8] =
-    [const { Device { active: AtomicBool::new(false), sticky: AtomicU32::new(0) } }; 8];
+static DEVICES: [Device; 8] = [const {
+    Device { active: AtomicBool::new(false), sticky: AtomicU32::new(0), breaks: AtomicU32::new(0) }
+}; 8];
 
 fn setting<T: std::str::FromStr>(name: &str, otherwise: T) -> T {
     std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)
@@ -123,8 +126,14 @@ pub(crate) fn sticky(on: usize) -> Option<Status> {
     (code != 0).then_some(cudart_sys::cudaError(code))
 }
 
+/// How often the device's context broke: what was queued before it last did never runs, mended or not.
+pub(crate) fn breaks(on: usize) -> u32 {
+    DEVICES.get(on).map_or(0, |device| device.breaks.load(Ordering::SeqCst))
+}
+
 pub(crate) fn break_context(on: usize, code: Status) {
     if let Some(device) = DEVICES.get(on) {
+        device.breaks.fetch_add(1, Ordering::SeqCst);
         device.sticky.store(code.0, Ordering::SeqCst);
     }
 }

@@ -119,11 +119,11 @@ impl Stream {
                 false => Err(Status::cudaErrorStreamCaptureInvalidated),
             };
         }
-        let device = self.device;
+        let (device, breaks) = (self.device, context::breaks(self.device));
         queue.work.push_back(Box::new(move || {
             others.iter().for_each(Point::wait);
             // A broken context runs nothing any more.
-            if context::sticky(device).is_none() {
+            if context::sticky(device).is_none() && context::breaks(device) == breaks {
                 work();
             }
         }));
