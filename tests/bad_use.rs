@@ -338,6 +338,36 @@ fn growing_a_buffer_of_which_nothing_can_be_known_is_refused_and_changes_nothing
 }
 
 #[test]
+fn an_error_says_in_words_what_is_wrong() {
+    let (device, other) = (Device::Cpu, Device::Cuda(3));
+    let code = sys::cudaError::cudaErrorInvalidValue;
+    let reason = || "for a reason".to_string();
+    let (side, bytes) = (Side::Host, 12_345);
+    for (error, words) in [
+        (Error::Cuda { code, call: "cudaMalloc" }, &["cudaMalloc", "InvalidValue"][..]),
+        (Error::OutOfMemory { side, bytes, device }, &["host", "12345", "cpu"]),
+        (Error::OutOfMemory { side: Side::Device, bytes, device: other }, &["device", "cuda:3"]),
+        (Error::PinningUnavailable { bytes, reason: reason() }, &["12345", "for a reason"]),
+        (Error::Unavailable { reason: reason() }, &["for a reason"]),
+        (Error::InvalidShape { reason: reason() }, &["shape", "for a reason"]),
+        (Error::OutOfRange { start: 5, end: 9, rows: 8 }, &["5..9", "0..8"]),
+        (Error::DeviceMismatch { expected: device, actual: other }, &["cpu", "cuda:3"]),
+        (Error::StreamCapturing, &["captured"]),
+        (Error::InvalidStream { reason: "for a reason" }, &["for a reason"]),
+        (Error::InvalidDevice { text: "gpu".into() }, &["gpu"]),
+        (Error::EventOrder, &["later"]),
+        (Error::Forked, &["fork"]),
+    ] {
+        let text = error.to_string();
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+        // CUDA's status is behind its error, for who walks the chain.
+        let source = std::error::Error::source(&error).map(ToString::to_string);
+        let expected = matches!(error, Error::Cuda { .. }).then(|| code.to_string());
+        assert_eq!(source, expected, "{text}");
+    }
+}
+
+#[test]
 fn an_error_leaves_no_last_error_behind() {
     let Some((device, _turn)) = common::cuda("an_error_leaves_no_last_error_behind") else {
         return;

@@ -255,6 +255,31 @@ fn ends<T>(thread: &std::thread::ScopedJoinHandle<'_, T>, patience: Duration) ->
 
 #[test]
 #[cfg(target_os = "linux")]
+fn a_context_whose_kernels_cannot_be_loaded_is_given_back_and_made_by_a_later_call() {
+    let test = "a_context_whose_kernels_cannot_be_loaded_is_given_back_and_made_by_a_later_call";
+    if !in_process_with_held_calls(test) {
+        return;
+    }
+    // Of the image and of the PTX that stands in for it, the module is loaded or not, and unloaded again.
+    for (fails, unloaded) in [(c"cuModuleLoadData", 0), (c"cuModuleGetFunction", 2)] {
+        common::sim::reset();
+        common::sim::fail_function(fails, 2);
+        for result in [Device::cuda(0).map(drop), Stream::new(Device::Cuda(0)).map(drop)] {
+            let Err(Error::Unavailable { reason }) = result else { panic!("{result:?}") };
+            let call = fails.to_str().unwrap();
+            assert!(reason.contains("cuda:0") && reason.contains(call), "{reason}");
+        }
+        assert_eq!(Device::auto(), Device::Cpu);
+        let calls = [c"cuDevicePrimaryCtxRetain", c"cuDevicePrimaryCtxRelease", c"cuModuleUnload"];
+        // The last of them tried the second device, too.
+        assert_eq!(calls.map(common::sim::calls_of), [4, 4, 4 * unloaded]);
+        common::sim::heal();
+    }
+    assert_eq!(Device::auto(), Device::Cuda(0));
+}
+
+#[test]
+#[cfg(target_os = "linux")]
 fn threads_that_come_to_a_device_at_once_make_its_context_once() {
     let test = "threads_that_come_to_a_device_at_once_make_its_context_once";
     if !in_process_with_held_calls(test) {

@@ -5,7 +5,7 @@ mod common;
 
 use common::device_bytes;
 use cpu_gpu_buffer::{
-    BufferOptions, CpuGpuBuffer, DType, Device, HostFlags, Pinning, Shape, Stream,
+    BufferOptions, CpuGpuBuffer, DType, Device, Element, HostFlags, Pinning, Shape, Stream,
     is_pinned_memory_available,
 };
 
@@ -221,6 +221,25 @@ fn a_buffer_says_what_it_is() {
     } else {
         assert!(!is_pinned_memory_available());
     }
+}
+
+#[test]
+fn elements_of_array_libraries_have_their_names() {
+    fn has<T: Element>(dtype: DType, name: &str) {
+        let buffer = CpuGpuBuffer::<T>::new(1, Device::Cpu).unwrap();
+        assert_eq!((buffer.dtype(), buffer.dtype().to_string().as_str()), (dtype, name));
+        assert!(format!("{buffer:?}").contains(&format!("dtype={name},")), "{buffer:?}");
+    }
+    has::<u8>(DType::U8, "u8");
+    has::<i8>(DType::I8, "i8");
+    has::<u16>(DType::U16, "u16");
+    has::<i16>(DType::I16, "i16");
+    has::<u32>(DType::U32, "u32");
+    has::<i32>(DType::I32, "i32");
+    has::<u64>(DType::U64, "u64");
+    has::<i64>(DType::I64, "i64");
+    has::<f32>(DType::F32, "f32");
+    has::<f64>(DType::F64, "f64");
 }
 
 #[cfg(feature = "half")]
