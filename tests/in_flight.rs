@@ -440,10 +440,10 @@ fn moving_swapping_and_sending_a_buffer_takes_its_records_along() {
         let gate = Gate::close(&stream);
         a.copy_to_gpu(.., &stream).unwrap();
         mem::swap(&mut a, &mut b);
+        // The other one is free. Before the gate's patience begins: to fill it may take longer than that.
+        a.cpu_mut().unwrap().fill(NEW);
+        assert!(b.try_cpu_mut().unwrap().is_none());
         let b = gate.waits(move || {
-            // The other one is free.
-            a.cpu_mut().unwrap().fill(NEW);
-            assert!(b.try_cpu_mut().unwrap().is_none());
             let mut moved = Box::new(b);
             let elsewhere = thread::spawn(move || {
                 moved.cpu_mut().unwrap().fill(NEW);
