@@ -19,7 +19,7 @@ use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::host::{HostFlags, Pinning};
 use crate::shape::{Shape, select};
-use crate::storage::Storage;
+use crate::storage::{Form, Home};
 use crate::stream::Stream;
 use crate::view::GpuView;
 
@@ -75,10 +75,7 @@ impl Default for BufferOptions {
 /// known whether something still uses the memory, it is leaked: where the driver answers with an error,
 /// and where a stream of [`gpu_on`](Self::gpu_on)'s is being captured into a graph.
 pub struct CpuGpuBuffer<T: Pod> {
-    storage: Storage,
-    shape: Shape,
-    numel: usize,
-    options: BufferOptions,
+    storage: Home,
     elements: PhantomData<T>,
 }
 
@@ -91,7 +88,7 @@ unsafe impl<T: Pod + Sync> Sync for CpuGpuBuffer<T> {}
 // The buffer's own parts must not rely on the promises above.
 const _: () = {
     const fn send_and_sync<P: Send + Sync>() {}
-    send_and_sync::<Storage>();
+    send_and_sync::<Home>();
 };
 
 impl<T: Pod> CpuGpuBuffer<T> {
@@ -123,24 +120,22 @@ impl<T: Pod> CpuGpuBuffer<T> {
         device: Device,
         options: BufferOptions,
     ) -> Result<Self> {
-        let shape = shape.into();
-        let numel = shape.numel(size_of::<T>())?;
-        Ok(CpuGpuBuffer {
-            storage: Self::allocate(numel, device, options)?,
-            shape,
-            numel,
-            options,
-            elements: PhantomData,
-        })
+        Ok(Self::stored(Home::own(Self::form(shape.into())?, device, options)?))
     }
 
-    fn allocate(numel: usize, device: Device, options: BufferOptions) -> Result<Storage> {
+    pub(crate) fn stored(storage: Home) -> Self {
+        CpuGpuBuffer { storage, elements: PhantomData }
+    }
+
+    /// A shape of this type's elements.
+    pub(crate) fn form(shape: Shape) -> Result<Form> {
+        let numel = shape.numel(size_of::<T>())?;
         let bytes = numel * size_of::<T>();
         let align = align_of::<T>().max(DeviceMemory::ALIGN);
         let layout = Layout::from_size_align(bytes, align).map_err(|_| Error::InvalidShape {
             reason: format!("{bytes} bytes at an alignment of {align} overflow isize"),
         })?;
-        Storage::new(layout, device, options)
+        Ok(Form { shape, numel, layout })
     }
 
     // ---- the host half ----
@@ -437,7 +432,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
             let address = self.storage.gpu_ptr().cast::<T>();
             // SAFETY: on the CPU the device half is ordinary memory of this many elements, and has no
             // work in flight.
-            unsafe { slice::from_raw_parts_mut(address, self.numel) }.fill(value);
+            unsafe { slice::from_raw_parts_mut(address, self.numel()) }.fill(value);
         }
         Ok(())
     }
@@ -468,21 +463,14 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn resize(&mut self, shape: impl Into<Shape>) -> Result<()> {
-        let shape = shape.into();
-        let numel = shape.numel(size_of::<T>())?;
-        let bytes = numel * size_of::<T>();
-        let before = if bytes <= self.storage.capacity() {
-            self.storage.restart(bytes)?;
-            None
-        } else {
-            let larger = Self::allocate(numel, self.device(), self.options)?;
-            self.storage.wait_for_all()?;
-            Some(mem::replace(&mut self.storage, larger))
-        };
-        self.shape = shape;
-        self.numel = numel;
-        // Last: with it may go the owner of a foreign stream, which may panic.
-        drop(before);
+        let form = Self::form(shape.into())?;
+        if form.layout.size() <= self.storage.capacity() {
+            return self.storage.restart(form);
+        }
+        let larger = Home::own(form, self.device(), self.storage.options())?;
+        self.storage.wait_for_all()?;
+        // With it may go the owner of a foreign stream, which may panic.
+        drop(mem::replace(&mut self.storage, larger));
         Ok(())
     }
 
@@ -508,7 +496,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// ```
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GpuView<'_, T>> {
         self.storage.use_on(stream)?;
-        Ok(GpuView::new(self.device_ptr(), self.shape, self.numel, self.device()))
+        Ok(GpuView::new(self.device_ptr(), *self.storage.shape(), self.numel(), self.device()))
     }
 
     /// The address of the device half, ordered with nothing, not even with its first zeroing: for graph
@@ -522,17 +510,17 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// The dimensions, outermost first.
     pub fn shape(&self) -> &[usize] {
-        self.shape.dims()
+        self.storage.shape().dims()
     }
 
     /// The number of elements of one half.
     pub fn numel(&self) -> usize {
-        self.numel
+        self.storage.numel()
     }
 
     /// The bytes of one half.
     pub fn nbytes(&self) -> usize {
-        self.numel * size_of::<T>()
+        self.storage.bytes()
     }
 
     /// The device of the device half.
@@ -556,8 +544,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// The bytes of a range of rows.
     #[inline]
     fn bytes_of(&self, rows: &impl RangeBounds<usize>) -> Result<Range<usize>> {
-        let rows = select(rows, self.shape.rows())?;
-        let row = self.nbytes().checked_div(self.shape.rows()).unwrap_or(0);
+        let all = self.storage.shape().rows();
+        let rows = select(rows, all)?;
+        let row = self.nbytes().checked_div(all).unwrap_or(0);
         Ok(rows.start * row..rows.end * row)
     }
 
@@ -568,7 +557,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     unsafe fn host_slice(&self) -> &[T] {
         // SAFETY: the host half holds `numel` elements, aligned and initialised (it began as zeroes, and
         // any bytes are a `Pod`); it is borrowed with `self`.
-        unsafe { slice::from_raw_parts(self.storage.host_ptr().cast(), self.numel) }
+        unsafe { slice::from_raw_parts(self.storage.host_ptr().cast(), self.numel()) }
     }
 
     /// # Safety
@@ -577,7 +566,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     #[inline]
     unsafe fn host_slice_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `host_slice`, and borrowed exclusively.
-        unsafe { slice::from_raw_parts_mut(self.storage.host_ptr().cast(), self.numel) }
+        unsafe { slice::from_raw_parts_mut(self.storage.host_ptr().cast(), self.numel()) }
     }
 }
 
@@ -587,7 +576,7 @@ impl<T: Pod> fmt::Debug for CpuGpuBuffer<T> {
         write!(
             f,
             "CpuGpuBuffer(shape={:?}, dtype={dtype}, device={}, pinned={})",
-            self.shape,
+            self.storage.shape(),
             self.device(),
             self.is_pinned()
         )

@@ -74,6 +74,11 @@ pub enum Error {
         /// The text.
         text: String,
     },
+    /// All buffers of a pool are out, and it may not have more.
+    PoolExhausted {
+        /// The most buffers that it may have.
+        max_buffers: usize,
+    },
     /// Time was asked from an event to one that was recorded before it.
     EventOrder,
     /// The value was made before `fork` and this is the child: CUDA does not work here.
@@ -123,6 +128,9 @@ impl fmt::Display for Error {
             Error::InvalidStream { reason } => write!(f, "invalid stream: {reason}"),
             Error::InvalidDevice { text } => {
                 write!(f, "{text:?} is no device: expected \"cpu\", \"cuda\" or \"cuda:N\"")
+            }
+            Error::PoolExhausted { max_buffers } => {
+                write!(f, "the pool may have {max_buffers} buffers, and none is left")
             }
             Error::EventOrder => f.write_str("the earlier event was recorded after the later one"),
             Error::Forked => f.write_str("made before a fork, and unusable in the child"),

@@ -40,6 +40,7 @@ mod event;
 mod fill;
 mod fork;
 mod host;
+mod pool;
 mod raw;
 mod record;
 /// The unit tests choose their runtime as the others do.
@@ -47,6 +48,8 @@ mod record;
 #[path = "../tests/common/runtime.rs"]
 mod runtime;
 mod shape;
+mod slab;
+mod slots;
 mod storage;
 mod stream;
 mod sync;
@@ -61,6 +64,7 @@ pub use element::{DType, Element};
 pub use error::{Error, Result, Side};
 pub use event::{Event, EventFlags};
 pub use host::{HostFlags, Pinning, is_pinned_memory_available};
+pub use pool::{BufferPool, PoolOptions, PoolStats};
 pub use shape::Shape;
 pub use stream::{Stream, StreamFlags, StreamOptions, WaitPolicy};
 pub use view::GpuView;

@@ -48,6 +48,20 @@ impl Record {
         })
     }
 
+    /// Whether the work is known to have finished, without asking anybody.
+    #[inline]
+    pub(crate) fn is_known_finished(&self) -> bool {
+        self.standing().is_none()
+    }
+
+    /// Asks for the event, if there is one yet, so that what has finished is known to have.
+    pub(crate) fn ask(&self) -> Result<()> {
+        match self.standing() {
+            Some(_) if self.stamp.ticket().is_some() => self.is_finished().map(drop),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether the work has finished.
     pub(crate) fn is_finished(&self) -> Result<bool> {
         let Some((stream, event)) = self.standing() else {

@@ -16,66 +16,181 @@
 //! From the moment it tries to enqueue, its record stands, whatever CUDA answers.
 
 use std::alloc::Layout;
-use std::ops::Range;
+use std::ops::{Deref, DerefMut, Range};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use crate::buffer::BufferOptions;
 use crate::device::{Device, context};
-use crate::device_memory::DeviceMemory;
 use crate::error::{Error, Result};
 use crate::fill;
 use crate::fork;
-use crate::host::HostMemory;
 use crate::raw;
 use crate::record::Record;
+use crate::shape::Shape;
+use crate::slab::Slab;
+use crate::slots::Lease;
 use crate::stream::{EnteredStream, Stream};
 use crate::sys::cudaMemcpyKind;
 
 const UP: cudaMemcpyKind = cudaMemcpyKind::cudaMemcpyHostToDevice;
 const DOWN: cudaMemcpyKind = cudaMemcpyKind::cudaMemcpyDeviceToHost;
 
+/// Where a buffer's storage is.
+pub(crate) enum Home {
+    Own(Box<Storage>),
+    /// In a pool, which gets it back as it is.
+    Pool(Lease<Storage>),
+}
+
+impl Home {
+    /// Two zeroed halves of a form, in a slab of their own.
+    pub(crate) fn own(form: Form, device: Device, options: BufferOptions) -> Result<Home> {
+        let mut one = Storage::slots(form, 1, device, options)?;
+        Ok(Home::Own(Box::new(one.pop().expect("one was asked for"))))
+    }
+}
+
+impl Deref for Home {
+    type Target = Storage;
+
+    #[inline]
+    fn deref(&self) -> &Storage {
+        match self {
+            Home::Own(storage) => storage,
+            Home::Pool(lease) => lease,
+        }
+    }
+}
+
+impl DerefMut for Home {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut Storage {
+        match self {
+            Home::Own(storage) => storage,
+            Home::Pool(lease) => lease,
+        }
+    }
+}
+
+/// What is to be stored in either half.
+#[derive(Clone, Copy)]
+pub(crate) struct Form {
+    pub(crate) shape: Shape,
+    /// The elements of the shape.
+    pub(crate) numel: usize,
+    /// All of them.
+    pub(crate) layout: Layout,
+}
+
 pub(crate) struct Storage {
     device: Device,
-    host: HostMemory,
-    gpu: DeviceMemory,
+    // Addresses in the slab.
+    host: *mut u8,
+    gpu: *mut u8,
     /// Of either half.
     capacity: usize,
     /// Of either half, of those that are in use.
     bytes: usize,
-    /// The device half still has to be zeroed, in stream order, before its first use.
-    fresh: bool,
+    shape: Shape,
+    numel: usize,
+    /// Not of the shape and size that it was made with.
+    reshaped: bool,
+    options: BufferOptions,
+    /// So many bytes of the device half are defined, in stream order. The others in use still have to be
+    /// zeroed, before the first use.
+    defined: usize,
+    /// The host half still has to be zeroed, once no transfer of the holder before uses it.
+    unzeroed: AtomicBool,
+    zeroing: Mutex<()>,
     upload: Record,
     download: Record,
     device_use: Record,
+    /// Last: the events go before the memory, as they were made after it.
+    slab: Arc<Slab>,
 }
 
+// SAFETY: the bytes behind the addresses are this value's alone, and the slab that it keeps owns them.
+unsafe impl Send for Storage {}
+// SAFETY: through a shared reference the addresses can be read, and the host half zeroed once, under a lock.
+unsafe impl Sync for Storage {}
+
+// The other parts must not rely on the promises above.
+const _: () = {
+    const fn send_and_sync<P: Send + Sync>() {}
+    send_and_sync::<(Record, Arc<Slab>, AtomicBool, Mutex<()>)>();
+};
+
 impl Storage {
-    /// Two zeroed halves of `layout`'s size and alignment.
-    pub(crate) fn new(layout: Layout, device: Device, options: BufferOptions) -> Result<Storage> {
+    /// Storages of one form in one slab, both halves of each zeroed.
+    pub(crate) fn slots(
+        form: Form,
+        count: usize,
+        device: Device,
+        options: BufferOptions,
+    ) -> Result<Vec<Storage>> {
+        let Form { shape, numel, layout } = form;
+        let bytes = layout.size();
+        let stride = layout.pad_to_align().size();
+        // The last one needs no padding.
+        let whole = count
+            .checked_sub(1)
+            .map_or(Some(0), |before| stride.checked_mul(before)?.checked_add(bytes));
+        let whole = whole.and_then(|whole| Layout::from_size_align(whole, layout.align()).ok());
+        let whole = whole.ok_or_else(|| Error::InvalidShape {
+            reason: format!("{count} buffers of {bytes} bytes overflow isize"),
+        })?;
         let context = match device {
             Device::Cpu => None,
             // Nothing to allocate, nothing to ask.
-            Device::Cuda(_) if layout.size() == 0 => None,
+            Device::Cuda(_) if whole.size() == 0 => None,
             Device::Cuda(ordinal) => Some(context(ordinal)?),
         };
-        // The device first: it has less memory, and what it lacks need not be pinned in vain.
-        let gpu = DeviceMemory::new(layout, context, device)?;
-        let host = HostMemory::new(layout, options.pinning, options.host_flags, context, device)?;
-        Ok(Storage {
+        let slab = Arc::new(Slab::new(whole, context, device, options)?);
+        let storage = |number| Storage {
             device,
-            host,
-            gpu,
-            capacity: layout.size(),
-            bytes: layout.size(),
-            fresh: context.is_some(),
+            host: slab.host_ptr().wrapping_add(number * stride),
+            gpu: slab.gpu_ptr().wrapping_add(number * stride),
+            capacity: bytes,
+            bytes,
+            shape,
+            numel,
+            reshaped: false,
+            options,
+            defined: if context.is_some() { 0 } else { bytes },
+            unzeroed: AtomicBool::new(false),
+            zeroing: Mutex::new(()),
             upload: Record::idle(),
             download: Record::idle(),
             device_use: Record::idle(),
-        })
+            slab: Arc::clone(&slab),
+        };
+        Ok((0..count).map(storage).collect())
     }
 
     pub(crate) fn device(&self) -> Device {
         self.device
+    }
+
+    #[inline]
+    pub(crate) fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    #[inline]
+    pub(crate) fn numel(&self) -> usize {
+        self.numel
+    }
+
+    /// Of either half, of those that are in use.
+    #[inline]
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub(crate) fn options(&self) -> BufferOptions {
+        self.options
     }
 
     pub(crate) fn capacity(&self) -> usize {
@@ -83,30 +198,53 @@ impl Storage {
     }
 
     pub(crate) fn is_pinned(&self) -> bool {
-        self.host.is_pinned()
+        self.slab.is_pinned()
     }
 
+    #[inline]
     pub(crate) fn host_ptr(&self) -> *mut u8 {
-        self.host.as_ptr()
+        self.host
     }
 
+    #[inline]
     pub(crate) fn gpu_ptr(&self) -> *mut u8 {
-        self.gpu.as_ptr()
+        self.gpu
     }
 
-    /// Uses the first `bytes` of either half from now on, and zeroes them.
-    pub(crate) fn restart(&mut self, bytes: usize) -> Result<()> {
+    /// Is of this form from now on, in the same memory, and zeroed.
+    pub(crate) fn restart(&mut self, form: Form) -> Result<()> {
+        let bytes = form.layout.size();
         assert!(bytes <= self.capacity);
         self.wait_to_write()?;
         // SAFETY: within the host half, which no transfer reads or writes any more.
-        unsafe { ptr::write_bytes(self.host.as_ptr(), 0, bytes) };
-        if let DeviceMemory::Cpu(memory) = &self.gpu {
-            // SAFETY: within the device half, which on the CPU has no work in flight.
-            unsafe { ptr::write_bytes(memory.as_ptr(), 0, bytes) };
-        }
-        self.fresh = matches!(self.gpu, DeviceMemory::Cuda { .. });
-        self.bytes = bytes;
+        unsafe { ptr::write_bytes(self.host, 0, bytes) };
+        self.undefine(bytes);
+        (self.shape, self.numel, self.bytes) = (form.shape, form.numel, bytes);
+        self.reshaped = true;
         Ok(())
+    }
+
+    /// Is of the form that it was made with from now on, with what the holder before left there, or zeroes in both
+    /// halves. Waits for nothing.
+    #[inline]
+    pub(crate) fn renew(&mut self, form: &Form, zeroed: bool) {
+        if self.reshaped {
+            (self.shape, self.numel, self.bytes) = (form.shape, form.numel, self.capacity);
+            self.reshaped = false;
+        }
+        if zeroed {
+            *self.unzeroed.get_mut() = true;
+            self.undefine(self.bytes);
+        }
+    }
+
+    /// The first `bytes` of the device half are to be zeroed; on the CPU they are, at once.
+    fn undefine(&mut self, bytes: usize) {
+        match self.device {
+            // SAFETY: within the device half, which on the CPU has no work in flight.
+            Device::Cpu => unsafe { ptr::write_bytes(self.gpu, 0, bytes) },
+            Device::Cuda(_) => self.defined = 0,
+        }
     }
 
     // ---- what the host waits for ----
@@ -115,7 +253,8 @@ impl Storage {
     #[inline]
     pub(crate) fn wait_to_read(&self) -> Result<()> {
         self.refuse_child()?;
-        self.download.wait()
+        self.download.wait()?;
+        self.ready_host()
     }
 
     /// Waits until the host half may be written.
@@ -128,7 +267,16 @@ impl Storage {
     /// Whether the host half may be read now.
     pub(crate) fn may_read(&self) -> Result<bool> {
         self.refuse_child()?;
-        self.download.is_finished()
+        if !self.download.is_finished()? {
+            return Ok(false);
+        }
+        if self.unzeroed.load(Ordering::Acquire) {
+            if !self.upload.is_finished()? {
+                return Ok(false);
+            }
+            self.zero_host()?;
+        }
+        Ok(true)
     }
 
     /// Whether the host half may be written now.
@@ -136,15 +284,50 @@ impl Storage {
         Ok(self.may_read()? && self.upload.is_finished()?)
     }
 
+    /// Zeroes the host half, once, after the transfers of the holder before.
+    #[cold]
+    fn zero_host(&self) -> Result<()> {
+        self.download.wait()?;
+        self.upload.wait()?;
+        let _zeroing = self.zeroing.lock().unwrap_or_else(|poison| poison.into_inner());
+        if self.unzeroed.load(Ordering::Relaxed) {
+            // SAFETY: within the host half. No transfer uses it, and nobody else looks at it: whoever wants to
+            // comes through here first, and waits for the lock or sees the flag.
+            unsafe { ptr::write_bytes(self.host, 0, self.bytes) };
+            self.unzeroed.store(false, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Whether the host half is known to be free to write, without asking anybody.
+    #[inline]
+    pub(crate) fn is_known_ready(&self) -> bool {
+        self.upload.is_known_finished() && self.download.is_known_finished()
+    }
+
+    /// Asks the driver once for what keeps the host half from being [known ready](Self::is_known_ready).
+    pub(crate) fn ask(&self) -> Result<()> {
+        let pending = match self.download.is_known_finished() {
+            true => &self.upload,
+            false => &self.download,
+        };
+        pending.ask()
+    }
+
     /// Waits until nothing uses either half.
     pub(crate) fn wait_for_all(&self) -> Result<()> {
-        self.wait_to_write()?;
+        self.refuse_child()?;
+        self.download.wait()?;
+        self.upload.wait()?;
         self.device_use.wait()
     }
 
     /// Whether nothing uses either half.
     pub(crate) fn is_idle(&self) -> Result<bool> {
-        Ok(self.may_write()? && self.device_use.is_finished()?)
+        self.refuse_child()?;
+        Ok(self.download.is_finished()?
+            && self.upload.is_finished()?
+            && self.device_use.is_finished()?)
     }
 
     // ---- what streams do ----
@@ -155,16 +338,17 @@ impl Storage {
         if range.is_empty() {
             return Ok(());
         }
+        self.ready_host()?;
         if let Some(entered) = &entered {
             self.order(entered)?;
             if range.len() < self.bytes {
-                self.zero_if_fresh(entered)?;
+                self.define(entered)?;
             }
         }
         let (to, from) = (self.gpu_at(range.start), self.host_at(range.start));
         // SAFETY: the range lies in both halves.
         unsafe { self.transfer(UP, to, from, range.len(), entered.as_ref()) }?;
-        self.fresh = false;
+        self.defined = self.defined.max(self.bytes);
         Ok(())
     }
 
@@ -183,6 +367,7 @@ impl Storage {
         if range.is_empty() {
             return Ok(());
         }
+        self.ready_host()?;
         if let Some(entered) = &entered {
             self.order(entered)?;
         }
@@ -197,9 +382,10 @@ impl Storage {
         if range.is_empty() {
             return Ok(());
         }
+        self.ready_host()?;
         if let Some(entered) = &entered {
             self.order(entered)?;
-            self.zero_if_fresh(entered)?;
+            self.define(entered)?;
         }
         let (to, from) = (self.host_at(range.start), self.gpu_at(range.start));
         // SAFETY: the range lies in both halves.
@@ -221,6 +407,7 @@ impl Storage {
         if range.is_empty() {
             return Ok(());
         }
+        self.ready_host()?;
         if let Some(entered) = &entered {
             self.order(entered)?;
         }
@@ -237,8 +424,8 @@ impl Storage {
         self.order(entered)?;
         self.device_use.stand_for(entered)?;
         // SAFETY: the device half is this value's, and `device_use` and `order` keep others from it.
-        unsafe { fill::enqueue(self.gpu.as_ptr(), self.bytes, element, entered) }?;
-        self.fresh = false;
+        unsafe { fill::enqueue(self.gpu, self.bytes, element, entered) }?;
+        self.defined = self.defined.max(self.bytes);
         Ok(())
     }
 
@@ -248,7 +435,7 @@ impl Storage {
             return Ok(());
         };
         self.order(entered)?;
-        self.zero_if_fresh(entered)?;
+        self.define(entered)?;
         self.device_use.stand_for(entered)
     }
 
@@ -277,15 +464,27 @@ impl Storage {
         self.device_use.order_before(entered)
     }
 
-    fn zero_if_fresh(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
-        if !self.fresh {
+    /// Zeroes what is in use of the device half and not defined.
+    #[inline]
+    fn define(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
+        if self.defined >= self.bytes {
             return Ok(());
         }
         self.device_use.stand_for(entered)?;
+        let (from, bytes) = (self.gpu_at(self.defined), self.bytes - self.defined);
         // SAFETY: the device half is this value's, and `device_use` and `order` keep others from it.
-        unsafe { raw::memset_d8(self.gpu.as_ptr(), 0, self.bytes, entered.raw()) }?;
-        self.fresh = false;
+        unsafe { raw::memset_d8(from, 0, bytes, entered.raw()) }?;
+        self.defined = self.bytes;
         Ok(())
+    }
+
+    /// Before a transfer of the host half: zeroes it if it has to be, which waits.
+    #[inline]
+    fn ready_host(&self) -> Result<()> {
+        match self.unzeroed.load(Ordering::Acquire) {
+            false => Ok(()),
+            true => self.zero_host(),
+        }
     }
 
     /// Copies on the stream, which was ordered after everything; at once, where there is none. The record of
@@ -324,12 +523,12 @@ impl Storage {
 
     #[inline]
     fn host_at(&self, offset: usize) -> *mut u8 {
-        self.host.as_ptr().wrapping_add(offset)
+        self.host.wrapping_add(offset)
     }
 
     #[inline]
     fn gpu_at(&self, offset: usize) -> *mut u8 {
-        self.gpu.as_ptr().wrapping_add(offset)
+        self.gpu.wrapping_add(offset)
     }
 
     /// In a forked child the host half of a CUDA buffer is not there.
@@ -347,8 +546,7 @@ impl Drop for Storage {
     /// memory is leaked: something may still be using it.
     fn drop(&mut self) {
         if self.wait_for_all().is_err() {
-            self.host.leak();
-            self.gpu.leak();
+            self.slab.abandon();
         }
     }
 }

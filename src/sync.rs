@@ -1,5 +1,32 @@
-//! The primitives under [`ticket`](crate::ticket), in one place so that its model (`tests/ticket_model.rs`)
-//! can put loom's in their stead.
+//! The primitives under [`ticket`](crate::ticket) and [`slots`](crate::slots), in one place so that their
+//! models (`tests/ticket_model.rs`, `tests/slots_model.rs`) can put loom's in their stead.
 
-pub(crate) use std::sync::Mutex;
-pub(crate) use std::sync::atomic::{AtomicU64, Ordering};
+use std::cell::Cell;
+use std::sync::atomic;
+
+pub(crate) use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+pub(crate) use std::sync::{Arc, Mutex};
+
+/// A look at a word that decides nothing, for figures: the models do not follow it.
+#[inline]
+pub(crate) fn glance(word: &AtomicU64) -> u64 {
+    word.load(Ordering::Relaxed)
+}
+
+/// A number of this thread's own, counted from 0 in the order in which threads first ask.
+#[inline]
+pub(crate) fn thread_number() -> usize {
+    static NEXT: atomic::AtomicUsize = atomic::AtomicUsize::new(0);
+    thread_local! {
+        // Without a destructor, so that it can be asked in other thread-locals' destructors.
+        static NUMBER: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
+    NUMBER.with(|number| match number.get() {
+        usize::MAX => {
+            let new = NEXT.fetch_add(1, Ordering::Relaxed);
+            number.set(new);
+            new
+        }
+        known => known,
+    })
+}

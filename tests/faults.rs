@@ -14,24 +14,27 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use common::{Gate, sim};
 use cpu_gpu_buffer::{
-    BufferOptions, CpuGpuBuffer, Device, Error, Event, Pinning, Result, Stream, StreamOptions,
-    WaitPolicy, is_pinned_memory_available, sys,
+    BufferOptions, BufferPool, CpuGpuBuffer, Device, Error, Event, Pinning, PoolOptions, Result,
+    Stream, StreamOptions, WaitPolicy, is_pinned_memory_available, sys,
 };
 
 const DEVICE: Device = Device::Cuda(0);
 const WORDS: usize = 3000;
 
-/// What an operation works on: a buffer with an upload on one stream and a device use on another.
+/// What an operation works on: a buffer, and a pool. A busy bench has transfers on one stream and a device use
+/// on another.
 struct Bench {
     stream: Stream,
     other: Stream,
     event: Event,
     buffer: CpuGpuBuffer<u32>,
     foreign: CpuGpuBuffer<u32>,
+    /// Of few buffers; the busy one's were given back in flight.
+    pool: BufferPool<u32>,
 }
 
 impl Bench {
-    fn new(state: State, wait: WaitPolicy) -> Bench {
+    fn new(state: State, wait: WaitPolicy, pooled: usize) -> Bench {
         let options = StreamOptions { wait, ..Default::default() };
         let stream = Stream::with_options(DEVICE, options).unwrap();
         let other = Stream::with_options(DEVICE, options).unwrap();
@@ -39,31 +42,39 @@ impl Bench {
         let mut foreign = CpuGpuBuffer::new(WORDS, DEVICE).unwrap();
         foreign.gpu_on(&stream).unwrap();
         foreign.synchronize().unwrap();
+        let pool = BufferPool::new(WORDS, DEVICE, pooled).unwrap();
         if let State::Busy = state {
-            buffer.copy_to_gpu(.., &other).unwrap();
-            buffer.copy_to_cpu(..5, &stream).unwrap();
-            buffer.gpu_on(&other).unwrap();
+            let mut pooled: Vec<_> = (0..pooled).map(|_| pool.acquire().unwrap()).collect();
+            for buffer in pooled.iter_mut().chain([&mut buffer]) {
+                buffer.copy_to_gpu(.., &other).unwrap();
+                buffer.copy_to_cpu(..5, &stream).unwrap();
+                buffer.gpu_on(&other).unwrap();
+            }
         }
         let event = stream.record().unwrap();
-        Bench { stream, other, event, buffer, foreign }
+        Bench { stream, other, event, buffer, foreign, pool }
     }
 
     /// Everything still works, once calls succeed again.
     fn verify(&mut self) {
-        let buffer = &mut self.buffer;
-        for (value, stream) in [(7, &self.stream), (8, &self.other)] {
-            buffer.fill(value, stream).unwrap();
-            buffer.fill_cpu(0).unwrap();
-            buffer.copy_to_cpu(.., stream).unwrap();
-            common::all(buffer.cpu().unwrap(), value);
-            buffer.fill_cpu(value + 2).unwrap();
-            buffer.copy_to_gpu(.., stream).unwrap();
-            buffer.fill_cpu(0).unwrap();
-            buffer.copy_to_cpu(.., stream).unwrap();
-            common::all(buffer.cpu().unwrap(), value + 2);
+        assert_eq!(self.pool.available(), self.pool.total(), "the pool lost a buffer");
+        let total = self.pool.total();
+        let mut pooled: Vec<_> = (0..total).map(|_| self.pool.try_acquire().unwrap()).collect();
+        for buffer in pooled.iter_mut().chain([&mut self.buffer]) {
+            for (value, stream) in [(7, &self.stream), (8, &self.other)] {
+                buffer.fill(value, stream).unwrap();
+                buffer.fill_cpu(0).unwrap();
+                buffer.copy_to_cpu(.., stream).unwrap();
+                common::all(buffer.cpu().unwrap(), value);
+                buffer.fill_cpu(value + 2).unwrap();
+                buffer.copy_to_gpu(.., stream).unwrap();
+                buffer.fill_cpu(0).unwrap();
+                buffer.copy_to_cpu(.., stream).unwrap();
+                common::all(buffer.cpu().unwrap(), value + 2);
+            }
+            buffer.synchronize().unwrap();
+            assert!(buffer.is_idle().unwrap());
         }
-        buffer.synchronize().unwrap();
-        assert!(buffer.is_idle().unwrap());
         self.event.synchronize().unwrap();
     }
 }
@@ -125,6 +136,46 @@ const OPERATIONS: &[(&str, Operation)] = &[
         foreign.gpu_on(&bench.other)?;
         Ok(())
     }),
+    ("BufferPool::new", |_| BufferPool::<u8>::new(100, DEVICE, 3).map(drop)),
+    ("BufferPool::with_options", |_| {
+        let options = PoolOptions { pinning: Pinning::Required, ..Default::default() };
+        BufferPool::<u8>::with_options(100, DEVICE, 3, options).map(drop)
+    }),
+    ("BufferPool::acquire", |bench| bench.pool.acquire().map(drop)),
+    ("BufferPool::acquire/in use", |bench| {
+        let mut buffer = bench.pool.acquire()?;
+        buffer.copy_to_gpu(..5, &bench.stream)?;
+        buffer.cpu_mut()?[0] = 1;
+        buffer.resize([30, 2])?;
+        buffer.fill(3, &bench.other)
+    }),
+    ("BufferPool::acquire/growing", |bench| {
+        let _all = [bench.pool.acquire()?, bench.pool.acquire()?];
+        bench.pool.acquire().map(drop)
+    }),
+    ("BufferPool::acquire/zeroed, ::drop", |bench| {
+        let options = PoolOptions { zeroed: true, ..Default::default() };
+        let pool = BufferPool::<u32>::with_options(WORDS, DEVICE, 1, options)?;
+        let mut buffer = pool.acquire()?;
+        buffer.copy_to_gpu(.., &bench.stream)?;
+        buffer.synchronize()?;
+        drop(buffer);
+        let buffer = pool.acquire()?;
+        common::all(buffer.cpu()?, 0);
+        Ok(())
+    }),
+    ("BufferPool::acquire/::drop", |bench| {
+        let pool = BufferPool::<u32>::new(WORDS, DEVICE, 2)?;
+        let (mut first, mut second) = (pool.acquire()?, pool.acquire()?);
+        first.copy_to_gpu(.., &bench.other)?;
+        drop(first);
+        drop(pool);
+        second.copy_to_cpu(.., &bench.stream)
+    }),
+    ("BufferPool::try_acquire", |bench| {
+        // The only reason that there can be.
+        bench.pool.try_acquire().map(drop).ok_or(Error::Forked)
+    }),
     ("Stream::new", |_| Stream::new(DEVICE).map(drop)),
     ("Stream::with_options", |_| Stream::with_options(DEVICE, Default::default()).map(drop)),
     ("Stream::from_raw", |_| {
@@ -166,6 +217,11 @@ const SILENT: &[&str] = &[
     "CpuGpuBuffer::device",
     "CpuGpuBuffer::is_pinned",
     "CpuGpuBuffer::dtype",
+    "BufferPool::available",
+    "BufferPool::total",
+    "BufferPool::stats",
+    "BufferPool::shape",
+    "BufferPool::device",
     "Stream::as_raw",
     "Stream::device",
     "Event::device",
@@ -175,6 +231,7 @@ const SILENT: &[&str] = &[
 fn every_public_function_is_an_operation_here_or_known_to_be_silent() {
     let sources = [
         (include_str!("../src/buffer.rs"), "CpuGpuBuffer::"),
+        (include_str!("../src/pool.rs"), "BufferPool::"),
         (include_str!("../src/stream.rs"), "Stream::"),
         (include_str!("../src/event.rs"), "Event::"),
         (include_str!("../src/device.rs"), "Device::"),
@@ -274,6 +331,11 @@ fn drops(what: &str) -> bool {
     ["/kernel", "/long", "from_raw", "::drop"].iter().any(|kind| what.contains(kind))
 }
 
+/// How many buffers the bench's pool begins with: none where the operation has nothing to do with it.
+fn pooled(what: &str) -> usize {
+    if what.starts_with("BufferPool") { 2 } else { 0 }
+}
+
 /// Makes the operation's calls fail, one after the other; the answer is how many there were.
 fn sweep(
     what: &str,
@@ -283,7 +345,7 @@ fn sweep(
 ) -> u64 {
     for number in 1.. {
         let before = sim::live();
-        let mut bench = Bench::new(state, wait);
+        let mut bench = Bench::new(state, wait, pooled(what));
         sim::reset();
         sim::fail(number, code, once, effect);
         let what = format!("{what}, call {number}");
@@ -363,7 +425,7 @@ fn break_each(
 ) -> u64 {
     for number in 1.. {
         let before = sim::live();
-        let mut bench = Bench::new(state, wait);
+        let mut bench = Bench::new(state, wait, pooled(what));
         sim::reset();
         sim::break_at(number, ILLEGAL);
         let what = format!("{what}, call {number}");
@@ -383,12 +445,12 @@ fn break_each(
         }
         drop(bench);
         // Releases that a broken context refused leave their things behind. What was in flight is not even asked to
-        // be released: both halves of the bench's buffer, and of the operation's.
+        // be released: both halves of the bench's buffers and its pool, and of the operation's.
         let refused = sim::injected_releases() as i64;
         let unknown = match (mended, drops(&what)) {
             (true, true) => 2,
             (true, false) => 0,
-            (false, _) => 6,
+            (false, _) => 8,
         };
         // Looks at all that is pinned still being there.
         sim::heal();
@@ -495,7 +557,7 @@ fn every_operation_is_refused_in_a_forked_child_and_makes_no_call() {
     let answers = ["Device::auto", "Device::cuda_count", "is_pinned_memory_available"];
     assert_eq!(Device::auto(), DEVICE);
     for state in [State::Fresh, State::Busy] {
-        let mut bench = Bench::new(state, WaitPolicy::Spin);
+        let mut bench = Bench::new(state, WaitPolicy::Spin, 2);
         let view = bench.buffer.gpu_on(&bench.stream).unwrap();
         let (address, rows) = (view.as_mut_ptr(), view.len());
         let calls = sim::calls();

@@ -6,7 +6,7 @@ mod common;
 use std::mem;
 use std::ops::Range;
 
-use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+use cpu_gpu_buffer::{BufferPool, CpuGpuBuffer, Device, PoolOptions, Stream};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
@@ -25,7 +25,14 @@ enum Operation {
     Resize(usize),
     Synchronize(usize),
     WaitForBuffer,
-    Replace { forget: bool, words: usize },
+    Replace {
+        forget: bool,
+        words: usize,
+    },
+    /// From one of two pools, instead of the buffer.
+    Acquire {
+        zeroed: bool,
+    },
     Swap,
     Look,
 }
@@ -47,6 +54,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => Just(Operation::WaitForBuffer),
         1 => (any::<bool>(), 0..MOST)
             .prop_map(|(forget, words)| Operation::Replace { forget, words }),
+        3 => any::<bool>().prop_map(|zeroed| Operation::Acquire { zeroed }),
         1 => Just(Operation::Swap),
         2 => Just(Operation::Look),
     ]
@@ -69,7 +77,13 @@ impl Modelled {
         assert!(self.buffer.cpu().unwrap() == self.host, "the host half is not what it must be");
     }
 
-    fn run(&mut self, operation: &Operation, other: &mut Modelled, streams: &[Stream]) {
+    fn run(
+        &mut self,
+        operation: &Operation,
+        other: &mut Modelled,
+        streams: &[Stream],
+        pools: &[BufferPool<u32>; 2],
+    ) {
         let words = self.host.len();
         let cut = |range: &Range<usize>| range.start.min(words)..range.end.min(words);
         let buffer = &mut self.buffer;
@@ -132,6 +146,19 @@ impl Modelled {
                     false => drop(before),
                 }
             }
+            Operation::Acquire { zeroed } => {
+                let mut buffer = pools[usize::from(*zeroed)].acquire().unwrap();
+                let value = match zeroed {
+                    true => 0,
+                    // What the last holder left, which may have been another thread, is not written down.
+                    false => {
+                        buffer.fill(9, &streams[0]).unwrap();
+                        9
+                    }
+                };
+                let words = buffer.numel();
+                *self = Modelled { buffer, host: vec![value; words], gpu: vec![value; words] };
+            }
             Operation::Swap => mem::swap(self, other),
             Operation::Look => self.look(),
         }
@@ -147,11 +174,11 @@ impl Modelled {
 }
 
 /// One thread's sequence, on streams that it shares with the others.
-fn run(operations: &[Operation], device: Device, streams: &[Stream]) {
+fn run(operations: &[Operation], device: Device, streams: &[Stream], pools: &[BufferPool<u32>; 2]) {
     let mut modelled = Modelled::new(MOST / 2, device);
     let mut other = Modelled::new(7, device);
     for operation in operations {
-        modelled.run(operation, &mut other, streams);
+        modelled.run(operation, &mut other, streams, pools);
     }
     modelled.finish(&streams[0]);
     other.finish(&streams[1]);
@@ -177,9 +204,14 @@ fn any_sequence_of_operations_does_what_it_would_do_one_by_one() {
         let sequence = || prop::collection::vec(operation(), 1..40);
         let outcome = TestRunner::new(config).run(&(sequence(), sequence()), |(first, second)| {
             let streams: Vec<Stream> = (0..STREAMS).map(|_| Stream::new(device).unwrap()).collect();
+            // Of so few buffers that they are used again.
+            let pools = [false, true].map(|zeroed| {
+                let options = PoolOptions { zeroed, ..Default::default() };
+                BufferPool::with_options(MOST / 3, device, 2, options).unwrap()
+            });
             std::thread::scope(|scope| {
-                let beside = scope.spawn(|| run(&second, device, &streams));
-                run(&first, device, &streams);
+                let beside = scope.spawn(|| run(&second, device, &streams, &pools));
+                run(&first, device, &streams, &pools);
                 beside.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             });
             Ok(())

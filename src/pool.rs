@@ -1,0 +1,333 @@
+//! A pool of buffers of one shape, which hands the same memory out again and again.
+//!
+//! All buffers of a pool's segment live in one slab of host memory and one of device memory. A pooled buffer
+//! is an ordinary buffer whose storage is a slot of the pool's: it carries its records with it, both when it
+//! is handed out and when it is given back, so that the in-flight rule of [`storage`](crate::storage) holds
+//! through the pool. Giving a buffer back therefore waits for nothing, and a slot may be handed out while its
+//! last transfer is still queued: whoever gets it waits where the rule says so, and not before.
+//!
+//! The slots themselves, and what threads do to them at once, are [`slots`](crate::slots).
+
+use std::any::type_name;
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
+
+use bytemuck::Pod;
+
+use crate::buffer::{BufferOptions, CpuGpuBuffer};
+use crate::device::Device;
+use crate::element::DType;
+use crate::error::{Error, Result};
+use crate::fork;
+use crate::host::{HostFlags, Pinning};
+use crate::shape::Shape;
+use crate::slots::{Lease, Slots};
+use crate::storage::{Form, Home, Storage};
+
+/// How a pool is made.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferPool, Device, Error, PoolOptions};
+///
+/// let options = PoolOptions { max_buffers: Some(2), ..Default::default() };
+/// let pool = BufferPool::<u8>::with_options(100, Device::auto(), 1, options)?;
+/// let (first, second) = (pool.acquire()?, pool.acquire()?);
+/// assert_eq!(pool.acquire().err(), Some(Error::PoolExhausted { max_buffers: 2 }));
+/// # drop((first, second));
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PoolOptions {
+    /// The most buffers that there will ever be; without a limit unless given.
+    pub max_buffers: Option<usize>,
+    /// Whether the host halves are pinned: [`Pinning::Preferred`] unless given.
+    pub pinning: Pinning,
+    /// How they are pinned: all flags unless given.
+    pub host_flags: HostFlags,
+    /// Whether both halves of a buffer are zeroed each time that it is handed out. They are when it is first
+    /// used, the host half after the transfers that its last holder left queued. `false` unless given: a buffer
+    /// then comes with what its last holder left in it.
+    pub zeroed: bool,
+}
+
+impl Default for PoolOptions {
+    fn default() -> PoolOptions {
+        let BufferOptions { pinning, host_flags } = BufferOptions::default();
+        PoolOptions { max_buffers: None, pinning, host_flags, zeroed: false }
+    }
+}
+
+/// What a pool has been through, for whoever has to size it. Always counted; the cost is below what can be
+/// told apart from a pool that does not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PoolStats {
+    /// The buffers that could be acquired without growing.
+    pub available: usize,
+    /// The buffers that there are.
+    pub total: usize,
+    /// The most buffers that were out at once. Exact where one thread acquires; where several do, a peak
+    /// that is over within some thousand acquisitions may be missed.
+    pub high_water: usize,
+    /// How often the pool grew.
+    pub growths: usize,
+    /// How often a buffer was handed out whose host half was still in flight, for want of a better one.
+    pub in_flight: usize,
+}
+
+/// Buffers of one shape on one device, handed out and given back by any number of threads.
+///
+/// What [`acquire`](Self::acquire) gives is an ordinary [`CpuGpuBuffer`]; dropping it gives its place in the
+/// pool back, whatever was done to it in between. Nothing waits for that: neither does giving a buffer back
+/// wait for the transfers that it has queued, nor does acquiring one. A buffer that is handed out while a
+/// transfer of its last holder's is still queued knows of it, and waits when its host half is looked at.
+///
+/// Handles are cheap to clone, and mean the same pool. Pool and buffers may be dropped in any order, on any
+/// thread: memory is given back with the last buffer in it, which then waits as a buffer's drop does. A buffer
+/// that is forgotten costs its place, and keeps the memory around it.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferPool, Device, Stream};
+///
+/// let device = Device::auto();
+/// let stream = Stream::new(device)?;
+/// let pool = BufferPool::<f32>::new([32, 64], device, 4)?;
+/// for step in 0..100 {
+///     let mut batch = pool.acquire()?;
+///     batch.cpu_mut()?[..64].fill(step as f32);
+///     batch.copy_to_gpu(..1, &stream)?;
+///     // Given back with the copy queued.
+/// }
+/// assert_eq!((pool.available(), pool.total()), (4, 4));
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+///
+/// # Memory
+///
+/// The buffers that a pool begins with, and those that it grows by each time, share one allocation of either
+/// half. Each begins at a multiple of 256 bytes, or of the element's alignment where that is more.
+///
+/// A buffer remembers the streams of its last transfers, also while nobody holds it: a stream that was dropped,
+/// or the owner of a foreign one, is let go when the buffer has been used elsewhere, or with the memory.
+pub struct BufferPool<T: Pod> {
+    inner: Arc<Inner>,
+    // What one thread leaves in a buffer another finds: the pool sends elements between threads.
+    elements: PhantomData<Mutex<T>>,
+}
+
+struct Inner {
+    slots: Slots<Storage>,
+    form: Form,
+    device: Device,
+    options: PoolOptions,
+}
+
+impl<T: Pod> Clone for BufferPool<T> {
+    fn clone(&self) -> Self {
+        BufferPool { inner: Arc::clone(&self.inner), elements: PhantomData }
+    }
+}
+
+impl<T: Pod> BufferPool<T> {
+    /// A pool that begins with `buffers` buffers, zeroed and pinned where that works, and grows without a
+    /// limit.
+    ///
+    /// # Errors
+    ///
+    /// As for [`CpuGpuBuffer::new`].
+    pub fn new(shape: impl Into<Shape>, device: Device, buffers: usize) -> Result<Self> {
+        Self::with_options(shape, device, buffers, PoolOptions::default())
+    }
+
+    /// A pool that begins with `buffers` buffers, made as `options` say.
+    ///
+    /// # Errors
+    ///
+    /// As for [`CpuGpuBuffer::with_options`], and [`Error::PoolExhausted`] where `buffers` are more than
+    /// `max_buffers`.
+    pub fn with_options(
+        shape: impl Into<Shape>,
+        device: Device,
+        buffers: usize,
+        options: PoolOptions,
+    ) -> Result<Self> {
+        let form = CpuGpuBuffer::<T>::form(shape.into())?;
+        if let Some(max_buffers) = options.max_buffers.filter(|most| *most < buffers) {
+            return Err(Error::PoolExhausted { max_buffers });
+        }
+        if let (Device::Cuda(ordinal), 1..) = (device, form.layout.size()) {
+            // Also where nothing is allocated yet.
+            Device::cuda(ordinal)?;
+        }
+        let inner = Inner { slots: Slots::new(threads()), form, device, options };
+        inner.slots.fill(inner.storages(buffers)?);
+        Ok(BufferPool { inner: Arc::new(inner), elements: PhantomData })
+    }
+
+    /// A buffer of the pool's shape. Where none is left the pool grows: it doubles, or grows by less where
+    /// there is no memory for that, but never beyond
+    /// [`max_buffers`](PoolOptions::max_buffers).
+    ///
+    /// Prefers a buffer whose host half is not in flight. Where all of the few that it looks at may be, it asks
+    /// the driver about one (`cudaEventQuery`), and hands that out in any case. It waits for no transfer.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::PoolExhausted`] where all buffers are out and there may be no more, [`Error::OutOfMemory`] or
+    /// [`Error::PinningUnavailable`] where not a single one more could be made, or an error of the driver's.
+    /// The pool is as it was.
+    pub fn acquire(&self) -> Result<CpuGpuBuffer<T>> {
+        self.inner.refuse_child()?;
+        match self.inner.slots.claim(Storage::is_known_ready) {
+            Some((slot, true)) => Ok(self.buffer(slot, true)),
+            claimed => self.acquire_otherwise(claimed),
+        }
+    }
+
+    #[cold]
+    fn acquire_otherwise(
+        &self,
+        claimed: Option<(Lease<Storage>, bool)>,
+    ) -> Result<CpuGpuBuffer<T>> {
+        let Inner { slots, .. } = &*self.inner;
+        let (slot, ready) = match claimed {
+            Some(claimed) => claimed,
+            None => slots.claim_or_grow(Storage::is_known_ready, |total| self.inner.grow(total))?,
+        };
+        if !ready {
+            slot.ask()?;
+        }
+        Ok(self.buffer(slot, ready))
+    }
+
+    /// A buffer of the pool's shape, if one is left: [`acquire`](Self::acquire) without growing and without
+    /// asking the driver. It takes no lock, allocates nothing and calls no CUDA.
+    ///
+    /// `None` means that at some moment during the call all buffers were out; another thread may have given one
+    /// back since. In the forked child of a process that used CUDA, the answer for a CUDA device is `None`.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferPool, Device};
+    ///
+    /// let pool = BufferPool::<u8>::new(10, Device::Cpu, 1)?;
+    /// let held = pool.try_acquire();
+    /// assert!(held.is_some() && pool.try_acquire().is_none());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn try_acquire(&self) -> Option<CpuGpuBuffer<T>> {
+        self.inner.refuse_child().ok()?;
+        let (slot, ready) = self.inner.slots.claim(Storage::is_known_ready)?;
+        Some(self.buffer(slot, ready))
+    }
+
+    #[inline]
+    fn buffer(&self, mut slot: Lease<Storage>, ready: bool) -> CpuGpuBuffer<T> {
+        let Inner { slots, form, options, .. } = &*self.inner;
+        if !ready && !slot.is_known_ready() {
+            slots.count_settled();
+        }
+        slot.renew(form, options.zeroed);
+        CpuGpuBuffer::stored(Home::Pool(slot))
+    }
+
+    /// The buffers that could be acquired without growing, as far as can be told while other threads work.
+    pub fn available(&self) -> usize {
+        self.inner.slots.available()
+    }
+
+    /// The buffers that there are, in the pool and out of it.
+    pub fn total(&self) -> usize {
+        self.inner.slots.total()
+    }
+
+    /// What the pool has been through.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferPool, Device};
+    ///
+    /// let pool = BufferPool::<u8>::new(10, Device::Cpu, 2)?;
+    /// let held = [pool.acquire()?, pool.acquire()?, pool.acquire()?];
+    /// drop(held);
+    /// let stats = pool.stats();
+    /// assert_eq!((stats.available, stats.total, stats.high_water, stats.growths), (4, 4, 3, 1));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn stats(&self) -> PoolStats {
+        let slots = &self.inner.slots;
+        PoolStats {
+            available: slots.available(),
+            total: slots.total(),
+            high_water: slots.high_water(),
+            growths: slots.growths(),
+            in_flight: slots.settled(),
+        }
+    }
+
+    /// The dimensions of its buffers, outermost first.
+    pub fn shape(&self) -> &[usize] {
+        self.inner.form.shape.dims()
+    }
+
+    /// The device of its buffers.
+    pub fn device(&self) -> Device {
+        self.inner.device
+    }
+}
+
+impl Inner {
+    fn storages(&self, count: usize) -> Result<Vec<Storage>> {
+        let PoolOptions { pinning, host_flags, .. } = self.options;
+        Storage::slots(self.form, count, self.device, BufferOptions { pinning, host_flags })
+    }
+
+    /// Storages for a pool that has `total`: as many again, or as many as there is memory for.
+    fn grow(&self, total: usize) -> Result<Vec<Storage>> {
+        let room = self.options.max_buffers.map_or(usize::MAX, |most| most.saturating_sub(total));
+        if room == 0 || self.slots.is_full() {
+            return Err(Error::PoolExhausted { max_buffers: total });
+        }
+        let mut count = total.clamp(1, room);
+        loop {
+            match self.storages(count) {
+                Err(
+                    Error::OutOfMemory { .. }
+                    | Error::PinningUnavailable { .. }
+                    | Error::InvalidShape { .. },
+                ) if count > 1 => count /= 2,
+                made => return made,
+            }
+        }
+    }
+
+    /// In a forked child the slots of a CUDA pool are not there.
+    #[inline]
+    fn refuse_child(&self) -> Result<()> {
+        match self.device {
+            Device::Cpu => Ok(()),
+            Device::Cuda(_) => fork::refuse_child(),
+        }
+    }
+}
+
+/// How many threads to expect. A pool for fewer than there are is slower and nothing else.
+fn threads() -> usize {
+    const AT_LEAST: usize = 16;
+    // It reads files.
+    static THREADS: OnceLock<usize> = OnceLock::new();
+    *THREADS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from).max(AT_LEAST))
+}
+
+impl<T: Pod> fmt::Debug for BufferPool<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dtype = DType::of::<T>().map_or(type_name::<T>(), DType::name);
+        write!(
+            f,
+            "BufferPool(shape={:?}, dtype={dtype}, device={}, available={} of {})",
+            self.inner.form.shape,
+            self.device(),
+            self.available(),
+            self.total()
+        )
+    }
+}

@@ -1,0 +1,62 @@
+//! Host and device memory that several storages share, each with a piece of its own.
+//!
+//! A slab lives as long as the last storage in it. A storage that cannot know whether something still uses
+//! its piece abandons the slab, which is then leaked as a whole.
+
+use std::alloc::Layout;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::buffer::BufferOptions;
+use crate::device::{Context, Device};
+use crate::device_memory::DeviceMemory;
+use crate::error::Result;
+use crate::host::HostMemory;
+
+pub(crate) struct Slab {
+    host: HostMemory,
+    gpu: DeviceMemory,
+    abandoned: AtomicBool,
+}
+
+impl Slab {
+    /// Both halves of `layout`'s size and alignment: the host half zeroed, the device half on the CPU too.
+    pub(crate) fn new(
+        layout: Layout,
+        context: Option<&'static Context>,
+        device: Device,
+        options: BufferOptions,
+    ) -> Result<Slab> {
+        // The device first: it has less memory, and what it lacks need not be pinned in vain.
+        let gpu = DeviceMemory::new(layout, context, device)?;
+        let host = HostMemory::new(layout, options.pinning, options.host_flags, context, device)?;
+        Ok(Slab { host, gpu, abandoned: AtomicBool::new(false) })
+    }
+
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.host.is_pinned()
+    }
+
+    /// The first byte of the host half.
+    pub(crate) fn host_ptr(&self) -> *mut u8 {
+        self.host.as_ptr()
+    }
+
+    /// The first byte of the device half; null where there are none.
+    pub(crate) fn gpu_ptr(&self) -> *mut u8 {
+        self.gpu.as_ptr()
+    }
+
+    /// Something may use the memory for ever: it will not be given back.
+    pub(crate) fn abandon(&self) {
+        self.abandoned.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        if *self.abandoned.get_mut() {
+            self.host.leak();
+            self.gpu.leak();
+        }
+    }
+}

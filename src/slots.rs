@@ -1,0 +1,598 @@
+//! Slots that threads take and give back without locks: the core of the pool, which knows nothing of what
+//! a slot holds.
+//!
+//! The algorithm is a bitmap allocator spread over cache lines. A set bit is a free slot. Words lie in
+//! cache lines of their own with few slots each, and each thread begins at a word of its own, its *home*:
+//! threads that take and give back one slot after another touch no line of each other's. A claim clears a
+//! bit by compare-and-swap, a release sets it again; the word is the whole state, so there is no ABA and
+//! nothing to reclaim. Segments of slots are only appended, to a fixed array of pointers, and so the place
+//! of a slot never changes.
+//!
+//! A word has three fields, which change together:
+//!
+//! | bits | field |
+//! |---|---|
+//! | 0 to 31 | the free slots |
+//! | 32 to 62 | how often a slot of this word was released |
+//! | 63 | the pool is gone |
+//!
+//! # The races
+//!
+//! | while one thread | another | and so |
+//! |---|---|---|
+//! | claims slot `s` | claims `s` | one compare-and-swap fails and looks again |
+//! | claims `s` (`AcqRel`) | released `s` (`Release`) | it sees all that the last holder did: every change of a word is a read-modify-write, so the claim is in the release's sequence whatever other bits changed in between |
+//! | reads what slot `s` holds | claims `s` | nobody reads a slot that he has not claimed |
+//! | looks through the words | appends a segment | the pointer is stored (`Release`) when the segment is whole, and read with `Acquire` |
+//! | finds no free slot | releases a slot that was looked at before, and claims one that comes after | the words are read again: their counts of releases tell, and the search goes on |
+//! | finds no free slot and begins to grow | does so too | one lock: the second finds what the first appended |
+//! | closes the pool | releases `s` | either the bit is set first, and the closing takes the slot; or the releasing finds the word closed, and takes it |
+//!
+//! # Lifetime
+//!
+//! Each slot owns a reference of its segment. A claim moves it into the [`Lease`], a release moves it back:
+//! no count is touched. Closing drops the references of the slots that are free then, a lease that finds
+//! its word closed its own. So a segment lives as long as the pool or one lease of it, and no longer.
+//!
+//! # What is promised
+//!
+//! - No two leases of a slot at a time, and none without its release, unless the lease is forgotten.
+//! - `claim` and release are lock-free: a thread that is stopped anywhere holds up nobody. `claim_or_grow`
+//!   locks, but only where there was nothing to claim.
+//! - `claim` answers "none" only if at some moment during the call none was free. That moment is past when it
+//!   answers.
+//! - Not promised: that a thread gets the slot that was released first, or ever gets one while others keep
+//!   taking what comes free; that `available` and the figures are those of one moment while others work.
+
+use std::cell::UnsafeCell;
+use std::mem::ManuallyDrop;
+use std::ops::{Deref, DerefMut};
+use std::ptr;
+// Hints and figures, on which nothing rests: the models do not follow them.
+use std::sync::atomic::{AtomicU32, AtomicUsize};
+
+use crate::sync::{Arc, AtomicPtr, AtomicU64, Mutex, Ordering, glance, thread_number};
+
+/// Slots of one word.
+const WIDTH: usize = 32;
+const RELEASE: u64 = 1 << WIDTH;
+const CLOSED: u64 = 1 << 63;
+/// More than are filled by doubling.
+const SEGMENTS: usize = 48;
+/// Slots that a claim looks at before it settles for one that is not ready.
+const PROBES: usize = 4;
+/// Releases of a word between two claims at home that count all slots.
+const RECOUNT: u64 = 1 << 14;
+/// With so many words, each claim away from home counts all slots; with more of them, fewer do.
+const QUICKLY_COUNTED: usize = 128;
+
+/// In cache lines of its own: two, since processors fetch them in pairs.
+#[repr(align(128))]
+struct Padded<T>(T);
+
+struct Word {
+    bits: AtomicU64,
+    /// The slot of the word whose turn it is.
+    turn: AtomicU32,
+    /// The fewest free slots that a claim at home left here since the last claim away from it.
+    low: AtomicU32,
+}
+
+impl Word {
+    fn set_low(&self) {
+        let free = free(glance(&self.bits));
+        self.low.store(free.count_ones(), Ordering::Relaxed);
+    }
+}
+
+fn free(bits: u64) -> u32 {
+    bits as u32
+}
+
+/// What threads of one number, modulo the number of lanes, share.
+struct Lane {
+    /// Where this lane goes on when its home has nothing ready.
+    roving: AtomicUsize,
+    /// Its claims away from home.
+    away: AtomicUsize,
+    /// Claims that had to do with a slot that was not ready.
+    settled: AtomicUsize,
+}
+
+/// Slots that come and go together. Slot `i` has bit `i / words` of word `i % words`.
+struct Segment<S> {
+    /// 1 << `shift` of them.
+    words: Box<[Padded<Word>]>,
+    shift: u32,
+    /// Padded, as neighbours belong to different words, and so to different threads.
+    slots: Box<[Padded<UnsafeCell<S>>]>,
+}
+
+// SAFETY: what a slot holds is touched by the holder of its lease alone, and by whoever drops the segment,
+// which nobody else has then.
+unsafe impl<S: Send + Sync> Send for Segment<S> {}
+// SAFETY: as for `Send`.
+unsafe impl<S: Send + Sync> Sync for Segment<S> {}
+
+impl<S> Segment<S> {
+    /// All slots free; but for the first, where that is `claimed`.
+    fn new(slots: Vec<S>, lanes: usize, claimed: bool) -> Segment<S> {
+        let count = slots.len();
+        let spread = 1 << count.min(lanes).ilog2();
+        let words = count.div_ceil(WIDTH).next_power_of_two().max(spread);
+        let word = |at: usize| {
+            let slots = count.saturating_sub(at).div_ceil(words);
+            let bits = (1 << slots) - 1;
+            let taken = u64::from(claimed && at == 0);
+            Padded(Word {
+                bits: AtomicU64::new(bits & !taken),
+                turn: AtomicU32::new(0),
+                low: AtomicU32::new(u32::MAX),
+            })
+        };
+        Segment {
+            words: (0..words).map(word).collect(),
+            shift: words.ilog2(),
+            slots: slots.into_iter().map(|slot| Padded(UnsafeCell::new(slot))).collect(),
+        }
+    }
+
+    /// A slot's word and its bit there.
+    #[inline]
+    fn word_of(&self, slot: usize) -> (&Word, u32) {
+        (&self.words[slot & (self.words.len() - 1)].0, (slot >> self.shift) as u32)
+    }
+
+    /// Claims the free slot of a word whose turn comes first. The answer is the slot, and the word since.
+    #[inline]
+    fn claim(&self, at: usize) -> Option<(usize, u64)> {
+        let word = &self.words[at].0;
+        let mut seen = word.bits.load(Ordering::Relaxed);
+        while free(seen) != 0 {
+            let turn = word.turn.load(Ordering::Relaxed);
+            let ahead = free(seen).rotate_right(turn).trailing_zeros();
+            let bit = (turn + ahead) % WIDTH as u32;
+            let next = seen & !(1 << bit);
+            match change(&word.bits, seen, next, Ordering::AcqRel) {
+                Ok(()) => return Some((((bit as usize) << self.shift) + at, next)),
+                Err(now) => seen = now,
+            }
+        }
+        None
+    }
+
+    /// Claims this very slot, if it is free.
+    fn claim_slot(&self, slot: usize) -> bool {
+        let (word, bit) = self.word_of(slot);
+        let bit = 1 << bit;
+        let mut seen = word.bits.load(Ordering::Relaxed);
+        while seen & bit != 0 {
+            match change(&word.bits, seen, seen & !bit, Ordering::AcqRel) {
+                Ok(()) => return true,
+                Err(now) => seen = now,
+            }
+        }
+        false
+    }
+
+    /// What the slot holds.
+    ///
+    /// # Safety
+    ///
+    /// The caller has claimed the slot, and does not give it back while it looks.
+    #[inline]
+    unsafe fn peek(&self, slot: usize) -> &S {
+        // SAFETY: the caller is its only holder.
+        unsafe { &*self.slots[slot].0.get() }
+    }
+
+    /// Gives back a slot that was only looked at, of a pool that is there.
+    fn release(&self, slot: usize) {
+        let (word, bit) = self.word_of(slot);
+        release(&word.bits, bit);
+    }
+
+    /// It is the turn of the slot behind this one, which was claimed to be kept.
+    #[inline]
+    fn pass_turn(&self, slot: usize) {
+        let (word, bit) = self.word_of(slot);
+        word.turn.store((bit + 1) % WIDTH as u32, Ordering::Relaxed);
+    }
+}
+
+/// One step of a word.
+#[inline]
+fn change(word: &AtomicU64, seen: u64, next: u64, order: Ordering) -> Result<(), u64> {
+    word.compare_exchange_weak(seen, next, order, Ordering::Relaxed).map(drop)
+}
+
+/// What became of a release.
+#[derive(Debug, PartialEq, Eq)]
+enum Released {
+    /// The slot is free.
+    Free,
+    /// The pool is gone, and the slot with it.
+    Closed,
+    /// The slot was free already: this release has no lease behind it, and changed nothing.
+    Twice,
+}
+
+/// Gives a slot back. From the moment that its bit is set the segment may be gone: nothing but the word is
+/// borrowed here, and nothing is touched after.
+#[inline]
+fn release(word: &AtomicU64, bit: u32) -> Released {
+    let bit = 1 << bit;
+    let mut seen = word.load(Ordering::Relaxed);
+    loop {
+        if seen & CLOSED != 0 {
+            return Released::Closed;
+        }
+        if seen & bit != 0 {
+            return Released::Twice;
+        }
+        // The count of releases runs over without a carry into `CLOSED`.
+        let next = (seen.wrapping_add(RELEASE) & !CLOSED) | bit;
+        match change(word, seen, next, Ordering::Release) {
+            Ok(()) => return Released::Free,
+            Err(now) => seen = now,
+        }
+    }
+}
+
+/// A slot that was claimed, given back when this is dropped.
+pub(crate) struct Lease<S> {
+    /// The slot's reference.
+    segment: ManuallyDrop<Arc<Segment<S>>>,
+    slot: u32,
+}
+
+impl<S> Deref for Lease<S> {
+    type Target = S;
+
+    #[inline]
+    fn deref(&self) -> &S {
+        // SAFETY: the lease is the only one of its slot.
+        unsafe { &*self.segment.slots[self.slot as usize].0.get() }
+    }
+}
+
+impl<S> DerefMut for Lease<S> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut S {
+        // SAFETY: the lease is the only one of its slot, and borrowed exclusively.
+        unsafe { &mut *self.segment.slots[self.slot as usize].0.get() }
+    }
+}
+
+impl<S> Drop for Lease<S> {
+    #[inline]
+    fn drop(&mut self) {
+        let (word, bit) = self.segment.word_of(self.slot as usize);
+        match release(&word.bits, bit) {
+            // The reference is the slot's again.
+            Released::Free => {}
+            // SAFETY: once, at the end of the value.
+            Released::Closed => unsafe { ManuallyDrop::drop(&mut self.segment) },
+            Released::Twice => debug_assert!(false, "a slot was released twice"),
+        }
+    }
+}
+
+/// A word: its segment's number, and its own in the segment.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Place {
+    segment: usize,
+    word: usize,
+}
+
+impl Place {
+    const BITS: u32 = SEGMENTS.next_power_of_two().trailing_zeros();
+
+    fn next(self) -> Place {
+        Place { word: self.word + 1, ..self }
+    }
+
+    fn pack(self) -> usize {
+        self.word << Place::BITS | self.segment
+    }
+
+    fn unpack(packed: usize) -> Place {
+        Place { segment: packed % (1 << Place::BITS), word: packed >> Place::BITS }
+    }
+}
+
+/// A growing set of slots.
+pub(crate) struct Slots<S: Send + Sync> {
+    /// A reference of each segment; null behind the last.
+    segments: [AtomicPtr<Segment<S>>; SEGMENTS],
+    /// The number of the last segment, which is where homes are: it has most of the slots. Any other would do.
+    newest: AtomicUsize,
+    /// A power of two of them.
+    lanes: Box<[Padded<Lane>]>,
+    /// Locked by whoever appends a segment.
+    growing: Mutex<()>,
+    growths: AtomicUsize,
+    high_water: AtomicUsize,
+}
+
+impl<S: Send + Sync> Slots<S> {
+    /// No slots yet, for about as many threads at once.
+    pub(crate) fn new(threads: usize) -> Slots<S> {
+        let lane = |number| {
+            Padded(Lane {
+                // Behind its home.
+                roving: AtomicUsize::new(Place { segment: 0, word: number + 1 }.pack()),
+                away: AtomicUsize::new(0),
+                settled: AtomicUsize::new(0),
+            })
+        };
+        Slots {
+            segments: std::array::from_fn(|_| AtomicPtr::new(ptr::null_mut())),
+            newest: AtomicUsize::new(0),
+            lanes: (0..threads.max(1).next_power_of_two()).map(lane).collect(),
+            growing: Mutex::new(()),
+            growths: AtomicUsize::new(0),
+            high_water: AtomicUsize::new(0),
+        }
+    }
+
+    #[inline]
+    fn segment(&self, number: usize) -> Option<&Segment<S>> {
+        let pointer = self.segments.get(number)?.load(Ordering::Acquire);
+        // SAFETY: null, or stored when the segment was whole; the pool's reference keeps it.
+        unsafe { pointer.as_ref() }
+    }
+
+    fn segments(&self) -> impl Iterator<Item = &Segment<S>> {
+        (0..).map_while(|number| self.segment(number))
+    }
+
+    fn words(&self) -> impl Iterator<Item = &Word> {
+        self.segments().flat_map(|segment| segment.words.iter().map(|word| &word.0))
+    }
+
+    /// The calling thread's lane, by its number.
+    #[inline]
+    fn lane(&self) -> usize {
+        thread_number() & (self.lanes.len() - 1)
+    }
+
+    /// The place, or where the words go on behind the last of a segment, and of all.
+    fn wrap(&self, Place { segment, word }: Place) -> Place {
+        match self.segment(segment) {
+            Some(found) if word < found.words.len() => Place { segment, word },
+            Some(_) if self.segment(segment + 1).is_some() => {
+                Place { segment: segment + 1, word: 0 }
+            }
+            _ => Place { segment: 0, word: 0 },
+        }
+    }
+
+    /// The lease of a slot that was just claimed to be kept.
+    #[inline]
+    fn lease(&self, segment: usize, slot: usize) -> Lease<S> {
+        let pointer = self.segments[segment].load(Ordering::Relaxed);
+        // SAFETY: the slot's own reference, which the claim hands over.
+        let segment = unsafe { Arc::from_raw(pointer.cast_const()) };
+        segment.pass_turn(slot);
+        Lease { segment: ManuallyDrop::new(segment), slot: slot as u32 }
+    }
+
+    /// Claims a slot, and says whether it was `ready`: one that is, if there is one at home or among the few
+    /// that are looked at then; otherwise the one whose turn it is. `None` only if at some moment no slot
+    /// was free.
+    ///
+    /// Claims one slot at a time, however many it looks at: a second one could be what another thread finds
+    /// missing.
+    #[inline]
+    pub(crate) fn claim(&self, ready: impl Fn(&S) -> bool) -> Option<(Lease<S>, bool)> {
+        let mut number = self.newest.load(Ordering::Relaxed);
+        let segment = match self.segment(number) {
+            Some(segment) => segment,
+            // Known to be there, and not seen yet.
+            None => {
+                number = 0;
+                self.segment(0)?
+            }
+        };
+        let word = self.lane() & (segment.words.len() - 1);
+        let home = &segment.words[word].0;
+        let mut seen = None;
+        if let Some((slot, bits)) = segment.claim(word) {
+            // SAFETY: claimed above, and given back below.
+            if ready(unsafe { segment.peek(slot) }) {
+                let low = home.low.load(Ordering::Relaxed);
+                if free(bits).count_ones() < low || (bits >> WIDTH).is_multiple_of(RECOUNT) {
+                    home.set_low();
+                    self.count();
+                }
+                return Some((self.lease(number, slot), true));
+            }
+            segment.release(slot);
+            seen = Some((Place { segment: number, word }, slot));
+        }
+        self.claim_away(home, seen, &ready)
+    }
+
+    /// What [`claim`](Self::claim) does when home has nothing, or nothing that is ready but this slot.
+    #[cold]
+    fn claim_away(
+        &self,
+        home: &Word,
+        mut at_home: Option<(Place, usize)>,
+        ready: &dyn Fn(&S) -> bool,
+    ) -> Option<(Lease<S>, bool)> {
+        loop {
+            if let Some(claimed) = self.rove(at_home.take(), ready) {
+                // The most that home held does not tell any more whether there were ever more.
+                home.set_low();
+                let away = self.lanes[self.lane()].0.away.fetch_add(1, Ordering::Relaxed);
+                let words: usize = self.segments().map(|segment| segment.words.len()).sum();
+                if away.is_multiple_of(words.div_ceil(QUICKLY_COUNTED)) {
+                    self.count();
+                }
+                return Some(claimed);
+            }
+            if self.was_empty() {
+                return None;
+            }
+        }
+    }
+
+    /// Looks through the words, once around from where the lane stopped the last time.
+    fn rove(
+        &self,
+        at_home: Option<(Place, usize)>,
+        ready: &dyn Fn(&S) -> bool,
+    ) -> Option<(Lease<S>, bool)> {
+        let roving = &self.lanes[self.lane()].0.roving;
+        let start = self.wrap(Place::unpack(roving.load(Ordering::Relaxed)));
+        let (mut place, mut turn) = (start, None);
+        let mut probes = usize::from(at_home.is_some());
+        loop {
+            let segment = self.segment(place.segment)?;
+            if let Some((slot, _)) = segment.claim(place.word) {
+                // SAFETY: claimed above, and given back below.
+                if ready(unsafe { segment.peek(slot) }) {
+                    roving.store(place.next().pack(), Ordering::Relaxed);
+                    return Some((self.lease(place.segment, slot), true));
+                }
+                segment.release(slot);
+                turn = turn.or(Some((place, slot)));
+                probes += 1;
+                if probes == PROBES {
+                    break;
+                }
+            }
+            place = self.wrap(place.next());
+            if place == start {
+                break;
+            }
+        }
+        // Home's is looked at each time, and so only for want of another.
+        let (place, slot) = turn.or(at_home)?;
+        self.segment(place.segment)?.claim_slot(slot).then(|| {
+            roving.store(place.next().pack(), Ordering::Relaxed);
+            (self.lease(place.segment, slot), false)
+        })
+    }
+
+    /// Counts the slots that are taken.
+    ///
+    /// Where one thread claims, this sees the most that are. Each claim away from home counts, and each at home that
+    /// leaves fewer free than any since; in between, slots are only given back.
+    #[cold]
+    fn count(&self) {
+        let taken = self.total().saturating_sub(self.available());
+        self.high_water.fetch_max(taken, Ordering::Relaxed);
+    }
+
+    /// Whether there was a moment at which no slot was free.
+    ///
+    /// The words are read twice, one after the other. Where no slot was free either time and none was
+    /// released in between, no word changed from its first reading to its second; so all of them stood as they
+    /// were read from the end of the first round to the beginning of the second.
+    pub(crate) fn was_empty(&self) -> bool {
+        let round = || {
+            self.words().try_fold((0u64, 0usize), |(releases, words), word| {
+                let bits = word.bits.load(Ordering::Acquire);
+                (free(bits) == 0).then(|| (releases + (bits >> WIDTH), words + 1))
+            })
+        };
+        round().is_some_and(|first| round() == Some(first))
+    }
+
+    /// As [`claim`](Self::claim), but where nothing is free, appends what `make` makes, which is told how many
+    /// slots there are, and makes one at least. Of several threads that find nothing, one does.
+    pub(crate) fn claim_or_grow<E>(
+        &self,
+        ready: impl Fn(&S) -> bool,
+        make: impl FnOnce(usize) -> Result<Vec<S>, E>,
+    ) -> Result<(Lease<S>, bool), E> {
+        let _growing = self.growing.lock().unwrap_or_else(|poison| poison.into_inner());
+        if let Some(claimed) = self.claim(&ready) {
+            return Ok(claimed);
+        }
+        let segment = self.append(make(self.total())?, true);
+        self.growths.fetch_add(1, Ordering::Relaxed);
+        self.count();
+        Ok((self.lease(segment, 0), true))
+    }
+
+    /// Appends the first segment.
+    pub(crate) fn fill(&self, slots: Vec<S>) {
+        if !slots.is_empty() {
+            self.append(slots, false);
+        }
+    }
+
+    /// Appends a segment, whose number is the answer. Its first slot is the caller's where it is `claimed`.
+    fn append(&self, slots: Vec<S>, claimed: bool) -> usize {
+        let count = slots.len();
+        let number = self.segments().count();
+        let segment = Segment::new(slots, self.lanes.len(), claimed);
+        let pointer = Arc::into_raw(Arc::new(segment));
+        for _ in 0..count {
+            // SAFETY: of an Arc that is kept.
+            unsafe { Arc::increment_strong_count(pointer) };
+        }
+        self.segments[number].store(pointer.cast_mut(), Ordering::Release);
+        self.newest.store(number, Ordering::Relaxed);
+        number
+    }
+
+    /// Whether no segment can be appended any more.
+    pub(crate) fn is_full(&self) -> bool {
+        self.segments().count() == SEGMENTS
+    }
+
+    pub(crate) fn total(&self) -> usize {
+        self.segments().map(|segment| segment.slots.len()).sum()
+    }
+
+    /// The free slots, each word at its moment.
+    pub(crate) fn available(&self) -> usize {
+        self.words().map(|word| free(glance(&word.bits)).count_ones() as usize).sum()
+    }
+
+    /// Counts a claim that had to do with a slot that was not ready.
+    pub(crate) fn count_settled(&self) {
+        self.lanes[self.lane()].0.settled.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn settled(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.0.settled.load(Ordering::Relaxed)).sum()
+    }
+
+    /// How often slots were appended because none was free.
+    pub(crate) fn growths(&self) -> usize {
+        self.growths.load(Ordering::Relaxed)
+    }
+
+    /// The most slots that were seen to be taken at once.
+    pub(crate) fn high_water(&self) -> usize {
+        self.high_water.load(Ordering::Relaxed)
+    }
+}
+
+impl<S: Send + Sync> Drop for Slots<S> {
+    /// Closes every word: what is free goes now, what is not with its lease.
+    fn drop(&mut self) {
+        for pointer in &self.segments {
+            let pointer = pointer.load(Ordering::Relaxed).cast_const();
+            if pointer.is_null() {
+                break;
+            }
+            // SAFETY: the pool's own reference, given up here.
+            let segment = unsafe { Arc::from_raw(pointer) };
+            for word in &segment.words {
+                // `Acquire`: what the last holders did is seen by whoever drops the slots.
+                let bits = word.0.bits.swap(CLOSED, Ordering::AcqRel);
+                for _ in 0..free(bits).count_ones() {
+                    // SAFETY: a reference of a slot that was free; nobody can claim it any more.
+                    unsafe { Arc::decrement_strong_count(pointer) };
+                }
+            }
+        }
+    }
+}
