@@ -1,5 +1,5 @@
 //! Streams a file through a GPU and back: disk to pinned memory, to the device, to pinned memory, with
-//! several buffers in flight so that reading, upload and download overlap; then proves by a digest that
+//! several pieces in flight so that reading, upload and download overlap; then proves by a digest that
 //! every byte survived.
 //!
 //! ```text
@@ -8,13 +8,14 @@
 //!
 //! Without a file it moves its own executable. `--serial` waits for each step before the next.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+use cpu_gpu_buffer::{BufferPool, CpuGpuBuffer, Device, Stream};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -22,48 +23,39 @@ type Failure = Box<dyn std::error::Error>;
 const PIECE: usize = 4 << 20;
 const IN_FLIGHT: usize = 4;
 
-/// A piece of the file on its way: `up` is filled from disk and uploaded into its device half, which
-/// comes back into the host half of `down`.
-struct Lane {
-    up: CpuGpuBuffer<u8>,
+/// A piece of the file on its way back, into the host half of a buffer.
+struct Piece {
     down: CpuGpuBuffer<u8>,
-    stream: Stream,
     bytes: usize,
 }
 
-impl Lane {
-    fn new(device: Device) -> cpu_gpu_buffer::Result<Lane> {
-        Ok(Lane {
-            up: CpuGpuBuffer::new(PIECE, device)?,
-            down: CpuGpuBuffer::new(PIECE, device)?,
-            stream: Stream::new(device)?,
-            bytes: 0,
-        })
+/// Sends the next piece of the file there and back. `None` behind the last.
+fn send(
+    file: &mut File,
+    pool: &BufferPool<u8>,
+    stream: &Stream,
+    serial: bool,
+) -> Result<Option<Piece>, Failure> {
+    // Perhaps with an upload of its last holder's still queued: `cpu_mut` waits for that, if so.
+    let mut up = pool.acquire()?;
+    let bytes = read_piece(file, up.cpu_mut()?)?;
+    if bytes == 0 {
+        return Ok(None);
     }
-
-    /// Reads the next piece and sends it there and back. The host half is free for reading into when
-    /// its last upload is done; nothing here has to remember that.
-    fn send(&mut self, file: &mut File, serial: bool) -> Result<(), Failure> {
-        self.bytes = read_piece(file, self.up.cpu_mut()?)?;
-        self.up.copy_to_gpu(..self.bytes, &self.stream)?;
-        if serial {
-            self.stream.synchronize()?;
-        }
-        let there = self.up.gpu_on(&self.stream)?;
-        // SAFETY: `there` is as many bytes as `down`, and the copy goes through the stream that `up` was
-        // told of, while the view lives.
-        unsafe { self.down.copy_from_device_ptr(..self.bytes, there.as_ptr(), &self.stream) }?;
-        if serial {
-            self.stream.synchronize()?;
-        }
-        Ok(())
+    up.copy_to_gpu(..bytes, stream)?;
+    if serial {
+        stream.synchronize()?;
     }
-
-    /// What came back; waits until it is there.
-    fn receive(&mut self) -> cpu_gpu_buffer::Result<&[u8]> {
-        let bytes = std::mem::take(&mut self.bytes);
-        Ok(&self.down.cpu()?[..bytes])
+    let there = up.gpu_on(stream)?;
+    let mut down = pool.acquire()?;
+    // SAFETY: `there` is as many bytes as `down`, and the copy goes through the stream that `up` was
+    // told of, while the view lives.
+    unsafe { down.copy_from_device_ptr(..bytes, there.as_ptr(), stream) }?;
+    if serial {
+        stream.synchronize()?;
     }
+    // `up` goes back to the pool with both copies queued. Whoever gets it next is ordered after them.
+    Ok(Some(Piece { down, bytes }))
 }
 
 /// Fills `piece` as far as the file goes.
@@ -83,31 +75,35 @@ fn read_piece(file: &mut File, piece: &mut [u8]) -> io::Result<usize> {
 /// Moves the whole file; `back` is shown every piece that came back, in order.
 fn stream_file(
     path: &Path,
-    lanes: &mut [Lane],
+    pool: &BufferPool<u8>,
+    streams: &[Stream],
     serial: bool,
     mut back: impl FnMut(&[u8]),
 ) -> Result<(u64, Duration), Failure> {
     let mut file = File::open(path).map_err(|error| describe(path, error))?;
     let start = Instant::now();
     let mut total = 0;
-    let used = if serial { 1 } else { lanes.len() };
-    'pieces: loop {
-        for lane in &mut lanes[..used] {
-            back(lane.receive()?);
-            lane.send(&mut file, serial).map_err(|error| describe(path, error))?;
-            total += lane.bytes as u64;
-            if lane.bytes < PIECE {
-                break 'pieces;
-            }
+    let mut under_way = VecDeque::new();
+    let most = if serial { 1 } else { streams.len() };
+    for stream in streams.iter().cycle() {
+        let sent = send(&mut file, pool, stream, serial);
+        let Some(piece) = sent.map_err(|error| describe(path, error))? else { break };
+        total += piece.bytes as u64;
+        under_way.push_back(piece);
+        if under_way.len() == most {
+            under_way.pop_front().map(|piece| received(&piece, &mut back)).transpose()?;
         }
     }
-    // The pieces still under way, the oldest first: it follows the one sent last.
-    let last = lanes[..used].iter().position(|lane| lane.bytes < PIECE).unwrap_or(0);
-    lanes[..used].rotate_left((last + 1) % used);
-    for lane in &mut lanes[..used] {
-        back(lane.receive()?);
+    for piece in under_way {
+        received(&piece, &mut back)?;
     }
     Ok((total, start.elapsed()))
+}
+
+/// Shows what came back; waits until it is there.
+fn received(piece: &Piece, back: &mut impl FnMut(&[u8])) -> cpu_gpu_buffer::Result<()> {
+    back(&piece.down.cpu()?[..piece.bytes]);
+    Ok(())
 }
 
 fn describe(path: &Path, error: impl std::fmt::Display) -> Failure {
@@ -145,9 +141,11 @@ fn arguments() -> Result<Arguments, Failure> {
 
 fn run() -> Result<(), Failure> {
     let Arguments { file, device, serial } = arguments()?;
-    let mut lanes = Vec::new();
+    // Two for each piece that is under way.
+    let pool = BufferPool::new(PIECE, device, 2 * IN_FLIGHT)?;
+    let mut streams = Vec::new();
     for _ in 0..IN_FLIGHT {
-        lanes.push(Lane::new(device)?);
+        streams.push(Stream::new(device)?);
     }
 
     // What is on the disk, without any buffer; this also brings the file into the system's cache, so that
@@ -158,13 +156,13 @@ fn run() -> Result<(), Failure> {
     let expected = expected.finalize();
 
     let mut seen = blake3::Hasher::new();
-    let (bytes, _) = stream_file(&file, &mut lanes, serial, |piece| {
+    let (bytes, _) = stream_file(&file, &pool, &streams, serial, |piece| {
         seen.update(piece);
     })?;
     let seen = seen.finalize();
 
     let mut out = io::stdout();
-    let memory = if lanes[0].up.is_pinned() { "pinned" } else { "pageable" };
+    let memory = if pool.acquire()?.is_pinned() { "pinned" } else { "pageable" };
     writeln!(out, "device  {device}, host memory {memory}")?;
     writeln!(out, "file    {}, {bytes} bytes", file.display())?;
     writeln!(out, "digest  {seen} (blake3)")?;
@@ -172,7 +170,7 @@ fn run() -> Result<(), Failure> {
     // are run for comparison.
     let ways = if device == Device::Cpu { vec![serial] } else { vec![true, false] };
     for serial in ways {
-        let (bytes, time) = stream_file(&file, &mut lanes, serial, |_| {})?;
+        let (bytes, time) = stream_file(&file, &pool, &streams, serial, |_| {})?;
         let rate = bytes as f64 / time.as_secs_f64().max(1e-9) / 1e9;
         let way = if serial { "serial" } else { "overlapped" };
         writeln!(out, "rate    {rate:.2} GB/s each way, {way}")?;

@@ -439,11 +439,15 @@ fn ten_thousand_buffers_leave_no_memory_behind() {
 
 // ---- the example ----
 
-/// The example program, beside this test's folder in a build and where the tests are packed.
-fn quickstart(arguments: &[&str]) -> Output {
+/// An example program, beside this test's folder in a build and where the tests are packed.
+fn example(name: &str, arguments: &[&str]) -> Output {
     let program = std::env::current_exe().unwrap();
-    let program = program.parent().unwrap().parent().unwrap().join("examples/quickstart");
+    let program = program.parent().unwrap().parent().unwrap().join("examples").join(name);
     Command::new(program).args(arguments).output().unwrap()
+}
+
+fn quickstart(arguments: &[&str]) -> Output {
+    example("quickstart", arguments)
 }
 
 #[test]
@@ -491,4 +495,23 @@ fn the_example_says_what_is_wrong() {
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
         assert!(text.contains(expected) && !text.contains("panicked"), "{arguments:?}: {text}");
     }
+}
+
+#[test]
+fn producers_feed_one_device_through_a_pool() {
+    for (arguments, batches) in [
+        (vec!["--producers", "5", "--batches", "40", "--buffers", "0"], "200 batches"),
+        (vec!["--device", "cpu", "--producers", "2", "--batches", "30"], "60 batches"),
+        (vec!["--producers", "1", "--batches", "1"], "1 batches"),
+    ] {
+        let output = example("producers", &arguments);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(text.contains(batches) && text.contains("arrived as it was made"), "{text}");
+        let device = if arguments.contains(&"cpu") { Device::Cpu } else { Device::auto() };
+        assert!(text.contains(&device.to_string()), "{text}");
+    }
+    let output = example("producers", &["--batches", "many"]);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && !text.contains("panicked"), "{text}");
 }

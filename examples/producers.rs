@@ -1,0 +1,198 @@
+//! Several threads feed one GPU through a pool: each takes a buffer, fills it, sends it up and passes it on; one
+//! consumer takes the batches as they come, and gives the buffers back while its own work on them is still queued.
+//! What the GPU got is looked at in the end, batch by batch.
+//!
+//! ```text
+//! cargo run --release --example producers [--device cpu|cuda:N] [--producers N] [--batches N] [--buffers N]
+//! ```
+//!
+//! `--buffers` is what the pool begins with: with too few it grows, and the figures say how far.
+
+use std::collections::VecDeque;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Instant;
+
+use cpu_gpu_buffer::{BufferPool, CpuGpuBuffer, Device, Stream};
+
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// Rows of a batch at the most, and words of a row.
+const ROWS: usize = 512;
+const WIDTH: usize = 128;
+/// Batches of which the consumer has not seen yet what the GPU got.
+const UNSEEN: usize = 8;
+
+/// A batch on its way: its rows are in the buffer's device half, or will be when the producer's stream gets there.
+struct Batch {
+    buffer: CpuGpuBuffer<u32>,
+    rows: usize,
+    sum: u32,
+}
+
+/// Makes batches of pseudo-random rows, as many as there are tickets for.
+fn produce(
+    number: u32,
+    batches: usize,
+    pool: &BufferPool<u32>,
+    to: &mpsc::SyncSender<Batch>,
+) -> Result<(), Failure> {
+    let stream = Stream::new(pool.device())?;
+    let mut state = number.wrapping_mul(0x9e37_79b9) | 1;
+    let mut next = || {
+        // Xorshift, by Marsaglia.
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state
+    };
+    for _ in 0..batches {
+        let mut buffer = pool.acquire()?;
+        let rows = 1 + next() as usize % ROWS;
+        let mut sum = 0u32;
+        // Waits only if the buffer's last upload is not over, which the pool avoids.
+        for word in &mut buffer.cpu_mut()?[..rows * WIDTH] {
+            *word = next();
+            sum = sum.wrapping_add(*word);
+        }
+        buffer.copy_to_gpu(..rows, &stream)?;
+        // Nobody to take it: the consumer has failed, and says why.
+        if to.send(Batch { buffer, rows, sum }).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// What came of the batches.
+#[derive(Default)]
+struct Seen {
+    batches: usize,
+    bytes: usize,
+    wrong: usize,
+}
+
+impl Seen {
+    /// Waits for the batch to be there, and compares.
+    fn look(&mut self, Batch { buffer, rows, sum }: &Batch) -> Result<(), Failure> {
+        let got =
+            buffer.cpu()?[..rows * WIDTH].iter().fold(0u32, |sum, word| sum.wrapping_add(*word));
+        self.batches += 1;
+        self.bytes += rows * WIDTH * 4;
+        self.wrong += usize::from(got != *sum);
+        Ok(())
+    }
+}
+
+/// Works on each batch on one stream, in the order in which they come.
+fn consume(pool: &BufferPool<u32>, from: &mpsc::Receiver<Batch>) -> Result<Seen, Failure> {
+    let stream = Stream::new(pool.device())?;
+    let mut seen = Seen::default();
+    let mut unseen = VecDeque::new();
+    for Batch { mut buffer, rows, sum } in from {
+        // The consumer's stream waits for the producer's, and this thread for neither. Kernels would be launched
+        // here, with the view's address; this one brings the rows back.
+        let view = buffer.gpu_on(&stream)?;
+        let mut result = pool.acquire()?;
+        // SAFETY: `view` has as many rows, and the copy goes through the stream that `buffer` was told of, while
+        // the view lives.
+        unsafe { result.copy_from_device_ptr(..rows, view.as_ptr(), &stream) }?;
+        // Given back, with everything still queued.
+        drop(buffer);
+        unseen.push_back(Batch { buffer: result, rows, sum });
+        if unseen.len() > UNSEEN {
+            unseen.pop_front().map(|batch| seen.look(&batch)).transpose()?;
+        }
+    }
+    for batch in unseen {
+        seen.look(&batch)?;
+    }
+    Ok(seen)
+}
+
+struct Arguments {
+    device: Device,
+    producers: u32,
+    batches: usize,
+    buffers: usize,
+}
+
+fn arguments() -> Result<Arguments, Failure> {
+    let (mut device, mut producers, mut batches, mut buffers) = (None, 4, 2000, 4);
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            lexopt::Arg::Long("device") => {
+                device = Some(parser.value()?.to_string_lossy().parse::<Device>()?);
+            }
+            lexopt::Arg::Long("producers") => {
+                producers = parser.value()?.to_string_lossy().parse()?
+            }
+            lexopt::Arg::Long("batches") => batches = parser.value()?.to_string_lossy().parse()?,
+            lexopt::Arg::Long("buffers") => buffers = parser.value()?.to_string_lossy().parse()?,
+            other => return Err(other.unexpected().into()),
+        }
+    }
+    let device = match device {
+        None => Device::auto(),
+        Some(Device::Cuda(ordinal)) => Device::cuda(ordinal)?,
+        Some(Device::Cpu) => Device::Cpu,
+    };
+    Ok(Arguments { device, producers, batches, buffers })
+}
+
+fn run() -> Result<(), Failure> {
+    let Arguments { device, producers, batches, buffers } = arguments()?;
+    let pool = BufferPool::new([ROWS, WIDTH], device, buffers)?;
+    // As many batches wait for the consumer as there are producers, and no more.
+    let (to, from) = mpsc::sync_channel(producers as usize);
+    let start = Instant::now();
+    let seen = thread::scope(|scope| {
+        let threads: Vec<_> = (0..producers)
+            .map(|number| {
+                let (to, pool) = (to.clone(), &pool);
+                scope.spawn(move || produce(number, batches, pool, &to))
+            })
+            .collect();
+        drop(to);
+        let seen = consume(&pool, &from);
+        // Lets producers go that wait for a consumer which has failed.
+        drop(from);
+        for thread in threads {
+            thread.join().map_err(|_| "a producer panicked")??;
+        }
+        seen
+    })?;
+    let seconds = start.elapsed().as_secs_f64().max(1e-9);
+    let stats = pool.stats();
+    println!("device  {device}, {producers} producers");
+    println!(
+        "moved   {} batches, {} bytes each way, {:.2} GB/s",
+        seen.batches,
+        seen.bytes,
+        seen.bytes as f64 / seconds / 1e9
+    );
+    println!(
+        "pool    {} buffers, at most {} out at once, grown {} times, handed out in flight {} times",
+        stats.total, stats.high_water, stats.growths, stats.in_flight
+    );
+    if seen.wrong > 0 || seen.batches != producers as usize * batches {
+        return Err(format!("{} batches are wrong", seen.wrong).into());
+    }
+    if stats.available != stats.total {
+        return Err("a buffer was not given back".into());
+    }
+    println!("every batch arrived as it was made");
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("producers: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
