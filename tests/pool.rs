@@ -45,6 +45,18 @@ fn addresses(buffers: &[CpuGpuBuffer<u32>]) -> BTreeSet<usize> {
     buffers.iter().map(|buffer| buffer.device_ptr().addr()).collect()
 }
 
+/// Runs on so many threads at once. They are joined, not only waited for: ThreadSanitizer sees the one and not the
+/// other.
+fn on_threads(count: usize, run: impl Fn(usize) + Sync) {
+    thread::scope(|scope| {
+        let run = &run;
+        let threads: Vec<_> = (0..count).map(|number| scope.spawn(move || run(number))).collect();
+        for thread in threads {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+    });
+}
+
 // ---- ordinary buffers ----
 
 #[test]
@@ -218,12 +230,13 @@ fn whatever_is_done_to_a_buffer_the_next_one_is_as_the_pool_says() {
         check("not resized");
 
         let mut buffer = pool.acquire().unwrap();
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                buffer.fill(NEW, &stream).unwrap();
-                drop(buffer);
-            });
-        });
+        let to_stream = stream.clone();
+        thread::spawn(move || {
+            buffer.fill(NEW, &to_stream).unwrap();
+            drop(buffer);
+        })
+        .join()
+        .unwrap();
         check("sent to another thread");
 
         let buffer = pool.acquire().unwrap();
@@ -576,18 +589,14 @@ fn threads_that_find_the_pool_empty_at_once_grow_it_once() {
             let grown = BufferPool::<u32>::new(WORDS, device, 8).unwrap();
             let all: Vec<_> = (0..8).map(|_| grown.acquire().unwrap()).collect();
             let start = Barrier::new(8);
-            thread::scope(|scope| {
-                for _ in 0..8 {
-                    scope.spawn(|| {
-                        start.wait();
-                        let held = grown.acquire().unwrap();
-                        // All of them hold one before the first gives it back.
-                        start.wait();
-                        drop(held);
-                        if let Ok(held) = pool.acquire() {
-                            drop(held);
-                        }
-                    });
+            on_threads(8, |_| {
+                start.wait();
+                let held = grown.acquire().unwrap();
+                // All of them hold one before the first gives it back.
+                start.wait();
+                drop(held);
+                if let Ok(held) = pool.acquire() {
+                    drop(held);
                 }
             });
             drop(all);
@@ -729,33 +738,28 @@ fn a_pool_that_goes_waits_for_what_its_buffers_left_queued() {
 /// same buffer, one finds the other's.
 fn churn(pool: &BufferPool<u32>, threads: usize, hold: usize, rounds: usize) {
     let next = AtomicUsize::new(1);
-    thread::scope(|scope| {
-        for number in 0..threads {
-            let next = &next;
-            scope.spawn(move || {
-                let stream = Stream::new(pool.device()).unwrap();
-                for round in 0..rounds {
-                    let mut held = Vec::new();
-                    for _ in 0..1 + (round + number) % hold {
-                        // At most as many as there are: this never fails.
-                        let mut buffer = pool.acquire().unwrap();
-                        let mark = next.fetch_add(1, Ordering::Relaxed) as u32;
-                        buffer.cpu_mut().unwrap().fill(mark);
-                        buffer.copy_to_gpu(.., &stream).unwrap();
-                        held.push((buffer, mark));
-                    }
-                    thread::yield_now();
-                    for (buffer, mark) in &mut held {
-                        all(buffer.cpu().unwrap(), *mark);
-                        if round % 2 == 0 {
-                            buffer.fill_cpu(0).unwrap();
-                            buffer.copy_to_cpu(.., &stream).unwrap();
-                            all(buffer.cpu().unwrap(), *mark);
-                        }
-                    }
-                    // The others go back with a copy queued.
+    on_threads(threads, |number| {
+        let stream = Stream::new(pool.device()).unwrap();
+        for round in 0..rounds {
+            let mut held = Vec::new();
+            for _ in 0..1 + (round + number) % hold {
+                // At most as many as there are: this never fails.
+                let mut buffer = pool.acquire().unwrap();
+                let mark = next.fetch_add(1, Ordering::Relaxed) as u32;
+                buffer.cpu_mut().unwrap().fill(mark);
+                buffer.copy_to_gpu(.., &stream).unwrap();
+                held.push((buffer, mark));
+            }
+            thread::yield_now();
+            for (buffer, mark) in &mut held {
+                all(buffer.cpu().unwrap(), *mark);
+                if round % 2 == 0 {
+                    buffer.fill_cpu(0).unwrap();
+                    buffer.copy_to_cpu(.., &stream).unwrap();
+                    all(buffer.cpu().unwrap(), *mark);
                 }
-            });
+            }
+            // The others go back with a copy queued.
         }
     });
 }
@@ -784,18 +788,13 @@ fn as_many_buffers_as_are_held_are_enough() {
     each(|device, _| {
         for (threads, hold) in [(2, 1), (4, 1), (16, 1), (8, 4), (16, 4)] {
             let pool = BufferPool::<u8>::new(16, device, threads * hold).unwrap();
-            let pool = &pool;
-            thread::scope(|scope| {
-                for _ in 0..threads {
-                    scope.spawn(move || {
-                        for round in 0..2000 {
-                            let held: Vec<_> = (0..hold).map(|_| pool.acquire().unwrap()).collect();
-                            if round % 64 == 0 {
-                                thread::yield_now();
-                            }
-                            drop(held);
-                        }
-                    });
+            on_threads(threads, |_| {
+                for round in 0..2000 {
+                    let held: Vec<_> = (0..hold).map(|_| pool.acquire().unwrap()).collect();
+                    if round % 64 == 0 {
+                        thread::yield_now();
+                    }
+                    drop(held);
                 }
             });
             let stats = pool.stats();
@@ -848,7 +847,7 @@ fn the_high_water_mark_is_the_most_that_was_out_at_once() {
                 buffer.copy_to_gpu(.., &stream).unwrap();
             }
             // Given back on another thread.
-            thread::scope(|scope| scope.spawn(|| drop(held)).join().unwrap());
+            thread::spawn(move || drop(held)).join().unwrap();
             most = most.max(count);
             assert_eq!(pool.stats().high_water, most);
         }
