@@ -47,8 +47,8 @@ pub struct PoolOptions {
     /// How they are pinned: all flags unless given.
     pub host_flags: HostFlags,
     /// Whether both halves of a buffer are zeroed each time that it is handed out. They are when it is first
-    /// used, the host half after the transfers that its last holder left queued. `false` unless given: a buffer
-    /// then comes with what its last holder left in it.
+    /// used: the host half after the transfers that its last holder left queued, for which its first use waits,
+    /// copies included. `false` unless given: a buffer then comes with what its last holder left in it.
     pub zeroed: bool,
 }
 
@@ -67,12 +67,13 @@ pub struct PoolStats {
     pub available: usize,
     /// The buffers that there are.
     pub total: usize,
-    /// The most buffers that were out at once. Exact where one thread acquires; where several do, a peak
-    /// that is over within some thousand acquisitions may be missed.
+    /// The most buffers that were seen to be out at once. Exact where one thread acquires, from up to 4,096 buffers.
+    /// Where several do, a peak that is over within some thousand acquisitions may be missed, and a buffer that
+    /// changes hands while they are counted may count twice.
     pub high_water: usize,
     /// How often the pool grew.
     pub growths: usize,
-    /// How often a buffer was handed out whose host half was still in flight, for want of a better one.
+    /// How often a buffer was handed out whose host half was not known to be idle, for want of a better one.
     pub in_flight: usize,
 }
 
@@ -109,7 +110,8 @@ pub struct PoolStats {
 /// half. Each begins at a multiple of 256 bytes, or of the element's alignment where that is more.
 ///
 /// A buffer remembers the streams of its last transfers, also while nobody holds it: a stream that was dropped,
-/// or the owner of a foreign one, is let go when the buffer has been used elsewhere, or with the memory.
+/// or the owner of a foreign one, is let go when the buffer has been used elsewhere, or with the memory. An owner
+/// that keeps the pool is therefore kept by it.
 pub struct BufferPool<T: Pod> {
     inner: Arc<Inner>,
     // What one thread leaves in a buffer another finds: the pool sends elements between threads.
@@ -166,11 +168,12 @@ impl<T: Pod> BufferPool<T> {
     }
 
     /// A buffer of the pool's shape. Where none is left the pool grows: it doubles, or grows by less where
-    /// there is no memory for that, but never beyond
-    /// [`max_buffers`](PoolOptions::max_buffers).
+    /// there is no memory for that, but never beyond [`max_buffers`](PoolOptions::max_buffers), nor more than 255
+    /// times. ([`Pinning::Preferred`] doubles with pageable memory where no more can be pinned.)
     ///
     /// Prefers a buffer whose host half is not in flight. Where all of the few that it looks at may be, it asks
-    /// the driver about one (`cudaEventQuery`), and hands that out in any case. It waits for no transfer.
+    /// the driver about one (`cudaEventQuery`), and hands that out, in flight or not. It waits for no transfer.
+    /// Growing takes what allocating takes; where it fails, giving the other half back waits for the device.
     ///
     /// # Errors
     ///
@@ -204,8 +207,9 @@ impl<T: Pod> BufferPool<T> {
     /// A buffer of the pool's shape, if one is left: [`acquire`](Self::acquire) without growing and without
     /// asking the driver. It takes no lock, allocates nothing and calls no CUDA.
     ///
-    /// `None` means that at some moment during the call all buffers were out; another thread may have given one
-    /// back since. In the forked child of a process that used CUDA, the answer for a CUDA device is `None`.
+    /// `None` means that at some moment during the call each buffer was out, or being looked at by another thread that
+    /// acquires; so where there are as many as all threads together hold and want, it is never the answer. By now
+    /// one may have been given back. In the forked child of a process that used CUDA, the answer for a CUDA device is `None`.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferPool, Device};

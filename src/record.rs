@@ -62,6 +62,16 @@ impl Record {
         }
     }
 
+    /// Lazy work ends here: an event is recorded behind it now. Where it cannot be, the record stays lazy.
+    #[inline]
+    pub(crate) fn close(&self) {
+        if let Some((stream, event)) = self.standing()
+            && self.stamp.ticket().is_none()
+        {
+            let _ = self.ticket(stream, event);
+        }
+    }
+
     /// Whether the work has finished.
     pub(crate) fn is_finished(&self) -> Result<bool> {
         let Some((stream, event)) = self.standing() else {

@@ -13,8 +13,8 @@
 //! | bits | field |
 //! |---|---|
 //! | 0 to 31 | the free slots |
-//! | 32 to 62 | how often a slot of this word was released |
-//! | 63 | the pool is gone |
+//! | 32 | the pool is gone |
+//! | 33 to 63 | how often a slot of this word was released, modulo 2^31 |
 //!
 //! # The races
 //!
@@ -37,10 +37,12 @@
 //! # What is promised
 //!
 //! - No two leases of a slot at a time, and none without its release, unless the lease is forgotten.
-//! - `claim` and release are lock-free: a thread that is stopped anywhere holds up nobody. `claim_or_grow`
-//!   locks, but only where there was nothing to claim.
-//! - `claim` answers "none" only if at some moment during the call none was free. That moment is past when it
-//!   answers.
+//! - `claim` and release are lock-free: a thread that is stopped anywhere holds up nobody, and where one has to
+//!   begin again, another has got on. `claim_or_grow` locks, but is asked only where there was nothing to claim.
+//! - `claim` answers "none" only if at some moment during the call no slot was free: each was leased, or being
+//!   looked at by another claim, which looks at one at a time. So where there are as many slots as all threads
+//!   together hold and want, nobody is told that there is none. That moment is past when it answers. (It would take
+//!   a multiple of 2^31 releases of one word, between two readings of it, to be deceived.)
 //! - Not promised: that a thread gets the slot that was released first, or ever gets one while others keep
 //!   taking what comes free; that `available` and the figures are those of one moment while others work.
 
@@ -55,11 +57,12 @@ use crate::sync::{Arc, AtomicPtr, AtomicU64, Mutex, Ordering, glance, thread_num
 
 /// Slots of one word.
 const WIDTH: usize = 32;
-const RELEASE: u64 = 1 << WIDTH;
-const CLOSED: u64 = 1 << 63;
-/// More than are filled by doubling.
-const SEGMENTS: usize = 48;
-/// Slots that a claim looks at before it settles for one that is not ready.
+const CLOSED: u64 = 1 << WIDTH;
+/// One release more. The count runs over into nothing.
+const RELEASE: u64 = CLOSED << 1;
+/// Doubling fills few of them, but segments may have to be smaller.
+const SEGMENTS: usize = 256;
+/// Slots that a claim looks at, at home and elsewhere, before it settles for one that is not ready.
 const PROBES: usize = 4;
 /// Releases of a word between two claims at home that count all slots.
 const RECOUNT: u64 = 1 << 14;
@@ -143,14 +146,15 @@ impl<S> Segment<S> {
         (&self.words[slot & (self.words.len() - 1)].0, (slot >> self.shift) as u32)
     }
 
-    /// Claims the free slot of a word whose turn comes first. The answer is the slot, and the word since.
+    /// Claims the free slot of a word whose turn comes first, of those whose bits are not to be `passed` over. The
+    /// answer is the slot, and the word since.
     #[inline]
-    fn claim(&self, at: usize) -> Option<(usize, u64)> {
+    fn claim(&self, at: usize, passed: u32) -> Option<(usize, u64)> {
         let word = &self.words[at].0;
         let mut seen = word.bits.load(Ordering::Relaxed);
-        while free(seen) != 0 {
+        while free(seen) & !passed != 0 {
             let turn = word.turn.load(Ordering::Relaxed);
-            let ahead = free(seen).rotate_right(turn).trailing_zeros();
+            let ahead = (free(seen) & !passed).rotate_right(turn).trailing_zeros();
             let bit = (turn + ahead) % WIDTH as u32;
             let next = seen & !(1 << bit);
             match change(&word.bits, seen, next, Ordering::AcqRel) {
@@ -230,8 +234,7 @@ fn release(word: &AtomicU64, bit: u32) -> Released {
         if seen & bit != 0 {
             return Released::Twice;
         }
-        // The count of releases runs over without a carry into `CLOSED`.
-        let next = (seen.wrapping_add(RELEASE) & !CLOSED) | bit;
+        let next = seen.wrapping_add(RELEASE) | bit;
         match change(word, seen, next, Ordering::Release) {
             Ok(()) => return Released::Free,
             Err(now) => seen = now,
@@ -378,8 +381,8 @@ impl<S: Send + Sync> Slots<S> {
         Lease { segment: ManuallyDrop::new(segment), slot: slot as u32 }
     }
 
-    /// Claims a slot, and says whether it was `ready`: one that is, if there is one at home or among the few
-    /// that are looked at then; otherwise the one whose turn it is. `None` only if at some moment no slot
+    /// Claims a slot, and says whether it was `ready`: one that is, if there is one among the few at home and
+    /// elsewhere that are looked at; otherwise the one whose turn it is. `None` only if at some moment no slot
     /// was free.
     ///
     /// Claims one slot at a time, however many it looks at: a second one could be what another thread finds
@@ -395,69 +398,106 @@ impl<S: Send + Sync> Slots<S> {
                 self.segment(0)?
             }
         };
-        let word = self.lane() & (segment.words.len() - 1);
-        let home = &segment.words[word].0;
+        let home = Place { segment: number, word: self.lane() & (segment.words.len() - 1) };
         let mut seen = None;
-        if let Some((slot, bits)) = segment.claim(word) {
+        if let Some((slot, bits)) = segment.claim(home.word, 0) {
             // SAFETY: claimed above, and given back below.
             if ready(unsafe { segment.peek(slot) }) {
-                let low = home.low.load(Ordering::Relaxed);
-                if free(bits).count_ones() < low || (bits >> WIDTH).is_multiple_of(RECOUNT) {
-                    home.set_low();
+                let word = &segment.words[home.word].0;
+                let low = word.low.load(Ordering::Relaxed);
+                if free(bits).count_ones() < low || (bits / RELEASE).is_multiple_of(RECOUNT) {
+                    word.set_low();
                     self.count();
                 }
                 return Some((self.lease(number, slot), true));
             }
             segment.release(slot);
-            seen = Some((Place { segment: number, word }, slot));
+            seen = Some(slot);
         }
         self.claim_away(home, seen, &ready)
     }
 
-    /// What [`claim`](Self::claim) does when home has nothing, or nothing that is ready but this slot.
+    /// What [`claim`](Self::claim) does when home has nothing, or when the slot there that was looked at first is
+    /// not ready.
     #[cold]
     fn claim_away(
         &self,
-        home: &Word,
-        mut at_home: Option<(Place, usize)>,
+        home: Place,
+        seen: Option<usize>,
         ready: &dyn Fn(&S) -> bool,
     ) -> Option<(Lease<S>, bool)> {
-        loop {
-            if let Some(claimed) = self.rove(at_home.take(), ready) {
-                // The most that home held does not tell any more whether there were ever more.
-                home.set_low();
-                let away = self.lanes[self.lane()].0.away.fetch_add(1, Ordering::Relaxed);
-                let words: usize = self.segments().map(|segment| segment.words.len()).sum();
-                if away.is_multiple_of(words.div_ceil(QUICKLY_COUNTED)) {
-                    self.count();
-                }
-                return Some(claimed);
-            }
+        let mut claimed = self.look(home, seen, ready);
+        while claimed.is_none() {
             if self.was_empty() {
                 return None;
             }
+            // The first that comes: two threads that only look could take each other's choice away for ever.
+            claimed = self.rove(home, None, &|_| true).map(|(lease, _)| {
+                let ready = ready(&lease);
+                (lease, ready)
+            });
         }
+        // The most that home held does not tell any more whether there were ever more.
+        self.segment(home.segment)?.words[home.word].0.set_low();
+        let away = self.lanes[self.lane()].0.away.fetch_add(1, Ordering::Relaxed);
+        let words: usize = self.segments().map(|segment| segment.words.len()).sum();
+        if away.is_multiple_of(words.div_ceil(QUICKLY_COUNTED)) {
+            self.count();
+        }
+        claimed
     }
 
-    /// Looks through the words, once around from where the lane stopped the last time.
+    /// Looks at some more slots at home, and then at some elsewhere. `None` also where others were quicker.
+    fn look(
+        &self,
+        home: Place,
+        seen: Option<usize>,
+        ready: &dyn Fn(&S) -> bool,
+    ) -> Option<(Lease<S>, bool)> {
+        let segment = self.segment(home.segment)?;
+        let bit = |slot| 1 << segment.word_of(slot).1;
+        let mut passed = seen.map_or(0, bit);
+        for _ in 1..PROBES {
+            let Some((slot, _)) = segment.claim(home.word, passed) else { break };
+            // SAFETY: claimed above, and given back below.
+            if ready(unsafe { segment.peek(slot) }) {
+                return Some((self.lease(home.segment, slot), true));
+            }
+            segment.release(slot);
+            passed |= bit(slot);
+        }
+        self.rove(home, seen, ready)
+    }
+
+    /// Looks through the words, once around from where the lane stopped the last time. At home a slot was `seen`
+    /// that is not ready.
     fn rove(
         &self,
-        at_home: Option<(Place, usize)>,
+        home: Place,
+        seen: Option<usize>,
         ready: &dyn Fn(&S) -> bool,
     ) -> Option<(Lease<S>, bool)> {
         let roving = &self.lanes[self.lane()].0.roving;
         let start = self.wrap(Place::unpack(roving.load(Ordering::Relaxed)));
-        let (mut place, mut turn) = (start, None);
-        let mut probes = usize::from(at_home.is_some());
+        let (mut place, mut turn, mut probes) = (start, None, 0);
         loop {
             let segment = self.segment(place.segment)?;
-            if let Some((slot, _)) = segment.claim(place.word) {
-                // SAFETY: claimed above, and given back below.
-                if ready(unsafe { segment.peek(slot) }) {
-                    roving.store(place.next().pack(), Ordering::Relaxed);
-                    return Some((self.lease(place.segment, slot), true));
-                }
-                segment.release(slot);
+            let found = match seen.filter(|_| place == home) {
+                Some(slot) => Some(slot),
+                None => match segment.claim(place.word, 0) {
+                    // SAFETY: claimed above, and given back below.
+                    Some((slot, _)) if ready(unsafe { segment.peek(slot) }) => {
+                        roving.store(place.next().pack(), Ordering::Relaxed);
+                        return Some((self.lease(place.segment, slot), true));
+                    }
+                    Some((slot, _)) => {
+                        segment.release(slot);
+                        Some(slot)
+                    }
+                    None => None,
+                },
+            };
+            if let Some(slot) = found {
                 turn = turn.or(Some((place, slot)));
                 probes += 1;
                 if probes == PROBES {
@@ -469,8 +509,7 @@ impl<S: Send + Sync> Slots<S> {
                 break;
             }
         }
-        // Home's is looked at each time, and so only for want of another.
-        let (place, slot) = turn.or(at_home)?;
+        let (place, slot) = turn?;
         self.segment(place.segment)?.claim_slot(slot).then(|| {
             roving.store(place.next().pack(), Ordering::Relaxed);
             (self.lease(place.segment, slot), false)
@@ -494,9 +533,9 @@ impl<S: Send + Sync> Slots<S> {
     /// were read from the end of the first round to the beginning of the second.
     pub(crate) fn was_empty(&self) -> bool {
         let round = || {
-            self.words().try_fold((0u64, 0usize), |(releases, words), word| {
+            self.words().try_fold(0, |releases, word| {
                 let bits = word.bits.load(Ordering::Acquire);
-                (free(bits) == 0).then(|| (releases + (bits >> WIDTH), words + 1))
+                (free(bits) == 0).then(|| releases + bits / RELEASE)
             })
         };
         round().is_some_and(|first| round() == Some(first))
@@ -578,6 +617,7 @@ impl<S: Send + Sync> Slots<S> {
 impl<S: Send + Sync> Drop for Slots<S> {
     /// Closes every word: what is free goes now, what is not with its lease.
     fn drop(&mut self) {
+        let mut segments = Vec::new();
         for pointer in &self.segments {
             let pointer = pointer.load(Ordering::Relaxed).cast_const();
             if pointer.is_null() {
@@ -593,6 +633,66 @@ impl<S: Send + Sync> Drop for Slots<S> {
                     unsafe { Arc::decrement_strong_count(pointer) };
                 }
             }
+            segments.push(segment);
         }
+        // When all are closed, since what a slot holds may panic when it is dropped. The others go all the same.
+        drop(segments);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sync::run;
+
+    fn segment(count: usize, lanes: usize) -> Segment<u8> {
+        Segment::new(vec![0; count], lanes, false)
+    }
+
+    fn claimed<S>(segment: &Segment<S>) -> Vec<usize> {
+        let words = 0..segment.words.len();
+        let mut claimed: Vec<usize> = words
+            .flat_map(|at| std::iter::from_fn(move || segment.claim(at, 0)))
+            .map(|(slot, _)| slot)
+            .collect();
+        claimed.sort_unstable();
+        claimed
+    }
+
+    #[test]
+    fn the_words_of_a_segment_hold_its_slots_and_no_others() {
+        for lanes in [1, 2, 16, 64] {
+            for count in (1..=130).chain([512, 513, 1000, 4096, 5000]) {
+                run(move || {
+                    let segment = segment(count, lanes);
+                    assert!(segment.words.len().is_power_of_two());
+                    assert_eq!(claimed(&segment), (0..count).collect::<Vec<_>>(), "{lanes}");
+                    assert!((0..count).all(|slot| !segment.claim_slot(slot)));
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn a_second_release_of_a_slot_is_found_out_and_changes_nothing() {
+        run(|| {
+            let segment = segment(3, 1);
+            let (slot, _) = segment.claim(0, 0).unwrap();
+            let (word, bit) = segment.word_of(slot);
+            assert_eq!(release(&word.bits, bit), Released::Free);
+            let before = word.bits.load(Ordering::Relaxed);
+            assert_eq!(release(&word.bits, bit), Released::Twice);
+            assert_eq!(word.bits.load(Ordering::Relaxed), before);
+            assert_eq!(claimed(&segment), [0, 1, 2]);
+        });
+    }
+
+    #[test]
+    fn the_count_of_releases_runs_over_into_nothing() {
+        run(|| {
+            let word = AtomicU64::new(!(RELEASE - 1) | 0b110);
+            assert_eq!(release(&word, 0), Released::Free);
+            assert_eq!(word.load(Ordering::Relaxed), 0b111);
+        });
     }
 }

@@ -52,6 +52,19 @@ impl Home {
     }
 }
 
+impl Drop for Home {
+    /// What is given back waits for nothing, but no longer stands for what its last holder's streams are sent from
+    /// now on: they have nothing to do with the next holder, and may be captured, or destroyed.
+    #[inline]
+    fn drop(&mut self) {
+        if let Home::Pool(storage) = self {
+            for record in [&storage.upload, &storage.download, &storage.device_use] {
+                record.close();
+            }
+        }
+    }
+}
+
 impl Deref for Home {
     type Target = Storage;
 
@@ -131,6 +144,10 @@ impl Storage {
         options: BufferOptions,
     ) -> Result<Vec<Storage>> {
         let Form { shape, numel, layout } = form;
+        let too_many = || Error::InvalidShape { reason: format!("{count} buffers are too many") };
+        u32::try_from(count).map_err(|_| too_many())?;
+        let mut storages = Vec::new();
+        storages.try_reserve_exact(count).map_err(|_| too_many())?;
         let bytes = layout.size();
         let stride = layout.pad_to_align().size();
         // The last one needs no padding.
@@ -166,7 +183,8 @@ impl Storage {
             device_use: Record::idle(),
             slab: Arc::clone(&slab),
         };
-        Ok((0..count).map(storage).collect())
+        storages.extend((0..count).map(storage));
+        Ok(storages)
     }
 
     pub(crate) fn device(&self) -> Device {
@@ -348,7 +366,7 @@ impl Storage {
         let (to, from) = (self.gpu_at(range.start), self.host_at(range.start));
         // SAFETY: the range lies in both halves.
         unsafe { self.transfer(UP, to, from, range.len(), entered.as_ref()) }?;
-        self.defined = self.defined.max(self.bytes);
+        self.defined = self.bytes;
         Ok(())
     }
 
@@ -425,7 +443,7 @@ impl Storage {
         self.device_use.stand_for(entered)?;
         // SAFETY: the device half is this value's, and `device_use` and `order` keep others from it.
         unsafe { fill::enqueue(self.gpu, self.bytes, element, entered) }?;
-        self.defined = self.defined.max(self.bytes);
+        self.defined = self.bytes;
         Ok(())
     }
 

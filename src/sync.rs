@@ -30,3 +30,9 @@ pub(crate) fn thread_number() -> usize {
         known => known,
     })
 }
+
+/// Runs a unit test, which the models run under loom.
+#[cfg(test)]
+pub(crate) fn run(test: impl Fn() + Send + Sync + 'static) {
+    test();
+}

@@ -5,13 +5,13 @@ mod common;
 use std::collections::BTreeSet;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread;
 
 use common::{Gate, all, device_words};
 use cpu_gpu_buffer::{
-    BufferPool, CpuGpuBuffer, Device, Error, Pinning, PoolOptions, Shape, Side, Stream,
+    BufferPool, CpuGpuBuffer, Device, Error, Pinning, PoolOptions, Shape, Side, Stream, sys,
 };
 
 const OLD: u32 = 0x0101_0101;
@@ -344,7 +344,7 @@ fn what_is_handed_out_in_flight_is_guarded_by_its_own_records() {
 fn a_zeroed_host_half_is_zeroed_after_the_transfers_of_its_last_holder() {
     let test = "a_zeroed_host_half_is_zeroed_after_the_transfers_of_its_last_holder";
     type Look = fn(&mut CpuGpuBuffer<u32>, &Stream) -> Vec<u32>;
-    let looks: [Look; 5] = [
+    let looks: [Look; 7] = [
         |buffer, _| buffer.cpu().unwrap().to_vec(),
         |buffer, _| buffer.cpu_mut().unwrap().to_vec(),
         |buffer, other| {
@@ -356,6 +356,21 @@ fn a_zeroed_host_half_is_zeroed_after_the_transfers_of_its_last_holder() {
             buffer.copy_to_cpu(..1, other).unwrap();
             let mut seen = buffer.cpu().unwrap().to_vec();
             assert_eq!(mem::take(&mut seen[0]), NEW);
+            seen
+        },
+        |buffer, other| {
+            let theirs = common::Foreign::new(WORDS, 9);
+            // SAFETY: as many words, which nothing else uses.
+            unsafe { buffer.copy_to_device_ptr(.., theirs.as_ptr(), other) }.unwrap();
+            other.synchronize().unwrap();
+            theirs.words()
+        },
+        |buffer, other| {
+            let theirs = common::Foreign::new(WORDS, 9);
+            // SAFETY: as above.
+            unsafe { buffer.copy_from_device_ptr(..1, theirs.as_ptr(), other) }.unwrap();
+            let mut seen = buffer.cpu().unwrap().to_vec();
+            assert_eq!(mem::take(&mut seen[0]), 0x0909_0909);
             seen
         },
         |buffer, _| {
@@ -386,20 +401,120 @@ fn a_zeroed_host_half_is_zeroed_after_the_transfers_of_its_last_holder() {
 }
 
 #[test]
+fn a_host_half_that_is_still_to_be_zeroed_is_not_to_be_had_by_trying_while_it_is_uploaded() {
+    let test =
+        "a_host_half_that_is_still_to_be_zeroed_is_not_to_be_had_by_trying_while_it_is_uploaded";
+    cuda(test, |device, stream| {
+        let pool = zeroing(device, 1);
+        let mut buffer = pool.acquire().unwrap();
+        buffer.fill_cpu(OLD).unwrap();
+        let gate = Gate::close(&stream);
+        buffer.copy_to_gpu(.., &stream).unwrap();
+        drop(buffer);
+        let mut buffer = pool.acquire().unwrap();
+        gate.passes(|| {
+            assert!(buffer.try_cpu().unwrap().is_none());
+            assert!(buffer.try_cpu_mut().unwrap().is_none());
+        });
+        buffer.synchronize().unwrap();
+        all(buffer.try_cpu().unwrap().unwrap(), 0);
+    });
+}
+
+/// For ThreadSanitizer, mostly.
+#[test]
+fn threads_that_look_at_once_at_a_host_half_to_be_zeroed_see_zeroes() {
+    each(|device, _| {
+        let pool = zeroing(device, 1);
+        for _ in 0..20 {
+            pool.acquire().unwrap().fill_cpu(OLD).unwrap();
+            let buffer = pool.acquire().unwrap();
+            on_threads(3, |_| all(buffer.cpu().unwrap(), 0));
+        }
+    });
+}
+
+#[test]
+fn the_next_holder_waits_for_nothing_that_the_last_one_sent_after_giving_back() {
+    let test = "the_next_holder_waits_for_nothing_that_the_last_one_sent_after_giving_back";
+    cuda(test, |device, stream| {
+        let other = Stream::new(device).unwrap();
+        let pool = capped(device, 1);
+        let mut buffer = pool.acquire().unwrap();
+        buffer.gpu_on(&stream).unwrap();
+        drop(buffer);
+        stream.synchronize().unwrap();
+        let gate = Gate::close(&stream);
+        let mut buffer = pool.acquire().unwrap();
+        gate.passes(|| {
+            buffer.copy_to_gpu(.., &other).unwrap();
+            buffer.synchronize().unwrap();
+        });
+    });
+}
+
+#[test]
+fn the_next_holder_has_nothing_to_do_with_a_capture_of_the_last_ones() {
+    let test = "the_next_holder_has_nothing_to_do_with_a_capture_of_the_last_ones";
+    cuda(test, |device, stream| {
+        let other = Stream::new(device).unwrap();
+        let pool = capped(device, 1);
+        let mut buffer = pool.acquire().unwrap();
+        buffer.gpu_on(&stream).unwrap();
+        drop(buffer);
+        stream.synchronize().unwrap();
+        common::begin_capture(&stream);
+        let mut buffer = pool.acquire().unwrap();
+        buffer.copy_to_gpu(.., &other).unwrap();
+        buffer.resize(2 * WORDS).unwrap();
+        drop((buffer, pool));
+        common::end_capture(&stream);
+    });
+}
+
+#[test]
+fn a_stream_that_was_adopted_may_go_when_the_last_buffer_used_on_it_was_given_back() {
+    let test = "a_stream_that_was_adopted_may_go_when_the_last_buffer_used_on_it_was_given_back";
+    cuda(test, |device, stream| {
+        let pool = capped(device, 1);
+        let mut raw = std::ptr::null_mut();
+        common::use_first_device();
+        // SAFETY: a valid place.
+        let status = unsafe { sys::cudaStreamCreateWithFlags(&mut raw, 1) };
+        assert_eq!(status, sys::cudaError::cudaSuccess);
+        // SAFETY: it is destroyed when neither handle nor buffer is left.
+        let adopted = unsafe { Stream::from_raw(raw, device, None) }.unwrap();
+        let mut buffer = pool.acquire().unwrap();
+        buffer.gpu_on(&adopted).unwrap();
+        drop((buffer, adopted));
+        // SAFETY: no handle is left.
+        assert_eq!(unsafe { sys::cudaStreamDestroy(raw) }, sys::cudaError::cudaSuccess);
+        let mut buffer = pool.acquire().unwrap();
+        buffer.fill(NEW, &stream).unwrap();
+        all(&gpu(&buffer), NEW);
+    });
+}
+
+#[test]
 fn a_buffer_that_is_known_idle_is_preferred() {
     cuda("a_buffer_that_is_known_idle_is_preferred", |device, stream| {
         for buffers in [2, 4, 64, 100] {
-            let pool = capped(device, buffers);
-            let gate = Gate::close(&stream);
-            let mut busy = pool.acquire().unwrap();
-            busy.copy_to_gpu(.., &stream).unwrap();
-            drop(busy);
-            for _ in 0..2 * buffers {
-                let mut buffer = pool.acquire().unwrap();
-                assert!(buffer.try_cpu_mut().unwrap().is_some());
+            for upload in [true, false] {
+                let pool = capped(device, buffers);
+                let gate = Gate::close(&stream);
+                let mut busy = pool.acquire().unwrap();
+                match upload {
+                    true => busy.copy_to_gpu(.., &stream).unwrap(),
+                    false => busy.copy_to_cpu(.., &stream).unwrap(),
+                }
+                drop(busy);
+                for _ in 0..2 * buffers {
+                    let mut buffer = pool.acquire().unwrap();
+                    assert!(buffer.try_cpu_mut().unwrap().is_some());
+                }
+                assert_eq!(pool.stats().in_flight, 0);
+                gate.open();
             }
-            assert_eq!(pool.stats().in_flight, 0);
-            gate.open();
         }
     });
 }
@@ -433,23 +548,23 @@ fn a_loop_that_only_uploads_is_never_handed_the_newest_transfer() {
 #[test]
 fn acquire_learns_from_the_driver_what_no_wait_has_told() {
     cuda("acquire_learns_from_the_driver_what_no_wait_has_told", |device, stream| {
-        let pool = capped(device, 2);
-        let event = {
-            let mut held = [pool.acquire().unwrap(), pool.acquire().unwrap()];
-            for buffer in &mut held {
-                buffer.copy_to_gpu(.., &stream).unwrap();
+        for upload in [true, false] {
+            let pool = capped(device, 1);
+            let mut buffer = pool.acquire().unwrap();
+            match upload {
+                true => buffer.copy_to_gpu(.., &stream).unwrap(),
+                false => buffer.copy_to_cpu(.., &stream).unwrap(),
             }
-            stream.record().unwrap()
-        };
-        // By a way that tells the stream's watermark nothing.
-        // SAFETY: no arguments.
-        let status = unsafe { cpu_gpu_buffer::sys::cudaDeviceSynchronize() };
-        assert_eq!(status, cpu_gpu_buffer::sys::cudaError::cudaSuccess);
-        drop(pool.try_acquire().unwrap());
-        assert_eq!(pool.stats().in_flight, 1, "try_acquire asked the driver");
-        drop(pool.acquire().unwrap());
-        assert_eq!(pool.stats().in_flight, 1, "acquire did not ask the driver");
-        drop(event);
+            drop(buffer);
+            // By a way that tells the stream's watermark nothing.
+            // SAFETY: no arguments.
+            let status = unsafe { sys::cudaDeviceSynchronize() };
+            assert_eq!(status, sys::cudaError::cudaSuccess);
+            drop(pool.try_acquire().unwrap());
+            assert_eq!(pool.stats().in_flight, 1, "try_acquire asked the driver");
+            drop(pool.acquire().unwrap());
+            assert_eq!(pool.stats().in_flight, 1, "acquire did not ask the driver");
+        }
     });
 }
 
@@ -486,7 +601,70 @@ fn acquire_asks_the_driver_once_at_most_and_try_acquire_never() {
     });
 }
 
+#[test]
+#[cfg(target_os = "linux")]
+fn an_error_of_the_driver_that_acquire_asks_is_its_answer_and_loses_nothing() {
+    let test = "an_error_of_the_driver_that_acquire_asks_is_its_answer_and_loses_nothing";
+    if !common::is_simulated() {
+        return common::left_out(test, "faults need the simulated runtime");
+    }
+    cuda(test, |device, stream| {
+        let pool = capped(device, 2);
+        for mut buffer in [pool.acquire().unwrap(), pool.acquire().unwrap()] {
+            buffer.copy_to_gpu(.., &stream).unwrap();
+        }
+        common::sim::reset();
+        common::sim::fail_function(c"cudaEventQuery", 999);
+        for _ in 0..5 {
+            let code = sys::cudaError(999);
+            let error = Error::Cuda { code, call: "cudaEventQuery" };
+            assert_eq!(pool.acquire().err(), Some(error));
+            assert_eq!(pool.available(), 2);
+        }
+        common::sim::heal();
+        drop([pool.acquire().unwrap(), pool.acquire().unwrap()]);
+    });
+}
+
 // ---- growth ----
+
+#[test]
+fn growing_waits_for_nothing_that_is_queued() {
+    cuda("growing_waits_for_nothing_that_is_queued", |device, stream| {
+        let pool = BufferPool::<u8>::new(1 << 20, device, 1).unwrap();
+        let mut held = pool.acquire().unwrap();
+        let gate = Gate::close(&stream);
+        held.copy_to_gpu(.., &stream).unwrap();
+        let other = gate.passes(|| pool.acquire().unwrap());
+        assert_eq!(pool.total(), 2);
+        drop(other);
+    });
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_pool_that_grows_by_one_again_and_again_goes_on_growing() {
+    let test = "a_pool_that_grows_by_one_again_and_again_goes_on_growing";
+    if !common::is_simulated() {
+        return common::left_out(test, "memory runs out where the simulated runtime says");
+    }
+    cuda(test, |device, _| {
+        const BYTES: usize = 1 << 16;
+        drop(CpuGpuBuffer::<u8>::new(1, device).unwrap());
+        let free = device.memory().unwrap();
+        let used = free.total - free.free;
+        let pool = BufferPool::<u8>::new(BYTES, device, 1).unwrap();
+        let mut held = vec![pool.acquire().unwrap()];
+        while held.len() < 100 {
+            common::sim::limit_device(used + (held.len() + 1) * BYTES);
+            held.push(pool.acquire().unwrap());
+            assert_eq!(pool.total(), held.len());
+        }
+        common::sim::limit_device(free.total);
+        held.push(pool.acquire().unwrap());
+        assert_eq!(pool.total(), 200);
+    });
+}
 
 #[test]
 fn a_pool_grows_by_doubling_up_to_its_cap_and_then_says_so() {
@@ -567,6 +745,9 @@ fn bad_pools_are_refused() {
             // Together.
             (Shape::from(1usize << 40), 1 << 30),
             (Shape::from(1usize << 20), usize::MAX),
+            // More than can be told apart.
+            (Shape::from(0), 1 << 32),
+            (Shape::from(0), usize::MAX),
         ] {
             let made = BufferPool::<u8>::new(shape, device, buffers);
             assert!(matches!(made, Err(Error::InvalidShape { .. })), "{shape:?}: {made:?}");
@@ -647,6 +828,76 @@ fn a_failing_growth_takes_what_there_is_loses_nothing_and_passes() {
 }
 
 // ---- memory ----
+
+/// The owner of a stream, which does something when it is let go.
+struct Owner<F: Fn()>(F);
+
+impl<F: Fn()> Drop for Owner<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+/// A handle to the stream whose owner does this.
+fn owned_by(stream: &Stream, let_go: impl Fn() + Send + Sync + 'static) -> Stream {
+    // SAFETY: the tests keep the stream.
+    unsafe { Stream::from_raw(stream.as_raw(), stream.device(), Some(Arc::new(Owner(let_go)))) }
+        .unwrap()
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn an_owner_that_panics_when_a_pool_goes_leaves_nothing_behind() {
+    let test = "an_owner_that_panics_when_a_pool_goes_leaves_nothing_behind";
+    if !common::is_simulated() {
+        return common::left_out(test, "counting allocations needs the simulated runtime");
+    }
+    cuda(test, |device, stream| {
+        let before = common::sim::live();
+        let pool = BufferPool::<u32>::new(WORDS, device, 1).unwrap();
+        let mut held: Vec<_> = (0..4).map(|_| pool.acquire().unwrap()).collect();
+        let adopted = owned_by(&stream, || panic!("let go"));
+        held[0].copy_to_gpu(.., &adopted).unwrap();
+        drop(adopted);
+        // One that outlives the pool, of the last slab.
+        let last = held.pop();
+        drop(held);
+        assert!(catch_unwind(AssertUnwindSafe(|| drop(pool))).is_err());
+        drop(last);
+        assert_eq!(common::sim::live(), before);
+    });
+}
+
+#[test]
+fn an_owner_that_uses_the_pool_when_it_is_let_go_holds_nothing_up() {
+    let test = "an_owner_that_uses_the_pool_when_it_is_let_go_holds_nothing_up";
+    cuda(test, |device, stream| {
+        let other = Stream::new(device).unwrap();
+        let pool = capped(device, 4);
+        let again = pool.clone();
+        let used = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&used);
+        let adopted = owned_by(&stream, move || {
+            let held: Vec<_> = (0..8).map_while(|_| again.acquire().ok()).collect();
+            counted.fetch_add(held.len(), Ordering::Relaxed);
+        });
+        for _ in 0..8 {
+            let mut buffer = pool.acquire().unwrap();
+            buffer.copy_to_gpu(.., &adopted).unwrap();
+            buffer.gpu_on(&adopted).unwrap();
+        }
+        drop(adopted);
+        // Until no buffer remembers the stream.
+        for _ in 0..12 {
+            let mut buffer = pool.acquire().unwrap();
+            buffer.copy_to_gpu(.., &other).unwrap();
+            buffer.copy_to_cpu(.., &other).unwrap();
+            buffer.gpu_on(&other).unwrap();
+        }
+        assert!(used.load(Ordering::Relaxed) > 0);
+        assert_eq!(pool.available(), 4);
+    });
+}
 
 #[test]
 #[cfg(target_os = "linux")]
