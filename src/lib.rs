@@ -18,6 +18,8 @@
 //! # Ok::<(), cpu_gpu_buffer::Error>(())
 //! ```
 //!
+//! A [`BufferPool`] hands such buffers out again and again, to any number of threads, without locks.
+//!
 //! # What it refuses to do
 //!
 //! - It hands out no guard whose forgetting would make a race: a buffer itself knows what is in flight.

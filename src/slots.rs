@@ -526,7 +526,8 @@ impl<S: Send + Sync> Slots<S> {
         self.high_water.fetch_max(taken, Ordering::Relaxed);
     }
 
-    /// Whether there was a moment at which no slot was free.
+    /// Whether there was a moment at which no slot was free: a double collect, as in "Atomic Snapshots of Shared
+    /// Memory" by Afek, Attiya, Dolev, Gafni, Merritt and Shavit.
     ///
     /// The words are read twice, one after the other. Where no slot was free either time and none was
     /// released in between, no word changed from its first reading to its second; so all of them stood as they
