@@ -19,11 +19,11 @@ use bytemuck::Pod;
 use crate::buffer::{BufferOptions, CpuGpuBuffer};
 use crate::device::Device;
 use crate::element::DType;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Side};
 use crate::fork;
 use crate::host::{HostFlags, Pinning};
 use crate::shape::Shape;
-use crate::slots::{Lease, Slots};
+use crate::slots::{Lease, Segment, Slots};
 use crate::storage::{Form, Home, Storage};
 
 /// How a pool is made.
@@ -81,7 +81,9 @@ pub struct PoolStats {
 ///
 /// What [`acquire`](Self::acquire) gives is an ordinary [`CpuGpuBuffer`]; dropping it gives its place in the
 /// pool back, whatever was done to it in between. Nothing waits for that: neither does giving a buffer back
-/// wait for the transfers that it has queued, nor does acquiring one. A buffer that is handed out while a
+/// wait for the transfers that it has queued, nor does acquiring one. (After [`gpu_on`](CpuGpuBuffer::gpu_on) it records
+/// an event: what the stream is sent later has nothing to do with the next holder. While the stream is being captured
+/// it cannot, and the buffer is passed over where another one is left.) A buffer that is handed out while a
 /// transfer of its last holder's is still queued knows of it, and waits when its host half is looked at.
 ///
 /// Handles are cheap to clone, and mean the same pool. Pool and buffers may be dropped in any order, on any
@@ -163,7 +165,9 @@ impl<T: Pod> BufferPool<T> {
             Device::cuda(ordinal)?;
         }
         let inner = Inner { slots: Slots::new(threads()), form, device, options };
-        inner.slots.fill(inner.storages(buffers)?);
+        if buffers > 0 {
+            inner.slots.append(inner.segment(buffers)?);
+        }
         Ok(BufferPool { inner: Arc::new(inner), elements: PhantomData })
     }
 
@@ -280,20 +284,26 @@ impl<T: Pod> BufferPool<T> {
 }
 
 impl Inner {
-    fn storages(&self, count: usize) -> Result<Vec<Storage>> {
+    fn segment(&self, count: usize) -> Result<Segment<Storage>> {
         let PoolOptions { pinning, host_flags, .. } = self.options;
-        Storage::slots(self.form, count, self.device, BufferOptions { pinning, host_flags })
+        let options = BufferOptions { pinning, host_flags };
+        let storages = Storage::slots(self.form, count, self.device, options)?;
+        self.slots.prepare(storages).ok_or(Error::OutOfMemory {
+            side: Side::Host,
+            bytes: count * size_of::<Storage>(),
+            device: self.device,
+        })
     }
 
-    /// Storages for a pool that has `total`: as many again, or as many as there is memory for.
-    fn grow(&self, total: usize) -> Result<Vec<Storage>> {
+    /// Slots for a pool that has `total`: as many again, or as many as there is memory for.
+    fn grow(&self, total: usize) -> Result<Segment<Storage>> {
         let room = self.options.max_buffers.map_or(usize::MAX, |most| most.saturating_sub(total));
         if room == 0 || self.slots.is_full() {
             return Err(Error::PoolExhausted { max_buffers: total });
         }
         let mut count = total.clamp(1, room);
         loop {
-            match self.storages(count) {
+            match self.segment(count) {
                 Err(
                     Error::OutOfMemory { .. }
                     | Error::PinningUnavailable { .. }

@@ -62,11 +62,17 @@ impl Record {
         }
     }
 
+    /// Whether it stands for all that the stream is sent from now on.
+    #[inline]
+    pub(crate) fn is_lazy(&self) -> bool {
+        self.stands && self.stamp.ticket().is_none()
+    }
+
     /// Lazy work ends here: an event is recorded behind it now. Where it cannot be, the record stays lazy.
     #[inline]
     pub(crate) fn close(&self) {
         if let Some((stream, event)) = self.standing()
-            && self.stamp.ticket().is_none()
+            && self.is_lazy()
         {
             let _ = self.ticket(stream, event);
         }

@@ -103,7 +103,7 @@ struct Lane {
 }
 
 /// Slots that come and go together. Slot `i` has bit `i / words` of word `i % words`.
-struct Segment<S> {
+pub(crate) struct Segment<S> {
     /// 1 << `shift` of them.
     words: Box<[Padded<Word>]>,
     shift: u32,
@@ -118,26 +118,25 @@ unsafe impl<S: Send + Sync> Send for Segment<S> {}
 unsafe impl<S: Send + Sync> Sync for Segment<S> {}
 
 impl<S> Segment<S> {
-    /// All slots free; but for the first, where that is `claimed`.
-    fn new(slots: Vec<S>, lanes: usize, claimed: bool) -> Segment<S> {
+    /// All slots free. `None` where there is no memory for it.
+    fn new(slots: Vec<S>, lanes: usize) -> Option<Segment<S>> {
         let count = slots.len();
-        let spread = 1 << count.min(lanes).ilog2();
+        let spread = 1 << count.min(lanes).checked_ilog2()?;
         let words = count.div_ceil(WIDTH).next_power_of_two().max(spread);
         let word = |at: usize| {
             let slots = count.saturating_sub(at).div_ceil(words);
-            let bits = (1 << slots) - 1;
-            let taken = u64::from(claimed && at == 0);
             Padded(Word {
-                bits: AtomicU64::new(bits & !taken),
+                bits: AtomicU64::new((1 << slots) - 1),
                 turn: AtomicU32::new(0),
                 low: AtomicU32::new(u32::MAX),
             })
         };
-        Segment {
-            words: (0..words).map(word).collect(),
+        let slots = slots.into_iter().map(|slot| Padded(UnsafeCell::new(slot)));
+        Some(Segment {
+            words: boxed((0..words).map(word))?,
             shift: words.ilog2(),
-            slots: slots.into_iter().map(|slot| Padded(UnsafeCell::new(slot))).collect(),
-        }
+            slots: boxed(slots)?,
+        })
     }
 
     /// A slot's word and its bit there.
@@ -202,6 +201,14 @@ impl<S> Segment<S> {
         let (word, bit) = self.word_of(slot);
         word.turn.store((bit + 1) % WIDTH as u32, Ordering::Relaxed);
     }
+}
+
+/// A slice of so many; `None` where there is no memory for it.
+fn boxed<T>(items: impl ExactSizeIterator<Item = T>) -> Option<Box<[T]>> {
+    let mut all = Vec::new();
+    all.try_reserve_exact(items.len()).ok()?;
+    all.extend(items);
+    Some(all.into_boxed_slice())
 }
 
 /// One step of a word.
@@ -542,35 +549,35 @@ impl<S: Send + Sync> Slots<S> {
         round().is_some_and(|first| round() == Some(first))
     }
 
+    /// A segment to be appended, of one slot at least. `None` where there is no memory for it.
+    pub(crate) fn prepare(&self, slots: Vec<S>) -> Option<Segment<S>> {
+        Segment::new(slots, self.lanes.len())
+    }
+
     /// As [`claim`](Self::claim), but where nothing is free, appends what `make` makes, which is told how many
-    /// slots there are, and makes one at least. Of several threads that find nothing, one does.
+    /// slots there are. Of several threads that find nothing, one does.
     pub(crate) fn claim_or_grow<E>(
         &self,
         ready: impl Fn(&S) -> bool,
-        make: impl FnOnce(usize) -> Result<Vec<S>, E>,
+        make: impl FnOnce(usize) -> Result<Segment<S>, E>,
     ) -> Result<(Lease<S>, bool), E> {
         let _growing = self.growing.lock().unwrap_or_else(|poison| poison.into_inner());
         if let Some(claimed) = self.claim(&ready) {
             return Ok(claimed);
         }
-        let segment = self.append(make(self.total())?, true);
+        let segment = make(self.total())?;
+        // Before others see it: what was made for this thread is not for them to take.
+        segment.claim_slot(0);
+        let number = self.append(segment);
         self.growths.fetch_add(1, Ordering::Relaxed);
         self.count();
-        Ok((self.lease(segment, 0), true))
+        Ok((self.lease(number, 0), true))
     }
 
-    /// Appends the first segment.
-    pub(crate) fn fill(&self, slots: Vec<S>) {
-        if !slots.is_empty() {
-            self.append(slots, false);
-        }
-    }
-
-    /// Appends a segment, whose number is the answer. Its first slot is the caller's where it is `claimed`.
-    fn append(&self, slots: Vec<S>, claimed: bool) -> usize {
-        let count = slots.len();
+    /// Appends a segment, whose number is the answer: the first, or under the lock.
+    pub(crate) fn append(&self, segment: Segment<S>) -> usize {
+        let count = segment.slots.len();
         let number = self.segments().count();
-        let segment = Segment::new(slots, self.lanes.len(), claimed);
         let pointer = Arc::into_raw(Arc::new(segment));
         for _ in 0..count {
             // SAFETY: of an Arc that is kept.
@@ -618,8 +625,8 @@ impl<S: Send + Sync> Slots<S> {
 impl<S: Send + Sync> Drop for Slots<S> {
     /// Closes every word: what is free goes now, what is not with its lease.
     fn drop(&mut self) {
-        let mut segments = Vec::new();
-        for pointer in &self.segments {
+        let mut segments = [const { None }; SEGMENTS];
+        for (pointer, place) in self.segments.iter().zip(&mut segments) {
             let pointer = pointer.load(Ordering::Relaxed).cast_const();
             if pointer.is_null() {
                 break;
@@ -634,7 +641,7 @@ impl<S: Send + Sync> Drop for Slots<S> {
                     unsafe { Arc::decrement_strong_count(pointer) };
                 }
             }
-            segments.push(segment);
+            *place = Some(segment);
         }
         // When all are closed, since what a slot holds may panic when it is dropped. The others go all the same.
         drop(segments);
@@ -647,7 +654,7 @@ mod tests {
     use crate::sync::run;
 
     fn segment(count: usize, lanes: usize) -> Segment<u8> {
-        Segment::new(vec![0; count], lanes, false)
+        Segment::new(vec![0; count], lanes).unwrap()
     }
 
     fn claimed<S>(segment: &Segment<S>) -> Vec<usize> {

@@ -23,7 +23,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::buffer::BufferOptions;
 use crate::device::{Device, context};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Side};
 use crate::fill;
 use crate::fork;
 use crate::raw;
@@ -144,10 +144,9 @@ impl Storage {
         options: BufferOptions,
     ) -> Result<Vec<Storage>> {
         let Form { shape, numel, layout } = form;
-        let too_many = || Error::InvalidShape { reason: format!("{count} buffers are too many") };
-        u32::try_from(count).map_err(|_| too_many())?;
-        let mut storages = Vec::new();
-        storages.try_reserve_exact(count).map_err(|_| too_many())?;
+        u32::try_from(count).map_err(|_| Error::InvalidShape {
+            reason: format!("{count} buffers are more than can be told apart"),
+        })?;
         let bytes = layout.size();
         let stride = layout.pad_to_align().size();
         // The last one needs no padding.
@@ -157,6 +156,12 @@ impl Storage {
         let whole = whole.and_then(|whole| Layout::from_size_align(whole, layout.align()).ok());
         let whole = whole.ok_or_else(|| Error::InvalidShape {
             reason: format!("{count} buffers of {bytes} bytes overflow isize"),
+        })?;
+        let mut storages = Vec::new();
+        storages.try_reserve_exact(count).map_err(|_| Error::OutOfMemory {
+            side: Side::Host,
+            bytes: count.saturating_mul(size_of::<Storage>()),
+            device,
         })?;
         let context = match device {
             Device::Cpu => None,
@@ -317,13 +322,16 @@ impl Storage {
         Ok(())
     }
 
-    /// Whether the host half is known to be free to write, without asking anybody.
+    /// Whether the host half is known to be free to write, without asking anybody, and no stream may be about to
+    /// use the device half.
     #[inline]
     pub(crate) fn is_known_ready(&self) -> bool {
-        self.upload.is_known_finished() && self.download.is_known_finished()
+        self.upload.is_known_finished()
+            && self.download.is_known_finished()
+            && !self.device_use.is_lazy()
     }
 
-    /// Asks the driver once for what keeps the host half from being [known ready](Self::is_known_ready).
+    /// Asks the driver once for what may keep the host half from being [known ready](Self::is_known_ready).
     pub(crate) fn ask(&self) -> Result<()> {
         let pending = match self.download.is_known_finished() {
             true => &self.upload,

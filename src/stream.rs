@@ -193,7 +193,7 @@ impl Stream {
     /// `raw` is a stream of `device`'s primary context, live for as long as `owner` is kept, or, without
     /// one, for as long as any handle to it or buffer used on it is; and as a pool is, where such a buffer was
     /// given back to it while the stream was being captured or the driver answered with errors. While work of
-    /// this crate's is sent to it, nobody begins to capture it.
+    /// this crate's is sent to it, or a pool's buffer used on it is given back, nobody begins to capture it.
     pub unsafe fn from_raw(
         raw: sys::cudaStream_t,
         device: Device,

@@ -473,6 +473,29 @@ fn the_next_holder_has_nothing_to_do_with_a_capture_of_the_last_ones() {
 }
 
 #[test]
+fn a_buffer_given_back_while_its_stream_is_captured_is_passed_over() {
+    let test = "a_buffer_given_back_while_its_stream_is_captured_is_passed_over";
+    cuda(test, |device, stream| {
+        let other = Stream::new(device).unwrap();
+        for buffers in [2, 8, 100] {
+            let pool = capped(device, buffers);
+            let mut buffer = pool.acquire().unwrap();
+            buffer.gpu_on(&stream).unwrap();
+            common::begin_capture(&stream);
+            drop(buffer);
+            for _ in 0..2 * buffers {
+                pool.acquire().unwrap().copy_to_gpu(.., &other).unwrap();
+                other.synchronize().unwrap();
+            }
+            common::end_capture(&stream);
+            // Afterwards it is a buffer like the others.
+            let mut all: Vec<_> = (0..buffers).map(|_| pool.acquire().unwrap()).collect();
+            all.iter_mut().for_each(|buffer| buffer.fill(NEW, &other).unwrap());
+        }
+    });
+}
+
+#[test]
 fn a_stream_that_was_adopted_may_go_when_the_last_buffer_used_on_it_was_given_back() {
     let test = "a_stream_that_was_adopted_may_go_when_the_last_buffer_used_on_it_was_given_back";
     cuda(test, |device, stream| {

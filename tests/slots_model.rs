@@ -152,7 +152,9 @@ type Pool = Arc<Slots<Held>>;
 
 fn pool(count: usize, words: usize) -> Pool {
     let slots = Slots::new(words);
-    slots.fill((0..count).map(|_| Held::new()).collect());
+    if count > 0 {
+        slots.append(slots.prepare((0..count).map(|_| Held::new()).collect()).unwrap());
+    }
     Arc::new(slots)
 }
 
@@ -163,7 +165,7 @@ fn claim(pool: &Pool) -> Option<Lease<Held>> {
 /// What the pool does: looks for a slot, and then again under the lock, and grows.
 fn claim_or_grow(pool: &Pool, made: impl FnOnce(usize) -> Vec<Held>) -> Lease<Held> {
     claim(pool).unwrap_or_else(|| {
-        let made = |total| Ok::<_, ()>(made(total));
+        let made = |total| pool.prepare(made(total)).ok_or(());
         pool.claim_or_grow(|_| true, made).unwrap().0
     })
 }
@@ -297,7 +299,7 @@ fn published_before_it_is_made() {
         thread::spawn(move || visit(&pool))
     };
     let making = Held::new();
-    pool.fill(vec![Held(Arc::clone(&making.0))]);
+    pool.append(pool.prepare(vec![Held(Arc::clone(&making.0))]).unwrap());
     making.touch();
     other.join().unwrap();
 }
