@@ -117,6 +117,8 @@ pub(crate) struct Storage {
     /// The host half still has to be zeroed, once no transfer of the holder before uses it.
     unzeroed: AtomicBool,
     zeroing: Mutex<()>,
+    /// Nothing has to be waited for before the host half is written: seen once, and true until the next transfer.
+    host_is_free: bool,
     upload: Record,
     download: Record,
     device_use: Record,
@@ -183,6 +185,7 @@ impl Storage {
             defined: if context.is_some() { 0 } else { bytes },
             unzeroed: AtomicBool::new(false),
             zeroing: Mutex::new(()),
+            host_is_free: true,
             upload: Record::idle(),
             download: Record::idle(),
             device_use: Record::idle(),
@@ -257,6 +260,7 @@ impl Storage {
         }
         if zeroed {
             *self.unzeroed.get_mut() = true;
+            self.host_is_free = false;
             self.undefine(self.bytes);
         }
     }
@@ -282,9 +286,22 @@ impl Storage {
 
     /// Waits until the host half may be written.
     #[inline]
-    pub(crate) fn wait_to_write(&self) -> Result<()> {
-        self.wait_to_read()?;
-        self.upload.wait()
+    pub(crate) fn wait_to_write(&mut self) -> Result<()> {
+        self.refuse_child()?;
+        match self.host_is_free {
+            true => Ok(()),
+            false => self.free_host(),
+        }
+    }
+
+    /// Waits for the transfers of the host half, and zeroes it if it has to be.
+    #[inline(never)]
+    fn free_host(&mut self) -> Result<()> {
+        self.download.wait()?;
+        self.upload.wait()?;
+        self.ready_host()?;
+        self.host_is_free = true;
+        Ok(())
     }
 
     /// Whether the host half may be read now.
@@ -534,6 +551,7 @@ impl Storage {
             unsafe { ptr::copy(from, to, bytes) };
             return Ok(());
         };
+        self.host_is_free = false;
         let record = match direction {
             UP => &mut self.upload,
             _ => &mut self.download,

@@ -26,12 +26,13 @@ mod generate {
         StreamEndCapture|StreamGetFlags|StreamGetPriority|StreamIsCapturing|StreamQuery|\
         StreamSynchronize|StreamWaitEvent|ThreadExchangeStreamCaptureMode)";
 
-    /// Types that no function above names: handles, and the signatures of the driver's functions that
-    /// the runtime lacks, which come through `cudaGetDriverEntryPoint`.
+    /// Types that no function above names: handles, and the signatures of the driver's own functions, which
+    /// come through `cudaGetDriverEntryPoint`.
     const TYPES: &str = "cudaError_t|cudaStream_t|cudaEvent_t|cudaDeviceAttr|cudaMemcpyKind|cudaGetDriverEntryPointFlags|CUresult|\
         PFN_(cuCtxGetCurrent_v4000|cuCtxPopCurrent_v4000|cuCtxPushCurrent_v4000|cuDeviceGet_v2000|\
         cuDevicePrimaryCtxRelease_v11000|cuDevicePrimaryCtxRetain_v7000|cuLaunchKernel_v4000|cuMemsetD(16|32)Async_v3020|\
-        cuModuleGetFunction_v2000|cuModuleLoadData_v2000|cuModuleUnload_v2000)";
+        cuModuleGetFunction_v2000|cuModuleLoadData_v2000|cuModuleUnload_v2000|\
+        cuEvent(Query|Record|Synchronize)_v2000|cuStreamIsCapturing_v10000|cuThreadExchangeStreamCaptureMode_v10010)";
 
     const CONSTANTS: &str = "cuda(Event(BlockingSync|Default|DisableTiming)|\
         HostAlloc(Default|Mapped|Portable|WriteCombined)|\

@@ -438,7 +438,7 @@ fn break_each(
         // It sticks, and is named by the call that answered it.
         let next = bench.stream.synchronize();
         let Err(Error::Cuda { code, call }) = next else { panic!("{what}: {next:?}") };
-        assert_eq!((code.0, call), (ILLEGAL, "cudaStreamIsCapturing"), "{what}");
+        assert_eq!((code.0, call), (ILLEGAL, "cuStreamIsCapturing"), "{what}");
         if mended {
             sim::heal();
             bench.verify();

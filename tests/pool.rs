@@ -612,7 +612,7 @@ fn acquire_asks_the_driver_once_at_most_and_try_acquire_never() {
         assert_eq!(common::sim::calls(), 0);
         for asked in 1..100 {
             drop(pool.acquire().unwrap());
-            assert_eq!(common::sim::calls_of(c"cudaEventQuery"), asked);
+            assert_eq!(common::sim::calls_of(c"cuEventQuery"), asked);
         }
         gate.open();
         stream.synchronize().unwrap();
@@ -637,10 +637,10 @@ fn an_error_of_the_driver_that_acquire_asks_is_its_answer_and_loses_nothing() {
             buffer.copy_to_gpu(.., &stream).unwrap();
         }
         common::sim::reset();
-        common::sim::fail_function(c"cudaEventQuery", 999);
+        common::sim::fail_function(c"cuEventQuery", 999);
         for _ in 0..5 {
             let code = sys::cudaError(999);
-            let error = Error::Cuda { code, call: "cudaEventQuery" };
+            let error = Error::Cuda { code, call: "cuEventQuery" };
             assert_eq!(pool.acquire().err(), Some(error));
             assert_eq!(pool.available(), 2);
         }

@@ -452,7 +452,38 @@ pub struct CUmod_st {
 }
 pub type CUmodule = *mut CUmod_st;
 pub type CUfunction = *mut CUfunc_st;
+pub type CUevent = *mut CUevent_st;
 pub type CUstream = *mut CUstream_st;
+impl CUstreamCaptureStatus_enum {
+    pub const CU_STREAM_CAPTURE_STATUS_NONE: CUstreamCaptureStatus_enum = CUstreamCaptureStatus_enum(
+        0,
+    );
+    pub const CU_STREAM_CAPTURE_STATUS_ACTIVE: CUstreamCaptureStatus_enum = CUstreamCaptureStatus_enum(
+        1,
+    );
+    pub const CU_STREAM_CAPTURE_STATUS_INVALIDATED: CUstreamCaptureStatus_enum = CUstreamCaptureStatus_enum(
+        2,
+    );
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub struct CUstreamCaptureStatus_enum(pub ::std::os::raw::c_uint);
+pub use self::CUstreamCaptureStatus_enum as CUstreamCaptureStatus;
+impl CUstreamCaptureMode_enum {
+    pub const CU_STREAM_CAPTURE_MODE_GLOBAL: CUstreamCaptureMode_enum = CUstreamCaptureMode_enum(
+        0,
+    );
+    pub const CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: CUstreamCaptureMode_enum = CUstreamCaptureMode_enum(
+        1,
+    );
+    pub const CU_STREAM_CAPTURE_MODE_RELAXED: CUstreamCaptureMode_enum = CUstreamCaptureMode_enum(
+        2,
+    );
+}
+#[repr(transparent)]
+#[derive(Debug, Copy, Clone, Hash, PartialEq, Eq)]
+pub struct CUstreamCaptureMode_enum(pub ::std::os::raw::c_uint);
+pub use self::CUstreamCaptureMode_enum as CUstreamCaptureMode;
 impl cudaError_enum {
     pub const CUDA_SUCCESS: cudaError_enum = cudaError_enum(0);
     pub const CUDA_ERROR_INVALID_VALUE: cudaError_enum = cudaError_enum(1);
@@ -622,6 +653,15 @@ pub type PFN_cuModuleGetFunction_v2000 = ::std::option::Option<
         name: *const ::std::os::raw::c_char,
     ) -> CUresult,
 >;
+pub type PFN_cuThreadExchangeStreamCaptureMode_v10010 = ::std::option::Option<
+    unsafe extern "C" fn(mode: *mut CUstreamCaptureMode) -> CUresult,
+>;
+pub type PFN_cuEventQuery_v2000 = ::std::option::Option<
+    unsafe extern "C" fn(hEvent: CUevent) -> CUresult,
+>;
+pub type PFN_cuEventSynchronize_v2000 = ::std::option::Option<
+    unsafe extern "C" fn(hEvent: CUevent) -> CUresult,
+>;
 pub type PFN_cuMemsetD16Async_v3020 = ::std::option::Option<
     unsafe extern "C" fn(
         dstDevice: CUdeviceptr_v2,
@@ -638,6 +678,9 @@ pub type PFN_cuMemsetD32Async_v3020 = ::std::option::Option<
         hStream: CUstream,
     ) -> CUresult,
 >;
+pub type PFN_cuEventRecord_v2000 = ::std::option::Option<
+    unsafe extern "C" fn(hEvent: CUevent, hStream: CUstream) -> CUresult,
+>;
 pub type PFN_cuLaunchKernel_v4000 = ::std::option::Option<
     unsafe extern "C" fn(
         f: CUfunction,
@@ -651,6 +694,12 @@ pub type PFN_cuLaunchKernel_v4000 = ::std::option::Option<
         hStream: CUstream,
         kernelParams: *mut *mut ::std::os::raw::c_void,
         extra: *mut *mut ::std::os::raw::c_void,
+    ) -> CUresult,
+>;
+pub type PFN_cuStreamIsCapturing_v10000 = ::std::option::Option<
+    unsafe extern "C" fn(
+        hStream: CUstream,
+        captureStatus: *mut CUstreamCaptureStatus,
     ) -> CUresult,
 >;
 runtime! {

@@ -11,7 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cudart_sys::{
-    CUcontext, CUdevice_v1, CUdeviceptr_v2, CUfunction, CUmodule, CUresult, CUstream,
+    CUcontext, CUdevice_v1, CUdeviceptr_v2, CUevent, CUfunction, CUmodule, CUresult, CUstream,
+    CUstreamCaptureMode, CUstreamCaptureStatus, cudaStreamCaptureMode,
 };
 
 use crate::stream::Stream;
@@ -279,7 +280,61 @@ unsafe extern "C" fn memset_d32(
     memset("cuMemsetD32Async", to, &value.to_ne_bytes(), count, on)
 }
 
+// The functions that the runtime has too. They want a current context where their namesakes make one, and
+// exchanging the mode wants none ("CUDA Driver API", of each).
+
+/// Some context is current, and it is not broken.
+fn current() -> Result<usize> {
+    let device = context::current().ok_or(Status::cudaErrorDeviceUninitialized)?;
+    context::sticky(device).map_or(Ok(device), Err)
+}
+
+unsafe extern "C" fn exchange_capture_mode(mode: *mut CUstreamCaptureMode) -> CUresult {
+    call("cuThreadExchangeStreamCaptureMode", || {
+        if mode.is_null() {
+            return Err(Status::cudaErrorInvalidValue);
+        }
+        // SAFETY: not null, and the caller of a C function passes valid places.
+        let new = unsafe { mode.read() };
+        let before = context::exchange_capture_mode(cudaStreamCaptureMode(new.0));
+        put(mode, CUstreamCaptureMode(before.0))
+    })
+}
+
+unsafe extern "C" fn is_capturing(on: CUstream, place: *mut CUstreamCaptureStatus) -> CUresult {
+    call("cuStreamIsCapturing", || {
+        let device = current()?;
+        put(place, CUstreamCaptureStatus(stream::capture_status(on.addr(), device)?.0))
+    })
+}
+
+unsafe extern "C" fn event_record(event: CUevent, on: CUstream) -> CUresult {
+    call("cuEventRecord", || {
+        current()?;
+        stream::record(event.addr(), &stream::stream(on.addr())?)
+    })
+}
+
+unsafe extern "C" fn event_query(event: CUevent) -> CUresult {
+    call("cuEventQuery", || {
+        stream::prohibited(context::capture_mode())?;
+        stream::query_event(event.addr())
+    })
+}
+
+unsafe extern "C" fn event_synchronize(event: CUevent) -> CUresult {
+    call("cuEventSynchronize", || {
+        stream::prohibited(context::capture_mode())?;
+        stream::synchronize_event(event.addr())
+    })
+}
+
 // The types are those of the driver's headers.
+const _: cudart_sys::PFN_cuThreadExchangeStreamCaptureMode_v10010 = Some(exchange_capture_mode);
+const _: cudart_sys::PFN_cuStreamIsCapturing_v10000 = Some(is_capturing);
+const _: cudart_sys::PFN_cuEventRecord_v2000 = Some(event_record);
+const _: cudart_sys::PFN_cuEventQuery_v2000 = Some(event_query);
+const _: cudart_sys::PFN_cuEventSynchronize_v2000 = Some(event_synchronize);
 const _: cudart_sys::PFN_cuDeviceGet_v2000 = Some(device_get);
 const _: cudart_sys::PFN_cuDevicePrimaryCtxRetain_v7000 = Some(primary_retain);
 const _: cudart_sys::PFN_cuDevicePrimaryCtxRelease_v11000 = Some(primary_release);
@@ -309,6 +364,11 @@ pub(crate) fn entry_point(name: &CStr) -> *const c_void {
         b"cuLaunchKernel" => launch as *const c_void,
         b"cuMemsetD16Async" => memset_d16 as *const c_void,
         b"cuMemsetD32Async" => memset_d32 as *const c_void,
+        b"cuThreadExchangeStreamCaptureMode" => exchange_capture_mode as *const c_void,
+        b"cuStreamIsCapturing" => is_capturing as *const c_void,
+        b"cuEventRecord" => event_record as *const c_void,
+        b"cuEventQuery" => event_query as *const c_void,
+        b"cuEventSynchronize" => event_synchronize as *const c_void,
         _ => ptr::null(),
     }
 }

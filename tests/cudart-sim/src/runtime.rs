@@ -283,13 +283,7 @@ export! {
     }
     fn cudaStreamIsCapturing(on: cudaStream_t, place: *mut cudaStreamCaptureStatus) {
         context::bind()?;
-        if on.addr() <= 1 && stream::legacy_is_blocked(context::current_device()) {
-            return Err(Status::cudaErrorStreamCaptureImplicit);
-        }
-        put(place, match stream::stream(on.addr())?.is_capturing() {
-            true => cudaStreamCaptureStatus::cudaStreamCaptureStatusActive,
-            false => cudaStreamCaptureStatus::cudaStreamCaptureStatusNone,
-        })
+        put(place, stream::capture_status(on.addr(), context::current_device())?)
     }
     fn cudaStreamBeginCapture(on: cudaStream_t, mode: cudaStreamCaptureMode) {
         context::bind()?;

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cudart_sys::cudaStreamCaptureMode as Mode;
+use cudart_sys::cudaStreamCaptureStatus;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::context;
@@ -269,10 +270,21 @@ fn others_first(stream: &Arc<Stream>) -> Vec<Point> {
 }
 
 /// Whether a stream that the legacy stream would wait for is in capture.
-pub(crate) fn legacy_is_blocked(device: usize) -> bool {
+fn legacy_is_blocked(device: usize) -> bool {
     let handles = handles();
     let mut blocking = handles.streams.values().filter(|other| !other.non_blocking);
     blocking.any(|other| other.device == device && other.is_capturing())
+}
+
+/// Whether a stream is in capture; the legacy stream is that of `device`.
+pub(crate) fn capture_status(handle: usize, device: usize) -> Result<cudaStreamCaptureStatus> {
+    if handle <= 1 && legacy_is_blocked(device) {
+        return Err(Status::cudaErrorStreamCaptureImplicit);
+    }
+    Ok(match stream(handle)?.is_capturing() {
+        true => cudaStreamCaptureStatus::cudaStreamCaptureStatusActive,
+        false => cudaStreamCaptureStatus::cudaStreamCaptureStatusNone,
+    })
 }
 
 /// The calling thread. Unlike the standard library's, it can be asked for in destructors of thread-locals.
