@@ -1,6 +1,6 @@
 //! Filling device memory with an element of any size: what goes to the driver's memset, what to a kernel.
 //!
-//! An element whose bytes repeat every 1, 2 or 4 is a memset, which costs the caller a third of a kernel
+//! A short fill whose bytes repeat every 1, 2 or 4 is a memset, which costs the caller a third of a kernel
 //! launch. Any other is written out on the host until it comes round to a multiple of 16 bytes, and a
 //! kernel of `kernels/fill.cu` repeats that. An element too long for a kernel's parameters is written
 //! once, piece by piece, and then repeated from device memory.
@@ -24,7 +24,8 @@ static PTX: &str = concat!(include_str!("../kernels/fill.ptx"), "\0");
 
 /// The fill kernels, loaded into a context for the life of the process.
 pub(crate) struct Kernels {
-    fill: sys::CUfunction,
+    short: sys::CUfunction,
+    long: sys::CUfunction,
     repeat1: sys::CUfunction,
     repeat16: sys::CUfunction,
 }
@@ -49,7 +50,8 @@ impl Kernels {
         let function = |name| unsafe { raw::module_function(module, name) };
         let load = || {
             Ok(Kernels {
-                fill: function(c"cgb_fill")?,
+                short: function(c"cgb_fill_short")?,
+                long: function(c"cgb_fill_long")?,
                 repeat1: function(c"cgb_repeat1")?,
                 repeat16: function(c"cgb_repeat16")?,
             })
@@ -61,14 +63,38 @@ impl Kernels {
     }
 }
 
-/// As in `kernels/fill.cu`.
-const PATTERN_BYTES: usize = 224 * 16;
-const STORES: usize = 4;
-const THREADS: usize = 256;
+/// A fill of so many bytes goes to a kernel, even if the driver's memset could do it.
+///
+/// The device is done with either at the same time up to 512 KiB. From there on the kernel is the faster one, on an
+/// H100 by 8 % at 1 MiB, 15 % at 4 MiB and 1 % at 1 GiB, while the memset costs the caller 3 us less: below 1 MiB
+/// that is more than the kernel can save.
+const KERNEL_FROM: usize = 1 << 20;
 
-/// The kernel's parameter: whole periods of what is to be written.
+/// Vectors of 16 bytes in the pattern of each fill kernel, as in `kernels/fill.cu`.
+const SHORT: usize = 16;
+const LONG: usize = 224;
+
+/// How a fill kernel is launched.
+struct Shape {
+    /// Rows to a block, as in `kernels/fill.cu`.
+    stores: usize,
+    /// At most so many threads to a block, where so many hold a row.
+    threads: usize,
+}
+
+const SHORT_SHAPE: Shape = Shape { stores: 1, threads: 256 };
+const LONG_SHAPE: Shape = Shape { stores: 4, threads: 512 };
+
+/// Threads to a block of the kernels that repeat, and about how often each stores.
+const REPEAT_THREADS: usize = 256;
+const REPEAT_STORES: usize = 4;
+
+/// The most threads to a block that any device takes.
+const MOST_THREADS: usize = 1024;
+
+/// A fill kernel's parameter: whole periods of what is to be written.
 #[repr(C, align(16))]
-struct Pattern([u8; PATTERN_BYTES]);
+struct Pattern<const VECTORS: usize>([[u8; 16]; VECTORS]);
 
 /// Enqueues a fill of `bytes` bytes at `to` with copies of `element`.
 ///
@@ -86,58 +112,53 @@ pub(crate) unsafe fn enqueue(
         return Ok(());
     }
     let raw = entered.raw();
-    match repeating(element, to.addr()) {
-        Some(Unit::One(value)) => {
+    match choose(element, to.addr(), bytes) {
+        Way::One(value) => {
             // SAFETY: the caller vouches for the range.
             unsafe { raw::memset_d8(to, value, bytes, raw) }
         }
-        Some(Unit::Two(value)) => {
+        Way::Two(value) => {
             // SAFETY: the caller vouches for the range, and 2 divides its address and length.
             unsafe { raw::memset_d16(to, value, bytes / 2, raw) }
         }
-        Some(Unit::Four(value)) => {
+        Way::Four(value) => {
             // SAFETY: the caller vouches for the range, and 4 divides its address and length.
             unsafe { raw::memset_d32(to, value, bytes / 4, raw) }
         }
-        None => {
+        Way::Kernel(unit) => {
             // A launch wants the kernel's own context, not just any.
             let _current = entered.context().enter()?;
-            let kernels = &entered.context().kernels;
-            let period = element.len() / gcd(element.len(), 16) * 16;
-            if period <= PATTERN_BYTES {
-                // SAFETY: the caller vouches for the range, and the context is current.
-                return unsafe { launch_fill(kernels, to, bytes, element, period, raw) };
-            }
-            for (at, piece) in element.chunks(PATTERN_BYTES).enumerate() {
-                let to = to.wrapping_add(at * PATTERN_BYTES);
-                let period = piece.len().next_multiple_of(16);
-                // SAFETY: a piece of the first element, which lies in the range; the context is current.
-                unsafe { launch_fill(kernels, to, piece.len(), piece, period, raw) }?;
-            }
             // SAFETY: the caller vouches for the range, and the context is current.
-            unsafe { launch_repeat(kernels, to, bytes, element.len(), raw) }
+            unsafe { launch(&entered.context().kernels, to, bytes, unit, raw) }
         }
     }
 }
 
-enum Unit {
+/// What writes a range.
+#[derive(Debug, PartialEq)]
+enum Way<'element> {
     One(u8),
     Two(u16),
     Four(u32),
+    /// A kernel, that is to repeat this.
+    Kernel(&'element [u8]),
 }
 
-/// The shortest unit of 1, 2 or 4 bytes that `element` repeats, where `address` is a multiple of it.
-fn repeating(element: &[u8], address: usize) -> Option<Unit> {
-    let repeats = |width: usize| {
-        element.len().is_multiple_of(width)
-            && address.is_multiple_of(width)
-            && element.chunks_exact(width).all(|unit| unit == &element[..width])
+/// What writes `bytes` bytes of copies of `element` at `address`.
+fn choose(element: &[u8], address: usize, bytes: usize) -> Way<'_> {
+    let repeats = |width: &usize| {
+        element.len().is_multiple_of(*width)
+            && element[*width..] == element[..element.len() - *width]
     };
-    match *element {
-        [a, ..] if repeats(1) => Some(Unit::One(a)),
-        [a, b, ..] if repeats(2) => Some(Unit::Two(u16::from_ne_bytes([a, b]))),
-        [a, b, c, d, ..] if repeats(4) => Some(Unit::Four(u32::from_ne_bytes([a, b, c, d]))),
-        _ => None,
+    // The kernels' vectors have 16 bytes: shorter units than these make them no shorter a period.
+    let unit =
+        [1, 2, 4, 8, 16].into_iter().find(repeats).map_or(element, |width| &element[..width]);
+    let memset = bytes < KERNEL_FROM && address.is_multiple_of(unit.len());
+    match *unit {
+        [a] if memset => Way::One(a),
+        [a, b] if memset => Way::Two(u16::from_ne_bytes([a, b])),
+        [a, b, c, d] if memset => Way::Four(u32::from_ne_bytes([a, b, c, d])),
+        _ => Way::Kernel(unit),
     }
 }
 
@@ -145,71 +166,150 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Writes `element` over and over; it comes round to its beginning within `period` bytes, or there is
+/// Vectors until copies of `length` bytes come round to a multiple of 16.
+fn period(length: usize) -> usize {
+    length / gcd(length, 16)
+}
+
+/// Enqueues what fills the range with copies of `unit`.
+///
+/// # Safety
+///
+/// As for [`enqueue`], and `stream`'s context is current.
+unsafe fn launch(
+    kernels: &Kernels,
+    to: *mut u8,
+    bytes: usize,
+    unit: &[u8],
+    stream: sys::cudaStream_t,
+) -> Result<()> {
+    let vectors = period(unit.len());
+    if vectors <= LONG {
+        // SAFETY: the caller vouches for the range and for the context.
+        return unsafe { launch_fill(kernels, to, bytes, unit, vectors, stream) };
+    }
+    for (at, piece) in unit.chunks(LONG * 16).enumerate() {
+        let to = to.wrapping_add(at * LONG * 16);
+        let vectors = piece.len().div_ceil(16);
+        // SAFETY: a piece of the first unit, which lies in the range; the caller vouches for the context.
+        unsafe { launch_fill(kernels, to, piece.len(), piece, vectors, stream) }?;
+    }
+    // Byte by byte until it comes round, and then in vectors.
+    let head = to.addr().next_multiple_of(16) - to.addr();
+    let round = bytes.min(head + vectors * 16);
+    // SAFETY: the caller vouches for the range and for the context; the first unit was written.
+    unsafe { launch_repeat::<1>(kernels.repeat1, to, round, unit.len(), stream) }?;
+    // SAFETY: as above, and what repeats from the first bound of a vector was written too.
+    unsafe { launch_repeat::<16>(kernels.repeat16, to, bytes, vectors * 16, stream) }
+}
+
+/// Writes `unit` over and over; it comes round to its beginning within `period` vectors, or there is
 /// no more than one of it.
 ///
 /// # Safety
 ///
-/// As for [`enqueue`]; `period` is a multiple of 16 and at most [`PATTERN_BYTES`]; `stream`'s context is
-/// current.
+/// As for [`enqueue`]; `period` is at most [`LONG`]; `stream`'s context is current.
 unsafe fn launch_fill(
     kernels: &Kernels,
+    to: *mut u8,
+    bytes: usize,
+    unit: &[u8],
+    period: usize,
+    stream: sys::cudaStream_t,
+) -> Result<()> {
+    // What a launch carries is what it costs the caller.
+    if period <= SHORT {
+        let (kernel, shape) = (kernels.short, SHORT_SHAPE);
+        // SAFETY: the caller vouches for the range and for the context; this kernel's pattern is that long.
+        unsafe { launch_pattern::<SHORT>(kernel, shape, to, bytes, unit, period, stream) }
+    } else {
+        let (kernel, shape) = (kernels.long, LONG_SHAPE);
+        // SAFETY: as above.
+        unsafe { launch_pattern::<LONG>(kernel, shape, to, bytes, unit, period, stream) }
+    }
+}
+
+/// # Safety
+///
+/// As for [`launch_fill`]; `kernel` takes a pattern of `VECTORS`, and `period` is no more.
+unsafe fn launch_pattern<const VECTORS: usize>(
+    kernel: sys::CUfunction,
+    shape: Shape,
     mut to: *mut u8,
     bytes: usize,
-    element: &[u8],
+    unit: &[u8],
     period: usize,
     stream: sys::cudaStream_t,
 ) -> Result<()> {
     // The kernel's pattern begins at the first multiple of 16 in the range; what lies before it is
     // the end of the period.
     let head = to.addr().next_multiple_of(16) - to.addr();
-    let mut pattern = Pattern([0; PATTERN_BYTES]);
-    let (body, before) = pattern.0[..period].split_at_mut(period - head);
-    let mut rest = element.iter().cycle();
-    for (to, from) in before.iter_mut().chain(body).zip(&mut rest) {
-        *to = *from;
+    let mut pattern = Pattern([[0; 16]; VECTORS]);
+    let written = pattern.0[..period].as_flattened_mut();
+    for copy in written.chunks_mut(unit.len()) {
+        copy.copy_from_slice(&unit[..copy.len()]);
     }
-    let row = THREADS / (period / 16) * (period / 16);
+    written.rotate_left(head);
     let vectors = bytes.saturating_sub(head) / 16;
-    let blocks = vectors.div_ceil(row * STORES).max(1);
-    // A grid has at most 2^31 - 1 blocks, of 8 KB and more: 17 TB.
-    let blocks = i32::try_from(blocks).expect("a device has less memory").cast_unsigned();
+    let (blocks, threads) = grid(vectors, period, shape);
     let mut bytes = bytes as u64;
-    let mut vectors = (period / 16) as u32;
+    let mut period = period as u32;
     let mut parameters: [*mut c_void; 4] = [
         (&raw mut to).cast(),
         (&raw mut bytes).cast(),
-        (&raw mut vectors).cast(),
+        (&raw mut period).cast(),
         (&raw mut pattern).cast(),
     ];
-    // SAFETY: the parameters are those of `cgb_fill`, which writes `bytes` bytes at `to`; the caller
+    // SAFETY: the parameters are those of the fill kernels, which write `bytes` bytes at `to`; the caller
     // vouches for them and for the context.
-    unsafe { raw::launch(kernels.fill, blocks, THREADS as u32, &mut parameters, stream) }
+    unsafe { raw::launch(kernel, blocks, threads, &mut parameters, stream) }
 }
 
-/// Repeats the first `element` bytes through the range.
+/// The blocks of a fill, and the threads of each: a row of whole periods, and, but for odd periods of more
+/// than 128 vectors, of whole lines of 128 bytes.
+fn grid(vectors: usize, period: usize, shape: Shape) -> (u32, u32) {
+    let lines = period * 8 / gcd(period, 8);
+    let row = if lines <= MOST_THREADS { lines } else { period };
+    let threads = (shape.threads / row).max(1) * row;
+    (blocks(vectors.div_ceil(threads * shape.stores).max(1)), threads as u32)
+}
+
+/// A grid has at most 2^31 - 1 blocks, and the smallest of ours, byte by byte, stand for 256 bytes: 550 GB.
+fn blocks(count: usize) -> u32 {
+    i32::try_from(count).expect("a device has less memory").cast_unsigned()
+}
+
+/// Repeats a period of `period` bytes through the range, in units of `WIDTH` bytes, from the first bound of a unit.
 ///
 /// # Safety
 ///
-/// As for [`enqueue`], and `stream`'s context is current.
-unsafe fn launch_repeat(
-    kernels: &Kernels,
+/// As for [`enqueue`], and `stream`'s context is current; the first period was written, with what lies before
+/// it; `kernel` is the one that repeats units of `WIDTH` bytes, which divides `period`.
+unsafe fn launch_repeat<const WIDTH: usize>(
+    kernel: sys::CUfunction,
     mut to: *mut u8,
     bytes: usize,
-    element: usize,
+    period: usize,
     stream: sys::cudaStream_t,
 ) -> Result<()> {
-    let wide = element.is_multiple_of(16) && to.addr().is_multiple_of(16);
-    let (kernel, width) = if wide { (kernels.repeat16, 16) } else { (kernels.repeat1, 1) };
-    let mut units = (bytes / width) as u64;
-    let mut period = (element / width) as u64;
-    let mut parameters: [*mut c_void; 3] =
-        [(&raw mut to).cast(), (&raw mut units).cast(), (&raw mut period).cast()];
-    // The kernel strides over the range with however many blocks there are.
-    let blocks = (units.div_ceil(THREADS as u64)).clamp(1, 4096) as u32;
-    // SAFETY: the parameters are those of `cgb_repeat1` and `cgb_repeat16`, which read the first element and
+    let head = to.addr().next_multiple_of(WIDTH) - to.addr();
+    if bytes <= head + period {
+        return Ok(());
+    }
+    let columns = (period / WIDTH).div_ceil(REPEAT_THREADS);
+    let periods = (bytes - head).div_ceil(period);
+    let turns = (periods - 1).div_ceil(REPEAT_STORES);
+    let grid = blocks(columns * turns);
+    let (mut bytes, mut period, mut columns) = (bytes as u64, period as u64, columns as u32);
+    let mut parameters: [*mut c_void; 4] = [
+        (&raw mut to).cast(),
+        (&raw mut bytes).cast(),
+        (&raw mut period).cast(),
+        (&raw mut columns).cast(),
+    ];
+    // SAFETY: the parameters are those of `cgb_repeat1` and `cgb_repeat16`, which read the first period and
     // write behind it; the caller vouches for the range and for the context.
-    unsafe { raw::launch(kernel, blocks, THREADS as u32, &mut parameters, stream) }
+    unsafe { raw::launch(kernel, grid, REPEAT_THREADS as u32, &mut parameters, stream) }
 }
 
 #[cfg(test)]

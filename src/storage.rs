@@ -516,7 +516,7 @@ impl Storage {
         self.device_use.stand_for(entered)?;
         let (from, bytes) = (self.gpu_at(self.defined), self.bytes - self.defined);
         // SAFETY: the device half is this value's, and `device_use` and `order` keep others from it.
-        unsafe { raw::memset_d8(from, 0, bytes, entered.raw()) }?;
+        unsafe { fill::enqueue(from, bytes, &[0], entered) }?;
         self.defined = self.bytes;
         Ok(())
     }

@@ -105,7 +105,8 @@ unsafe extern "C" fn module_unload(_module: CUmodule) -> CUresult {
 }
 
 /// The kernels; a function's handle is the place of its name here.
-const KERNELS: [&CStr; 5] = [c"gate", c"store", c"cgb_fill", c"cgb_repeat1", c"cgb_repeat16"];
+const KERNELS: [&CStr; 6] =
+    [c"gate", c"store", c"cgb_fill_short", c"cgb_fill_long", c"cgb_repeat1", c"cgb_repeat16"];
 
 unsafe extern "C" fn module_function(
     place: *mut CUfunction,
@@ -138,10 +139,10 @@ unsafe fn parameter<T: Copy>(parameters: *mut *mut c_void, number: usize) -> T {
 #[allow(clippy::too_many_arguments)]
 unsafe extern "C" fn launch(
     function: CUfunction,
-    _blocks: c_uint,
+    blocks: c_uint,
     _blocks_y: c_uint,
     _blocks_z: c_uint,
-    _threads: c_uint,
+    threads: c_uint,
     _threads_y: c_uint,
     _threads_z: c_uint,
     _shared: c_uint,
@@ -157,6 +158,11 @@ unsafe extern "C" fn launch(
         if on.device != device {
             return Err(Status::cudaErrorInvalidResourceHandle);
         }
+        // CUDA C++ Programming Guide, "Compute Capabilities": the most blocks of a grid, and threads of a block.
+        if !(1..=i32::MAX as u32).contains(&blocks) || !(1..=1024).contains(&threads) {
+            return Err(Status::cudaErrorInvalidValue);
+        }
+        let grid = Grid { blocks: blocks as usize, threads: threads as usize };
         let number = (function.addr() / 16).wrapping_sub(1);
         let name = KERNELS.get(number).ok_or(Status::cudaErrorInvalidResourceHandle)?;
         // SAFETY: the caller vouches for the kernel's parameters, of these types.
@@ -172,38 +178,95 @@ unsafe extern "C" fn launch(
                 let value: u32 = unsafe { parameter(parameters, 2) };
                 repeat(to, count * 4, value.to_ne_bytes().to_vec(), &on)
             }
-            b"cgb_fill" => {
+            name @ (b"cgb_fill_short" | b"cgb_fill_long") => {
                 let (to, bytes) = (word(0), word(1));
                 // SAFETY: as above.
-                let vectors: u32 = unsafe { parameter(parameters, 2) };
-                // SAFETY: as above.
-                let pattern: [u8; 3584] = unsafe { parameter(parameters, 3) };
-                let mut period = pattern[..vectors as usize * 16].to_vec();
-                // The pattern begins at the first multiple of 16.
-                period.rotate_right(to.next_multiple_of(16) - to);
-                repeat(to, bytes, period, &on)
+                let period: u32 = unsafe { parameter(parameters, 2) };
+                let (stores, pattern) = if name == b"cgb_fill_short" {
+                    // SAFETY: as above.
+                    (1, unsafe { parameter::<[[u8; 16]; 16]>(parameters, 3) }.to_vec())
+                } else {
+                    // SAFETY: as above.
+                    (4, unsafe { parameter::<[[u8; 16]; 224]>(parameters, 3) }.to_vec())
+                };
+                let period = pattern[..period as usize].to_vec();
+                let head = to.next_multiple_of(16) - to;
+                kernel(to, bytes, &on, move |range| grid.fill(range, head, &period, stores))
             }
             name => {
                 let width = if name == b"cgb_repeat16" { 16 } else { 1 };
-                let (to, bytes, period) = (word(0), word(1) * width, word(2) * width);
-                let device = on.device;
-                on.enqueue(move || {
-                    let done = memory::with_device(to, bytes, |to| {
-                        // SAFETY: within device memory, which the streams alone touch.
-                        let range = unsafe { std::slice::from_raw_parts_mut(to, bytes) };
-                        let mut filled = period;
-                        while filled < bytes {
-                            let length = filled.min(bytes - filled);
-                            range.copy_within(..length, filled);
-                            filled += length;
-                        }
-                    });
-                    illegal(done, device);
+                let (to, bytes, period) = (word(0), word(1), word(2));
+                // SAFETY: as above.
+                let columns: u32 = unsafe { parameter(parameters, 3) };
+                let head = to.next_multiple_of(width) - to;
+                kernel(to, bytes, &on, move |range| {
+                    grid.repeat(range, head, period, width, columns as usize);
                 })
-                .map(drop)
             }
         }
     })
+}
+
+/// How a kernel is launched. What its blocks do not cover stays as it is.
+#[derive(Clone, Copy)]
+struct Grid {
+    blocks: usize,
+    threads: usize,
+}
+
+impl Grid {
+    /// The crate's fill kernels: `stores` rows to a block, and a vector of each row to a thread.
+    fn fill(self, range: &mut [u8], head: usize, period: &[[u8; 16]], stores: usize) {
+        let bytes = period.as_flattened();
+        let (before, rest) = range.split_at_mut(head.min(range.len()));
+        let (body, after) = rest.split_at_mut(rest.len() / 16 * 16);
+        let row: Vec<u8> =
+            (0..self.threads).flat_map(|thread| period[thread % period.len()]).collect();
+        for piece in body.chunks_mut(row.len()).take(self.blocks * stores) {
+            piece.copy_from_slice(&row[..piece.len()]);
+        }
+        // What lies before the first bound is the end of the period, what lies after the last bound goes on.
+        before.copy_from_slice(&bytes[bytes.len() - head..][..before.len()]);
+        let next = body.len() % bytes.len();
+        after.copy_from_slice(&bytes[next..][..after.len()]);
+    }
+
+    /// The crate's kernels that repeat: a unit of the period to a thread, `columns` blocks to a period.
+    fn repeat(self, range: &mut [u8], head: usize, period: usize, width: usize, columns: usize) {
+        let rest = &mut range[head..];
+        let (body, after) = rest.split_at_mut(rest.len() / width * width);
+        for block in 0..self.blocks {
+            let first = block % columns * self.threads * width;
+            let end = (first + self.threads * width).min(period);
+            let begin = (1 + block / columns) * period;
+            for begin in (begin..body.len()).step_by(self.blocks / columns * period) {
+                let room = body.len() - begin;
+                if first < end.min(room) {
+                    body.copy_within(first..end.min(room), begin + first);
+                }
+            }
+        }
+        let next = body.len() % period;
+        after.copy_from_slice(&body[next..][..after.len()]);
+    }
+}
+
+/// Runs a kernel on a range, in stream order.
+fn kernel(
+    to: usize,
+    bytes: usize,
+    on: &Arc<Stream>,
+    body: impl FnOnce(&mut [u8]) + Send + 'static,
+) -> Result {
+    let device = on.device;
+    let queued = on.enqueue(move || {
+        let done = memory::with_device(to, bytes, |to| {
+            // SAFETY: within device memory, which the streams alone touch.
+            body(unsafe { std::slice::from_raw_parts_mut(to, bytes) });
+        });
+        illegal(done, device);
+    });
+    queued.map(drop)
 }
 
 /// Waits until the word is not 0, for 20 seconds at most. In a broken context kernels end.
@@ -228,18 +291,11 @@ fn illegal(done: Option<()>, device: usize) {
 
 /// Writes `period` over and over, in stream order.
 fn repeat(to: usize, bytes: usize, period: Vec<u8>, on: &Arc<Stream>) -> Result {
-    let device = on.device;
-    let queued = on.enqueue(move || {
-        let done = memory::with_device(to, bytes, |to| {
-            // SAFETY: within device memory, which the streams alone touch.
-            let range = unsafe { std::slice::from_raw_parts_mut(to, bytes) };
-            for piece in range.chunks_mut(period.len()) {
-                piece.copy_from_slice(&period[..piece.len()]);
-            }
-        });
-        illegal(done, device);
-    });
-    queued.map(drop)
+    kernel(to, bytes, on, move |range| {
+        for piece in range.chunks_mut(period.len()) {
+            piece.copy_from_slice(&period[..piece.len()]);
+        }
+    })
 }
 
 pub(crate) fn fill(to: usize, value: u8, bytes: usize, on: &Arc<Stream>) -> Result {
