@@ -75,6 +75,7 @@ const SHORT: usize = 16;
 const LONG: usize = 224;
 
 /// How a fill kernel is launched.
+#[derive(Clone, Copy)]
 struct Shape {
     /// Rows to a block, as in `kernels/fill.cu`.
     stores: usize,
@@ -319,7 +320,7 @@ mod tests {
     use crate::runtime;
     use crate::stream::Stream;
 
-    const ROOM: usize = 64 << 10;
+    const MARGIN: usize = 64;
 
     /// A stream of a CUDA device; where there is none, says what is left out.
     fn cuda(test: &str) -> Option<Stream> {
@@ -336,25 +337,40 @@ mod tests {
         Some(Stream::new(Device::Cuda(ordinal)).unwrap())
     }
 
-    /// Runs `fill` on device memory of `0xee`, and gives back what is there then.
+    /// Runs `fill` on `room` bytes of device memory of `0xee`, and gives back what is there then.
     fn after(
         stream: &Stream,
+        room: usize,
         fill: impl FnOnce(*mut u8, &EnteredStream<'_>) -> Result<()>,
     ) -> Vec<u8> {
         let entered = stream.enter().unwrap().unwrap();
         let _current = entered.context().enter().unwrap();
-        let base = raw::malloc(ROOM).unwrap();
-        let mut host = vec![0; ROOM];
+        let base = raw::malloc(room).unwrap();
+        let mut host = vec![0; room];
         // SAFETY: within the allocation, which only this stream uses.
-        unsafe { raw::memset_d8(base, 0xee, ROOM, entered.raw()) }.unwrap();
+        unsafe { raw::memset_d8(base, 0xee, room, entered.raw()) }.unwrap();
         fill(base, &entered).unwrap();
         let (to, kind) = (host.as_mut_ptr(), sys::cudaMemcpyKind::cudaMemcpyDeviceToHost);
         // SAFETY: as many bytes on both sides, and nothing looks before the stream is done.
-        unsafe { raw::memcpy_async(to, base, ROOM, kind, entered.raw()) }.unwrap();
+        unsafe { raw::memcpy_async(to, base, room, kind, entered.raw()) }.unwrap();
         stream.synchronize().unwrap();
         // SAFETY: allocated above, and nothing is in flight.
         unsafe { raw::free(base) }.unwrap();
         host
+    }
+
+    /// Fills a range that begins at `offset` from a bound of 16, and looks at it and at what lies beside it.
+    fn check(stream: &Stream, element: &[u8], count: usize, offset: usize) {
+        let (begin, bytes) = (MARGIN + offset, element.len() * count);
+        let seen = after(stream, begin + bytes + MARGIN, |base, entered| {
+            // SAFETY: within the allocation, which only this stream uses.
+            unsafe { enqueue(base.wrapping_add(begin), bytes, element, entered) }
+        });
+        let (before, rest) = seen.split_at(begin);
+        let (filled, behind) = rest.split_at(bytes);
+        let what = format!("{bytes} bytes at {offset}, elements of {}", element.len());
+        assert!(filled == element.repeat(count), "{what}");
+        assert!(before.iter().chain(behind).all(|byte| *byte == 0xee), "beside {what}");
     }
 
     fn element(size: usize) -> Vec<u8> {
@@ -364,20 +380,74 @@ mod tests {
     #[test]
     fn a_fill_begins_and_ends_anywhere() {
         let Some(stream) = cuda("a_fill_begins_and_ends_anywhere") else { return };
-        for size in [1, 2, 3, 4, 5, 7, 8, 12, 16, 17, 48, 100, 3584, 3585, 4000, 4096] {
-            let element = element(size);
+        for size in (1..=17).chain([48, 100, 225, 3584, 3585, 4000, 4096]) {
             for offset in [0, 1, 2, 3, 4, 7, 8, 12, 15] {
-                for count in [1, 2, 3, 15, 16, 17, 40_000 / size] {
-                    let bytes = size * count.min((ROOM - 64) / size);
-                    let seen = after(&stream, |base, entered| {
-                        // SAFETY: within the allocation, which only this stream uses.
-                        unsafe { enqueue(base.wrapping_add(16 + offset), bytes, &element, entered) }
-                    });
-                    let (before, rest) = seen.split_at(16 + offset);
-                    let (filled, behind) = rest.split_at(bytes);
-                    let what = format!("{bytes} bytes at {offset}, elements of {size}");
-                    assert!(filled.chunks(size).all(|seen| seen == element), "{what}");
-                    assert!(before.iter().chain(behind).all(|byte| *byte == 0xee), "beside {what}");
+                for count in [1, 2, 3, 15, 16, 17, (40_000 / size).max(18)] {
+                    check(&stream, &element(size), count, offset);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_fill_is_the_same_by_a_memset_and_by_a_kernel() {
+        let Some(stream) = cuda("a_fill_is_the_same_by_a_memset_and_by_a_kernel") else { return };
+        for size in (1..=17).chain([48, 100, 3584, 3585, 4000]) {
+            let most = KERNEL_FROM / size;
+            for count in [most - 1, most, most + 1] {
+                for offset in [0, 4, 6, 15] {
+                    check(&stream, &element(size), count, offset);
+                    check(&stream, &vec![0x3c; size], count, offset);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_short_fill_that_a_memset_can_express_goes_to_one() {
+        let (a, b, c, d) = (1, 2, 3, 4);
+        let ab = u16::from_ne_bytes([a, b]);
+        let abcd = u32::from_ne_bytes([a, b, c, d]);
+        for short in [48, KERNEL_FROM - 48] {
+            assert_eq!(choose(&[a], 1, short), Way::One(a));
+            assert_eq!(choose(&[a, a, a], 1, short), Way::One(a));
+            assert_eq!(choose(&[0; 100], 1, short), Way::One(0));
+            assert_eq!(choose(&[a, b], 2, short), Way::Two(ab));
+            assert_eq!(choose(&[a, b, a, b, a, b], 6, short), Way::Two(ab));
+            assert_eq!(choose(&[a, b, c, d, a, b, c, d], 4, short), Way::Four(abcd));
+        }
+        for bytes in [48, KERNEL_FROM - 48, KERNEL_FROM, 16 * KERNEL_FROM] {
+            // At an address that a memset of that unit does not take.
+            assert_eq!(choose(&[a, b], 1, bytes), Way::Kernel(&[a, b]));
+            assert_eq!(choose(&[a, b, c, d], 2, bytes), Way::Kernel(&[a, b, c, d]));
+            // Longer than a memset's unit, or none.
+            for element in [&[a, b, a][..], &[a, b, c, d, a, b], &[a, a, a, a, a, a, a, b]] {
+                assert_eq!(choose(element, 0, bytes), Way::Kernel(element));
+            }
+            let eight = [a, b, c, d, d, c, b, a];
+            assert_eq!(choose(&eight.repeat(3), 0, bytes), Way::Kernel(&eight));
+        }
+        for long in [KERNEL_FROM, 16 * KERNEL_FROM] {
+            assert_eq!(choose(&[a], 0, long), Way::Kernel(&[a]));
+            assert_eq!(choose(&[0; 100], 0, long), Way::Kernel(&[0]));
+            assert_eq!(choose(&[a, b, a, b], 0, long), Way::Kernel(&[a, b]));
+            assert_eq!(choose(&[a, b, c, d], 0, long), Way::Kernel(&[a, b, c, d]));
+        }
+    }
+
+    #[test]
+    fn rows_are_whole_periods_and_whole_lines_and_cover_the_range() {
+        for period in 1..=LONG {
+            for shape in [SHORT_SHAPE, LONG_SHAPE] {
+                let stores = shape.stores;
+                for vectors in [0, 1, 255, 256, 257, 65_536, 65_537] {
+                    let (blocks, threads) = grid(vectors, period, shape);
+                    let (blocks, threads) = (blocks as usize, threads as usize);
+                    assert!(threads <= MOST_THREADS && threads.is_multiple_of(period));
+                    let lines = threads.is_multiple_of(8);
+                    assert!(lines || (period > 128 && !period.is_multiple_of(2)), "{period}");
+                    assert!((blocks - 1) * threads * stores <= vectors);
+                    assert!(blocks * threads * stores >= vectors && threads >= 16);
                 }
             }
         }
@@ -393,11 +463,11 @@ mod tests {
         for image in [&IMAGE.0, PTX.as_bytes()] {
             // SAFETY: a whole fat binary, and PTX that ends with a NUL.
             let kernels = unsafe { Kernels::of(image) }.unwrap();
-            let seen = after(&stream, |base, entered| {
+            let seen = after(&stream, 48_000, |base, entered| {
                 // SAFETY: within the allocation, which only this stream uses.
-                unsafe { launch_fill(&kernels, base, 48_000, &element, 48, entered.raw()) }
+                unsafe { launch(&kernels, base, 48_000, &element, entered.raw()) }
             });
-            assert!(seen[..48_000].chunks(12).all(|seen| seen == element));
+            assert!(seen == element.repeat(4_000));
         }
     }
 }

@@ -3,13 +3,16 @@
 mod common;
 
 use bytemuck::Pod;
-use common::device_bytes;
+use common::{device_bytes, sim};
 use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
 
-/// Lengths around the edges of what the kernel stores at once: 16 bytes, a row of a block, a tile of a
+/// A fill of so many bytes and more is never a memset.
+const KERNEL_FROM: usize = 1 << 20;
+
+/// Lengths around the edges of what a kernel stores at once: 16 bytes, a row of a block, a tile of a
 /// block, several blocks; and around nothing.
 fn lengths(size: usize) -> Vec<usize> {
-    let mut lengths: Vec<usize> = [0, 16, 64, 256 * 16, 4 * 256 * 16, 3 * 4 * 256 * 16]
+    let mut lengths: Vec<usize> = [0, 16, 64, 256 * 16, 4 * 256 * 16, 3 * 4 * 512 * 16]
         .iter()
         .flat_map(|edge| {
             let at = edge / size;
@@ -21,13 +24,19 @@ fn lengths(size: usize) -> Vec<usize> {
     lengths
 }
 
+/// Lengths around the one from which a kernel does what a memset could.
+fn long_lengths(size: usize) -> Vec<usize> {
+    let at = KERNEL_FROM / size;
+    vec![at - 1, at, at + 1]
+}
+
 /// Fills the first elements of a buffer that has more, and looks at all of its bytes.
-fn check<T: Pod>(device: Device, stream: &Stream, value: T, guard: T) {
+fn check<T: Pod>(device: Device, stream: &Stream, value: T, guard: T, lengths: &[usize]) {
     let (value_bytes, guard_bytes) = (bytemuck::bytes_of(&value), bytemuck::bytes_of(&guard));
     let size = value_bytes.len();
-    let most = lengths(size).last().copied().unwrap() + 4;
+    let most = lengths.last().copied().unwrap() + 4;
     let mut buffer = CpuGpuBuffer::<T>::new(most, device).unwrap();
-    for length in lengths(size) {
+    for &length in lengths {
         buffer.resize(most).unwrap();
         buffer.fill(guard, stream).unwrap();
         buffer.resize(length).unwrap();
@@ -49,21 +58,25 @@ fn check<T: Pod>(device: Device, stream: &Stream, value: T, guard: T) {
 }
 
 fn check_size<const N: usize>(device: Device, stream: &Stream) {
+    check_lengths::<N>(device, stream, &lengths(N));
+}
+
+fn check_lengths<const N: usize>(device: Device, stream: &Stream, lengths: &[usize]) {
     let mut value = [0u8; N];
     for (at, byte) in value.iter_mut().enumerate() {
         *byte = (at * 37 + at / 251 * 11 + 5) as u8;
     }
     let guard = [0xa5; N];
-    check(device, stream, value, guard);
+    check(device, stream, value, guard, lengths);
     // Repeating every byte, and where it fits, every 2 and every 4 bytes.
-    check(device, stream, [0x3c; N], guard);
+    check(device, stream, [0x3c; N], guard, lengths);
     for period in [2, 4] {
         if N.is_multiple_of(period) {
             let mut value = [0u8; N];
             for (at, byte) in value.iter_mut().enumerate() {
                 *byte = (at % period) as u8 + 1;
             }
-            check(device, stream, value, guard);
+            check(device, stream, value, guard, lengths);
         }
     }
 }
@@ -101,6 +114,62 @@ fn elements_longer_than_a_kernels_parameters_are_filled() {
         check_size::<3600>(device, &stream);
         check_size::<5001>(device, &stream);
         check_size::<8192>(device, &stream);
+    }
+}
+
+#[test]
+fn long_fills_of_elements_of_every_size_set_them_and_nothing_beside_them() {
+    fn check_long<const N: usize>(device: Device, stream: &Stream) {
+        check_lengths::<N>(device, stream, &long_lengths(N));
+    }
+    let _turn = common::turn();
+    for device in common::devices() {
+        let stream = Stream::new(device).unwrap();
+        check_long::<1>(device, &stream);
+        check_long::<2>(device, &stream);
+        check_long::<3>(device, &stream);
+        check_long::<4>(device, &stream);
+        check_long::<5>(device, &stream);
+        check_long::<6>(device, &stream);
+        check_long::<7>(device, &stream);
+        check_long::<8>(device, &stream);
+        check_long::<9>(device, &stream);
+        check_long::<10>(device, &stream);
+        check_long::<11>(device, &stream);
+        check_long::<12>(device, &stream);
+        check_long::<13>(device, &stream);
+        check_long::<14>(device, &stream);
+        check_long::<15>(device, &stream);
+        check_long::<16>(device, &stream);
+        check_long::<17>(device, &stream);
+        check_long::<48>(device, &stream);
+        check_long::<100>(device, &stream);
+        check_long::<3584>(device, &stream);
+        check_long::<3585>(device, &stream);
+        check_long::<4000>(device, &stream);
+    }
+}
+
+#[test]
+fn a_short_fill_with_a_pattern_of_the_drivers_is_a_memset_and_a_long_one_a_kernel() {
+    let test = "a_short_fill_with_a_pattern_of_the_drivers_is_a_memset_and_a_long_one_a_kernel";
+    if !common::is_simulated() {
+        common::left_out(test, "it counts calls, which only the simulated runtime does");
+        return;
+    }
+    let _turn = common::turn();
+    let device = Device::Cuda(0);
+    let stream = Stream::new(device).unwrap();
+    for (bytes, memsets) in [(KERNEL_FROM - 1, 1), (KERNEL_FROM, 0)] {
+        let mut buffer = CpuGpuBuffer::<u8>::new(bytes, device).unwrap();
+        let calls = || (sim::calls_of(c"cudaMemsetAsync"), sim::calls_of(c"cuLaunchKernel"));
+        sim::reset();
+        // The first zeroing goes the same way.
+        buffer.gpu_on(&stream).unwrap();
+        assert_eq!(calls(), (memsets, 1 - memsets), "zeroing {bytes} bytes");
+        buffer.fill_gpu(7, &stream).unwrap();
+        assert_eq!(calls(), (2 * memsets, 2 * (1 - memsets)), "filling {bytes} bytes");
+        buffer.synchronize().unwrap();
     }
 }
 
