@@ -18,7 +18,8 @@ template <int VECTORS> struct Pattern {
 // Fills `bytes` bytes at `dst`. The pattern begins at the first 16-byte bound at or after `dst`; the
 // bytes before that bound are the end of the period.
 template <int STORES, int VECTORS>
-__device__ __forceinline__ void fill(unsigned char *dst, uint64_t bytes, uint32_t period, const Pattern<VECTORS> &pattern) {
+__device__ __forceinline__ void
+fill(unsigned char *dst, uint64_t bytes, uint32_t period, const Pattern<VECTORS> &pattern) {
     const uint64_t before = -(uint64_t)dst & 15;
     const uint64_t head = before < bytes ? before : bytes;
     const uint64_t vectors = (bytes - head) / 16;
