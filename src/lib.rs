@@ -42,9 +42,13 @@ mod event;
 mod fill;
 mod fork;
 mod host;
+#[cfg(unix)]
+mod pages;
 mod pool;
 mod raw;
 mod record;
+#[cfg(unix)]
+mod registered;
 /// The unit tests choose their runtime as the others do.
 #[cfg(test)]
 #[path = "../tests/common/runtime.rs"]

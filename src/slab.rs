@@ -32,13 +32,9 @@ impl Slab {
         Ok(Slab { host, gpu, abandoned: AtomicBool::new(false) })
     }
 
-    pub(crate) fn is_pinned(&self) -> bool {
-        self.host.is_pinned()
-    }
-
-    /// The first byte of the host half.
-    pub(crate) fn host_ptr(&self) -> *mut u8 {
-        self.host.as_ptr()
+    #[inline]
+    pub(crate) fn host(&self) -> &HostMemory {
+        &self.host
     }
 
     /// The first byte of the device half; null where there are none.

@@ -174,7 +174,7 @@ impl Storage {
         let slab = Arc::new(Slab::new(whole, context, device, options)?);
         let storage = |number| Storage {
             device,
-            host: slab.host_ptr().wrapping_add(number * stride),
+            host: slab.host().as_ptr().wrapping_add(number * stride),
             gpu: slab.gpu_ptr().wrapping_add(number * stride),
             capacity: bytes,
             bytes,
@@ -224,7 +224,7 @@ impl Storage {
     }
 
     pub(crate) fn is_pinned(&self) -> bool {
-        self.slab.is_pinned()
+        self.slab.host().is_pinned()
     }
 
     #[inline]
@@ -552,14 +552,19 @@ impl Storage {
             return Ok(());
         };
         self.host_is_free = false;
-        let record = match direction {
-            UP => &mut self.upload,
-            _ => &mut self.download,
+        let (record, host) = match direction {
+            UP => (&mut self.upload, from),
+            _ => (&mut self.download, to.cast_const()),
         };
+        let memory = self.slab.host();
+        // One ticket and one event answer for all parts.
         record.submit(entered, || {
-            // SAFETY: the caller vouches for the ranges. The record keeps the host half from being written
-            // (and, for a download, read) and both halves from being released until the copy has finished.
-            unsafe { raw::memcpy_async(to, from, bytes, direction, entered.raw()) }
+            memory.in_parts(host, bytes, |at, bytes| {
+                let (to, from) = (to.wrapping_add(at), from.wrapping_add(at));
+                // SAFETY: the caller vouches for the ranges. The record keeps the host half from being written
+                // (and, for a download, read) and both halves from being released until the copy has finished.
+                unsafe { raw::memcpy_async(to, from, bytes, direction, entered.raw()) }
+            })
         })?;
         self.device_use.cover();
         Ok(())

@@ -1,0 +1,142 @@
+//! Pages that are registered with CUDA: as one, or, where so much cannot be registered at once, in pieces of one size.
+//!
+//! CUDA refuses a copy that spans two registrations ("CUDA Driver API, Memory Management", `cuMemcpyAsync`), so
+//! whoever copies asks for the pieces.
+
+use std::alloc::Layout;
+use std::iter;
+use std::ops::Range;
+use std::ptr::NonNull;
+
+use crate::device::Context;
+use crate::error::Error;
+use crate::fork;
+use crate::host::parts;
+use crate::pages::Mapping;
+use crate::raw;
+use crate::sys::cudaError;
+
+/// The sizes of pieces that are tried, in turn, where the whole cannot be registered. Multiples of a hugepage, which
+/// then lies in one of them.
+const PIECES: [usize; 2] = [1 << 30, 64 << 20];
+
+/// What so many bytes are registered by, in turn: as one, which is `usize::MAX`, and in pieces that are smaller.
+fn sizes(bytes: usize) -> impl Iterator<Item = usize> {
+    iter::once(usize::MAX).chain(PIECES.into_iter().filter(move |piece| *piece < bytes))
+}
+
+/// Registered pages of this value's own.
+pub(crate) struct Registered {
+    mapping: Mapping,
+    piece: usize,
+    context: &'static Context,
+}
+
+/// What an attempt to register leaves behind that failed.
+enum Left {
+    Nothing,
+    /// Perhaps registered pages.
+    Unknown,
+}
+
+impl Registered {
+    /// Zeroed memory of a layout, in the current context, which is `context`.
+    pub(crate) fn new(layout: Layout, flags: u32, context: &'static Context) -> Option<Registered> {
+        let mut mapping = Mapping::new(layout)?;
+        mapping.touch()?;
+        for piece in sizes(mapping.bytes()) {
+            match register(&mapping, piece, flags) {
+                Ok(()) => return Some(Registered { mapping, piece, context }),
+                Err(Left::Nothing) => {}
+                Err(Left::Unknown) => {
+                    mapping.leak();
+                    return None;
+                }
+            }
+        }
+        None
+    }
+
+    pub(crate) fn address(&self) -> NonNull<u8> {
+        self.mapping.address()
+    }
+
+    /// The bytes that one registration covers, from the first byte on; `usize::MAX` where one covers all.
+    pub(crate) fn piece(&self) -> usize {
+        self.piece
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        if fork::forked() {
+            return self.mapping.leak();
+        }
+        // The addresses say enough, should the context not be had.
+        let _current = self.context.enter();
+        // With the context broken, the pages stay as they are.
+        if !unregister(&self.mapping, parts(0..self.mapping.bytes(), self.piece)) {
+            self.mapping.leak();
+        }
+    }
+}
+
+/// Registers a mapping in pieces: all, or, as far as can be known, none.
+fn register(mapping: &Mapping, piece: usize, flags: u32) -> Result<(), Left> {
+    for (number, range) in parts(0..mapping.bytes(), piece).enumerate() {
+        // SAFETY: the piece lies within the mapping.
+        let address = unsafe { mapping.address().add(range.start) }.as_ptr();
+        // SAFETY: the pages are mapped, and unmapped only when they are known not to be registered.
+        if unsafe { raw::host_register(address, range.len(), flags) }.is_ok() {
+            continue;
+        }
+        // Why it failed matters to nobody, since something else is tried next; but the error may be that of
+        // earlier work, and the pages registered all the same.
+        // SAFETY: nothing was copied from or to them yet.
+        let gone = match unsafe { raw::host_unregister(address) } {
+            Ok(())
+            | Err(Error::Cuda {
+                code:
+                    cudaError::cudaErrorHostMemoryNotRegistered
+                    | cudaError::cudaErrorInvalidValue
+                    | cudaError::cudaErrorNotSupported,
+                ..
+            }) => true,
+            Err(_) => false,
+        };
+        let before = unregister(mapping, parts(0..mapping.bytes(), piece).take(number));
+        return Err(if before && gone { Left::Nothing } else { Left::Unknown });
+    }
+    Ok(())
+}
+
+/// Unregisters pieces that are registered, each of them whatever becomes of the others; `false` where one may still be.
+fn unregister(mapping: &Mapping, pieces: impl Iterator<Item = Range<usize>>) -> bool {
+    let mut gone = true;
+    for range in pieces {
+        // SAFETY: the piece lies within the mapping.
+        let address = unsafe { mapping.address().add(range.start) }.as_ptr();
+        // SAFETY: registered, and nothing is in flight: whoever drops the memory saw its transfers finish.
+        gone &= unsafe { raw::host_unregister(address) }.is_ok();
+    }
+    gone
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_whole_is_tried_first_and_then_smaller_pieces() {
+        const MIB: usize = 1 << 20;
+        for (bytes, expected) in [
+            (4096, &[usize::MAX][..]),
+            (64 * MIB, &[usize::MAX]),
+            (64 * MIB + 4096, &[usize::MAX, 64 * MIB]),
+            (1024 * MIB, &[usize::MAX, 64 * MIB]),
+            (3000 * MIB, &[usize::MAX, 1024 * MIB, 64 * MIB]),
+        ] {
+            assert_eq!(sizes(bytes).collect::<Vec<_>>(), expected);
+        }
+    }
+}
