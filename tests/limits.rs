@@ -5,61 +5,30 @@
 
 mod common;
 
-use std::sync::MutexGuard;
-
-use common::{Foreign, Gate, all, sim};
+use common::sim::{self, Limits};
+use common::{Foreign, Gate, all};
 use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Error, Pinning, Result, Side, Stream};
 
 const WORDS: usize = 100_000;
 const BYTES: usize = WORDS * 4;
+/// The other way of pinning comes first for so many.
+const MANY_WORDS: usize = 20 * WORDS;
 const OLD: u32 = 0x0101_0101;
 const NEW: u32 = 0x1234_5678;
 
-/// Sees to it that there is memory again, and that nothing fails any more, however the test ends.
-struct Limits {
-    _turn: MutexGuard<'static, ()>,
-}
-
-impl Limits {
-    /// `None` where only the simulated runtime can run out of memory when it is told to.
-    fn of(test: &str) -> Option<(Device, Limits)> {
-        let (device, turn) = common::cuda(test)?;
-        if !common::is_simulated() {
-            common::left_out(test, "memory runs out on the simulated runtime alone");
-            return None;
-        }
-        Some((device, Limits { _turn: turn }))
-    }
-
-    /// No more than this many bytes can be pinned beside what is pinned now.
-    fn pin(&self, bytes: usize) {
-        sim::limit_pinned(sim::pinned_bytes() + bytes);
-    }
-
-    /// No more than this many bytes of the first device can be allocated beside what is now.
-    fn allocate(&self, bytes: usize, device: Device) {
-        let memory = device.memory().unwrap();
-        sim::limit_device(memory.total - memory.free + bytes);
-    }
-}
-
-impl Drop for Limits {
-    fn drop(&mut self) {
-        sim::heal();
-        sim::limit_pinned(8 << 30);
-        sim::limit_device(8 << 30);
-    }
-}
-
 fn with(pinning: Pinning, device: Device) -> Result<CpuGpuBuffer<u32>> {
+    of(WORDS, pinning, device)
+}
+
+fn of(words: usize, pinning: Pinning, device: Device) -> Result<CpuGpuBuffer<u32>> {
     let options = BufferOptions { pinning, ..Default::default() };
-    CpuGpuBuffer::with_options(WORDS, device, options)
+    CpuGpuBuffer::with_options(words, device, options)
 }
 
 /// Rows arrive in both directions, and each direction is guarded while it is queued.
 fn works_and_is_guarded(buffer: &mut CpuGpuBuffer<u32>, device: Device) {
     let stream = Stream::new(device).unwrap();
-    let foreign = Foreign::new(WORDS, 0);
+    let foreign = Foreign::new(buffer.numel(), 0);
     buffer.fill_cpu(OLD).unwrap();
     let gate = Gate::close(&stream);
     gate.waits(|| {
@@ -127,13 +96,15 @@ fn either_way_of_pinning_is_enough() {
     let functions =
         [(c"cudaHostRegister", c"cudaFreeHost"), (c"cudaHostAlloc", c"cudaHostUnregister")];
     // cudaErrorMemoryAllocation, cudaErrorNotSupported: what a system answers that cannot register.
-    for ((fails, releases), code) in functions.into_iter().flat_map(|pair| [(pair, 2), (pair, 801)])
-    {
+    let kinds = functions.into_iter().flat_map(|pair| {
+        [(pair, 2, WORDS), (pair, 801, WORDS), (pair, 2, MANY_WORDS), (pair, 801, MANY_WORDS)]
+    });
+    for ((fails, releases), code, words) in kinds {
         let before = sim::live();
         sim::reset();
         sim::fail_function(fails, code);
-        let mut buffer = with(Pinning::Required, device).unwrap();
-        assert!(buffer.is_pinned() && with(Pinning::Preferred, device).unwrap().is_pinned());
+        let mut buffer = of(words, Pinning::Required, device).unwrap();
+        assert!(buffer.is_pinned() && of(words, Pinning::Preferred, device).unwrap().is_pinned());
         sim::heal();
         all(buffer.cpu().unwrap(), 0);
         works_and_is_guarded(&mut buffer, device);
@@ -151,17 +122,35 @@ fn either_way_of_pinning_is_enough() {
 }
 
 #[test]
+fn large_memory_is_registered_and_small_memory_is_not() {
+    let test = "large_memory_is_registered_and_small_memory_is_not";
+    let Some((device, _limits)) = Limits::of(test) else { return };
+    for (words, registered) in [(1, 0), (WORDS, 0), (MANY_WORDS, 1)] {
+        sim::reset();
+        drop(of(words, Pinning::Required, device).unwrap());
+        let calls = [c"cudaHostRegister", c"cudaHostUnregister", c"cudaHostAlloc", c"cudaFreeHost"];
+        let expected = [registered, registered, 1 - registered, 1 - registered];
+        assert_eq!(calls.map(sim::calls_of), expected, "{words} words");
+    }
+}
+
+#[test]
 fn where_neither_way_of_pinning_works_required_is_an_error_and_preferred_pageable() {
     let test = "where_neither_way_of_pinning_works_required_is_an_error_and_preferred_pageable";
     let Some((device, limits)) = Limits::of(test) else { return };
     limits.pin(0);
-    for fails in [c"cudaHostRegister", c"cudaHostAlloc"] {
+    for (fails, words) in [
+        (c"cudaHostRegister", WORDS),
+        (c"cudaHostAlloc", WORDS),
+        (c"cudaHostRegister", MANY_WORDS),
+        (c"cudaHostAlloc", MANY_WORDS),
+    ] {
         sim::reset();
         sim::fail_function(fails, 801);
         let before = sim::live();
-        let required = with(Pinning::Required, device);
+        let required = of(words, Pinning::Required, device);
         assert!(matches!(required, Err(Error::PinningUnavailable { .. })));
-        assert!(!with(Pinning::Preferred, device).unwrap().is_pinned());
+        assert!(!of(words, Pinning::Preferred, device).unwrap().is_pinned());
         assert_eq!(sim::live(), before, "{fails:?}");
         sim::heal();
     }

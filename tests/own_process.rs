@@ -423,6 +423,10 @@ fn ten_thousand_buffers_leave_no_memory_behind() {
             if step.is_multiple_of(5) {
                 buffer.resize(200_000).unwrap();
             }
+            if step.is_multiple_of(50) {
+                // On pages of its own.
+                buffer.resize(3 << 20).unwrap();
+            }
         };
         (0..500).for_each(cycle);
         let free = || device.memory().map(|memory| memory.free).unwrap_or(0);

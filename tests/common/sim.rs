@@ -1,8 +1,11 @@
 //! The simulated runtime's controls.
 
 use std::ffi::{CStr, CString, c_char};
+use std::sync::MutexGuard;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use cpu_gpu_buffer::Device;
 
 /// A function of the simulation's, in the copy of it that the loader loaded.
 fn function<F>(name: &CStr) -> F {
@@ -31,9 +34,14 @@ pub fn fail(number: u64, code: u32, once: bool, effect: bool) {
 
 /// Makes every call of one function fail, without its effect.
 pub fn fail_function(name: &CStr, code: u32) {
+    fail_call(name, 0, code, false, false);
+}
+
+/// As [`fail`], for the calls of one function.
+pub fn fail_call(name: &CStr, number: u64, code: u32, once: bool, effect: bool) {
     type Fail = unsafe extern "C" fn(*const c_char, u64, u32, bool, bool);
     // SAFETY: a NUL-terminated name.
-    unsafe { function::<Fail>(c"cudart_sim_fail")(name.as_ptr(), 0, code, false, false) };
+    unsafe { function::<Fail>(c"cudart_sim_fail")(name.as_ptr(), number, code, once, effect) };
 }
 
 /// Breaks the context at the call of this number, counted from the reset: that call and every later one on the
@@ -114,12 +122,57 @@ pub fn pinned_bytes() -> usize {
     function::<extern "C" fn() -> usize>(c"cudart_sim_pinned_bytes")()
 }
 
-/// Limits what can be pinned, in bytes.
-pub fn limit_pinned(bytes: usize) {
+fn limit_pinned(bytes: usize) {
     function::<extern "C" fn(usize)>(c"cudart_sim_limit_pinned")(bytes);
+}
+
+fn limit_registration(bytes: usize) {
+    function::<extern "C" fn(usize)>(c"cudart_sim_limit_registration")(bytes);
 }
 
 /// Limits each device's memory, in bytes.
 pub fn limit_device(bytes: usize) {
     function::<extern "C" fn(usize)>(c"cudart_sim_limit_device")(bytes);
+}
+
+/// Limits of memory. There is enough again, and nothing fails any more, however the test ends.
+pub struct Limits {
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Limits {
+    /// `None` where only the simulated runtime can run out of memory when it is told to.
+    pub fn of(test: &str) -> Option<(Device, Limits)> {
+        let (device, turn) = super::cuda(test)?;
+        if !super::is_simulated() {
+            super::left_out(test, "memory runs out on the simulated runtime alone");
+            return None;
+        }
+        Some((device, Limits { _turn: turn }))
+    }
+
+    /// No more than this many bytes can be pinned beside what is pinned now.
+    pub fn pin(&self, bytes: usize) {
+        limit_pinned(pinned_bytes() + bytes);
+    }
+
+    /// No more than this many bytes can be registered at once.
+    pub fn register(&self, bytes: usize) {
+        limit_registration(bytes);
+    }
+
+    /// No more than this many bytes of the first device can be allocated beside what is now.
+    pub fn allocate(&self, bytes: usize, device: Device) {
+        let memory = device.memory().unwrap();
+        limit_device(memory.total - memory.free + bytes);
+    }
+}
+
+impl Drop for Limits {
+    fn drop(&mut self) {
+        heal();
+        limit_pinned(8 << 30);
+        limit_registration(usize::MAX);
+        limit_device(8 << 30);
+    }
 }

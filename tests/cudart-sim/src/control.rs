@@ -302,6 +302,12 @@ pub extern "C" fn cudart_sim_limit_pinned(bytes: usize) {
     memory::limit_pinned(bytes);
 }
 
+/// Limits the host memory that can be registered at once, in bytes.
+#[unsafe(no_mangle)]
+pub extern "C" fn cudart_sim_limit_registration(bytes: usize) {
+    memory::limit_registration(bytes);
+}
+
 /// A pseudo-random number from the seed in `CUDART_SIM_SEED`.
 pub(crate) fn random() -> u64 {
     static STATE: AtomicU64 = AtomicU64::new(0);

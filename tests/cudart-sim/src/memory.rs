@@ -33,6 +33,7 @@ struct Memory {
     given_up: BTreeSet<usize>,
     limit_device: usize,
     limit_pinned: usize,
+    limit_registration: usize,
 }
 
 static MEMORY: Mutex<Memory> = Mutex::new(Memory {
@@ -42,6 +43,7 @@ static MEMORY: Mutex<Memory> = Mutex::new(Memory {
     given_up: BTreeSet::new(),
     limit_device: 8 << 30,
     limit_pinned: 8 << 30,
+    limit_registration: usize::MAX,
 });
 
 fn memory<R>(action: impl FnOnce(&mut Memory) -> R) -> R {
@@ -74,6 +76,10 @@ pub(crate) fn limit_pinned(bytes: usize) {
     memory(|memory| memory.limit_pinned = bytes);
 }
 
+pub(crate) fn limit_registration(bytes: usize) {
+    memory(|memory| memory.limit_registration = bytes);
+}
+
 /// A broken context refuses to release memory, of whatever kind. Its owner has given it up all the same.
 pub(crate) fn give_up(address: usize) {
     memory(|memory| {
@@ -82,16 +88,19 @@ pub(crate) fn give_up(address: usize) {
     });
 }
 
+/// Whether host memory is there.
+fn is_mapped(address: usize, bytes: usize) -> bool {
+    let begin = address / PAGE * PAGE;
+    let room = address + bytes - begin;
+    // SAFETY: private anonymous pages have nothing to write back; of others it only begins earlier.
+    unsafe { libc::msync(at(begin).cast(), room, libc::MS_ASYNC) == 0 }
+}
+
 /// Ends the program where memory is pinned that is not there any more.
 pub(crate) fn check_pinned() {
     memory(|memory| {
-        for (address, (bytes, _)) in &memory.pinned {
-            let begin = address / PAGE * PAGE;
-            let room = address + bytes - begin;
-            // SAFETY: private anonymous pages have nothing to write back; of others it only begins earlier.
-            if unsafe { libc::msync(at(begin).cast(), room, libc::MS_ASYNC) } != 0 {
-                control::violation("host memory was unmapped while it was pinned");
-            }
+        if memory.pinned.iter().any(|(address, (bytes, _))| !is_mapped(*address, *bytes)) {
+            control::violation("host memory was unmapped while it was pinned");
         }
     });
 }
@@ -242,7 +251,8 @@ pub(crate) fn register(address: usize, bytes: usize) -> Result {
         if overlaps {
             return Err(Status::cudaErrorHostMemoryAlreadyRegistered);
         }
-        if bytes > memory.limit_pinned.saturating_sub(memory.pinned_bytes()) {
+        let room = memory.limit_pinned.saturating_sub(memory.pinned_bytes());
+        if bytes > room.min(memory.limit_registration) {
             return Err(Status::cudaErrorMemoryAllocation);
         }
         memory.pinned.insert(address, (bytes, false));
@@ -255,7 +265,10 @@ pub(crate) fn unregister(address: usize) -> Result {
     memory(|memory| {
         memory.not_given_up(address);
         match memory.pinned.get(&address) {
-            Some((_, false)) => {
+            Some((bytes, false)) => {
+                if !is_mapped(address, *bytes) {
+                    control::violation("host memory was unmapped before it was unregistered");
+                }
                 memory.pinned.remove(&address);
                 control::died(Kind::Pinned);
                 Ok(())
@@ -270,7 +283,8 @@ pub(crate) fn unregister(address: usize) -> Result {
 pub(crate) enum Pinned {
     No,
     Whole,
-    /// In part, or in pieces: CUDA copies from and to no such range.
+    /// In part, or in pieces: CUDA copies from and to no such range ("CUDA Driver API, Memory Management",
+    /// `cuMemcpyAsync`: regions "must be either entirely registered with CUDA, or [...] not registered at all").
     Partly,
 }
 

@@ -1,0 +1,397 @@
+//! Pinned memory that can only be registered in pieces serves like memory that is one: rows cross the bounds in both
+//! directions, each transfer is guarded as a whole, and all pieces go with it. Where that fails, nothing stays
+//! registered, and nothing that may be is unmapped.
+
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::ops::Range;
+use std::ptr;
+
+use common::sim::{self, Limits};
+use common::{Foreign, Gate, all, device_bytes};
+use cpu_gpu_buffer::{
+    BufferOptions, BufferPool, CpuGpuBuffer, Device, Error, Pinning, Result, Stream, sys,
+};
+
+/// The smallest size of pieces.
+const PIECE: usize = 64 << 20;
+/// Two whole pieces and the beginning of a third.
+const BYTES: usize = 2 * PIECE + 100_005;
+/// What is mapped for them.
+const PAGES: usize = BYTES.next_multiple_of(4096);
+
+fn with(bytes: usize, pinning: Pinning, device: Device) -> Result<CpuGpuBuffer<u8>> {
+    let options = BufferOptions { pinning, ..Default::default() };
+    CpuGpuBuffer::with_options(bytes, device, options)
+}
+
+/// A buffer whose host half is in three pieces.
+fn in_pieces(limits: &Limits, device: Device) -> CpuGpuBuffer<u8> {
+    limits.register(PIECE);
+    let before = (sim::live()[1], sim::pinned_bytes());
+    let buffer = with(BYTES, Pinning::Required, device).unwrap();
+    assert_eq!((sim::live()[1], sim::pinned_bytes()), (before.0 + 3, before.1 + PAGES));
+    buffer
+}
+
+/// The bytes that are mapped and not inherited across `fork`, which is what is mapped in order to be registered.
+fn mapped() -> usize {
+    let table = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let (mut size, mut sum) = (0, 0);
+    for line in table.lines() {
+        if let Some(rest) = line.strip_prefix("Size:") {
+            size = rest.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024;
+        } else if let Some(flags) = line.strip_prefix("VmFlags:")
+            && flags.split(' ').any(|flag| flag == "dc")
+        {
+            sum += size;
+        }
+    }
+    sum
+}
+
+/// Different at neighbouring places, at the same place of other pieces, and for each seed.
+fn pattern(at: usize, seed: usize) -> u8 {
+    ((at ^ seed << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
+}
+
+fn paint(bytes: &mut [u8], from: usize, seed: usize) {
+    bytes.iter_mut().enumerate().for_each(|(at, byte)| *byte = pattern(from + at, seed));
+}
+
+#[track_caller]
+fn painted(bytes: &[u8], from: usize, seed: usize) {
+    if let Some(at) = (0..bytes.len()).find(|at| bytes[*at] != pattern(from + at, seed)) {
+        panic!("byte {at} of the {} from {from} on is wrong", bytes.len());
+    }
+}
+
+/// Ranges, and the pieces that they meet.
+const RANGES: [(Range<usize>, u64); 10] = [
+    (0..BYTES, 3),
+    (5..9, 1),
+    (PIECE - 3..PIECE + 5, 2),
+    (PIECE - 1..PIECE + 1, 2),
+    (PIECE - 3..PIECE, 1),
+    (PIECE..PIECE + 7, 1),
+    (PIECE..2 * PIECE, 1),
+    (PIECE - 1..2 * PIECE, 2),
+    (PIECE - 1..2 * PIECE + 1, 3),
+    (2 * PIECE - 70_001..BYTES - 1, 2),
+];
+
+/// Runs a transfer, which must be as many copies as it meets pieces, and no more events than if it were one.
+fn transfer(pieces: u64, action: impl FnOnce() -> Result<()>) {
+    sim::reset();
+    action().unwrap();
+    assert_eq!(sim::calls_of(c"cudaMemcpyAsync"), pieces);
+    assert_eq!(sim::calls_of(c"cudaEventRecord"), 1);
+}
+
+#[test]
+fn rows_arrive_across_the_bounds_of_pieces_in_both_directions() {
+    let test = "rows_arrive_across_the_bounds_of_pieces_in_both_directions";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    let stream = Stream::new(device).unwrap();
+    let mut buffer = in_pieces(&limits, device);
+    assert!(buffer.cpu().unwrap().iter().all(|byte| *byte == 0));
+    for (seed, (range, pieces)) in RANGES.into_iter().enumerate() {
+        // With some bytes on either side, which stay as they are in the half that is written.
+        let (begin, end) = (range.start.saturating_sub(9), BYTES.min(range.end + 9));
+        let sides = [begin..range.start, range.end..end];
+        let gpu = buffer.device_ptr();
+        let there = |range: &Range<usize>| {
+            stream.synchronize().unwrap();
+            device_bytes(device, gpu.wrapping_add(range.start), range.len())
+        };
+        let before = sides.each_ref().map(there);
+        let host = buffer.cpu_mut().unwrap();
+        host[begin..end].fill(0xee);
+        paint(&mut host[range.clone()], range.start, seed);
+        transfer(pieces, || buffer.copy_to_gpu(range.clone(), &stream));
+        painted(&there(&range), range.start, seed);
+        assert_eq!(sides.each_ref().map(there), before, "{range:?}");
+        buffer.cpu_mut().unwrap()[begin..end].fill(0xee);
+        transfer(pieces, || buffer.copy_to_cpu(range.clone(), &stream));
+        let host = buffer.cpu().unwrap();
+        painted(&host[range.clone()], range.start, seed);
+        assert!(sides.iter().all(|side| host[side.clone()].iter().all(|byte| *byte == 0xee)));
+    }
+}
+
+#[test]
+fn rows_arrive_in_and_from_the_memory_of_others_across_the_bounds_of_pieces() {
+    let test = "rows_arrive_in_and_from_the_memory_of_others_across_the_bounds_of_pieces";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    let stream = Stream::new(device).unwrap();
+    let mut buffer = in_pieces(&limits, device);
+    let memory = Foreign::new(PIECE / 4 + 3, 0xaa);
+    let foreign = memory.as_ptr().cast::<u8>();
+    for (seed, (range, pieces)) in RANGES.into_iter().enumerate().skip(1) {
+        paint(&mut buffer.cpu_mut().unwrap()[range.clone()], range.start, seed);
+        // Row `i` goes to row `i`: the first one that goes to the second byte.
+        let odd = foreign.wrapping_add(1).wrapping_sub(range.start);
+        transfer(pieces, || {
+            // SAFETY: the memory has as many bytes, and one more before and after them.
+            unsafe { buffer.copy_to_device_ptr(range.clone(), odd, &stream) }
+        });
+        buffer.cpu_mut().unwrap()[range.clone()].fill(0);
+        transfer(pieces, || {
+            // SAFETY: as above.
+            unsafe { buffer.copy_from_device_ptr(range.clone(), odd, &stream) }
+        });
+        painted(&buffer.cpu().unwrap()[range.clone()], range.start, seed);
+        let seen = device_bytes(device, foreign, range.len() + 1);
+        assert_eq!(seen[0], 0xaa);
+        painted(&seen[1..], range.start, seed);
+    }
+}
+
+const OLD: u8 = 0x11;
+const NEW: u8 = 0x22;
+/// On either side of a bound.
+const ACROSS: Range<usize> = PIECE - 4000..PIECE + 4000;
+
+#[test]
+fn a_transfer_in_pieces_is_in_flight_until_the_last_has_arrived() {
+    let test = "a_transfer_in_pieces_is_in_flight_until_the_last_has_arrived";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    let stream = Stream::new(device).unwrap();
+    let mut buffer = in_pieces(&limits, device);
+    let foreign = Foreign::new(ACROSS.len() / 4, 0);
+    buffer.cpu_mut().unwrap()[ACROSS].fill(OLD);
+    let gate = Gate::close(&stream);
+    let address = foreign.as_ptr().cast::<u8>().wrapping_sub(ACROSS.start);
+    // SAFETY: the memory has as many bytes.
+    gate.passes(|| unsafe { buffer.copy_to_device_ptr(ACROSS, address, &stream) }.unwrap());
+    let gate = Gate::close(&stream);
+    gate.waits(|| buffer.cpu_mut().unwrap()[ACROSS].fill(NEW));
+    stream.synchronize().unwrap();
+    all(&foreign.words(), u32::from_ne_bytes([OLD; 4]));
+    let gate = Gate::close(&stream);
+    let seen = gate.waits(|| {
+        // SAFETY: as above.
+        unsafe { buffer.copy_from_device_ptr(ACROSS, address, &stream) }.unwrap();
+        assert!(gate.is_open() || buffer.try_cpu().unwrap().is_none());
+        buffer.cpu().unwrap()[ACROSS].to_vec()
+    });
+    assert!(seen.iter().all(|byte| *byte == OLD));
+}
+
+#[test]
+fn a_transfer_of_which_a_piece_is_refused_counts_as_in_flight() {
+    let test = "a_transfer_of_which_a_piece_is_refused_counts_as_in_flight";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    let stream = Stream::new(device).unwrap();
+    let mut buffer = in_pieces(&limits, device);
+    let foreign = Foreign::new(ACROSS.len() / 4, 0);
+    buffer.cpu_mut().unwrap()[ACROSS].fill(OLD);
+    let gate = Gate::close(&stream);
+    sim::reset();
+    sim::fail_call(c"cudaMemcpyAsync", 2, 1, true, false);
+    let address = foreign.as_ptr().cast::<u8>().wrapping_sub(ACROSS.start);
+    // SAFETY: the memory has as many bytes.
+    let sent = unsafe { buffer.copy_to_device_ptr(ACROSS, address, &stream) };
+    let refused =
+        Err(Error::Cuda { code: sys::cudaError::cudaErrorInvalidValue, call: "cudaMemcpyAsync" });
+    assert_eq!(sent, refused);
+    sim::heal();
+    gate.waits(|| buffer.cpu_mut().unwrap()[ACROSS].fill(NEW));
+    stream.synchronize().unwrap();
+    // The first piece was sent, and the second was not.
+    let words = foreign.words();
+    let (first, second) = words.split_at(words.len() / 2);
+    all(first, u32::from_ne_bytes([OLD; 4]));
+    all(second, 0);
+}
+
+#[test]
+fn buffers_of_a_pool_may_lie_across_the_bounds_of_pieces() {
+    let test = "buffers_of_a_pool_may_lie_across_the_bounds_of_pieces";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    limits.register(PIECE);
+    const EACH: usize = 43 << 20;
+    let before = sim::live();
+    let pool = BufferPool::<u8>::new(EACH, device, 3).unwrap();
+    assert_eq!(sim::live()[1], before[1] + 3);
+    let stream = Stream::new(device).unwrap();
+    let mut held: Vec<_> = (0..3).map(|_| pool.acquire().unwrap()).collect();
+    assert!(held.iter().all(CpuGpuBuffer::is_pinned));
+    for (seed, buffer) in held.iter_mut().enumerate() {
+        paint(buffer.cpu_mut().unwrap(), 0, seed);
+        buffer.copy_to_gpu(.., &stream).unwrap();
+        buffer.fill_cpu(0).unwrap();
+        buffer.copy_to_cpu(.., &stream).unwrap();
+    }
+    sim::reset();
+    for (seed, buffer) in held.iter_mut().enumerate() {
+        painted(buffer.cpu().unwrap(), 0, seed);
+        buffer.copy_to_gpu(.., &stream).unwrap();
+    }
+    // The first lies in one piece, the others in two.
+    assert_eq!(sim::calls_of(c"cudaMemcpyAsync"), 5);
+    drop((held, pool, stream));
+    assert_eq!(sim::live(), before);
+}
+
+#[test]
+fn all_pieces_are_unregistered_and_then_unmapped() {
+    let test = "all_pieces_are_unregistered_and_then_unmapped";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    let before = (sim::live(), sim::pinned_bytes(), mapped());
+    let buffer = in_pieces(&limits, device);
+    assert_eq!(mapped(), before.2 + PAGES);
+    sim::reset();
+    // What is unmapped before it is unregistered ends the program.
+    drop(buffer);
+    assert_eq!(sim::calls_of(c"cudaHostUnregister"), 3);
+    assert_eq!((sim::live(), sim::pinned_bytes(), mapped()), before);
+}
+
+#[test]
+fn whichever_registration_fails_nothing_stays_registered_and_the_other_way_stands_in() {
+    let test = "whichever_registration_fails_nothing_stays_registered_and_the_other_way_stands_in";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    limits.register(PIECE);
+    let before = (sim::live(), sim::pinned_bytes(), mapped());
+    // With and without the call's effect, which an error of earlier work lets it have.
+    for (once, effect) in [(true, false), (false, false), (true, true)] {
+        // The whole, and three pieces.
+        for number in 1..=5 {
+            sim::reset();
+            sim::fail_call(c"cudaHostRegister", number, 2, once, effect);
+            let buffer = with(BYTES, Pinning::Required, device).unwrap();
+            let what = format!("call {number}, once {once}, effect {effect}");
+            assert_eq!(sim::injected() == 0, number == 5, "{what}");
+            // The whole is refused anyway.
+            let registered = number == 5 || number == 1 && once;
+            assert_eq!(sim::calls_of(c"cudaHostAlloc"), u64::from(!registered), "{what}");
+            assert_eq!(mapped(), before.2 + if registered { PAGES } else { 0 }, "{what}");
+            sim::heal();
+            drop(buffer);
+            assert_eq!((sim::live(), sim::pinned_bytes(), mapped()), before, "{what}");
+        }
+    }
+}
+
+#[test]
+fn where_the_pieces_together_are_too_much_nothing_stays_registered() {
+    let test = "where_the_pieces_together_are_too_much_nothing_stays_registered";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    for room in [0, PIECE - 1, PIECE, 2 * PIECE, BYTES - 1] {
+        // Also where a single registration may be of any size.
+        for single in [PIECE, usize::MAX] {
+            limits.register(single);
+            limits.pin(room);
+            let before = (sim::live(), sim::pinned_bytes(), mapped());
+            let required = with(BYTES, Pinning::Required, device);
+            assert!(matches!(required, Err(Error::PinningUnavailable { .. })), "{room}");
+            assert_eq!((sim::live(), sim::pinned_bytes(), mapped()), before, "{room}");
+            let preferred = with(BYTES, Pinning::Preferred, device).unwrap();
+            assert!(!preferred.is_pinned());
+            drop(preferred);
+            assert_eq!((sim::live(), sim::pinned_bytes(), mapped()), before, "{room}");
+        }
+    }
+}
+
+/// cudaErrorIllegalAddress, which says nothing about what is asked.
+const ILLEGAL: u32 = 700;
+
+#[test]
+fn pages_that_may_still_be_registered_after_a_failed_attempt_are_never_unmapped() {
+    let test = "pages_that_may_still_be_registered_after_a_failed_attempt_are_never_unmapped";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    limits.register(PIECE);
+    // The call, what is asked for, and the pieces that stay. The first call is about the whole, the second about the
+    // last piece, which is refused; and then come those before it.
+    for (number, bytes, stay) in [(2, PIECE + 1, 0), (3, BYTES, 1)] {
+        let (pages, last) = (bytes.next_multiple_of(4096), bytes.div_ceil(PIECE) - 1);
+        limits.pin(last * PIECE);
+        let before = (sim::live()[1], mapped());
+        sim::reset();
+        sim::fail_call(c"cudaHostUnregister", number, ILLEGAL, true, false);
+        drop(with(bytes, Pinning::Preferred, device).unwrap());
+        assert_eq!(sim::injected(), 1);
+        assert_eq!(sim::calls_of(c"cudaHostUnregister"), last as u64 + 2);
+        assert_eq!((sim::live()[1], mapped()), (before.0 + stay, before.1 + pages));
+        // Ends the program where what is pinned is not mapped.
+        sim::heal();
+    }
+}
+
+#[test]
+fn pages_that_may_still_be_registered_after_a_release_are_never_unmapped() {
+    let test = "pages_that_may_still_be_registered_after_a_release_are_never_unmapped";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    for number in 1..=3 {
+        let before = (sim::live(), mapped());
+        let buffer = in_pieces(&limits, device);
+        let address = buffer.cpu().unwrap().as_ptr().cast_mut();
+        sim::reset();
+        sim::fail_call(c"cudaHostUnregister", number, ILLEGAL, true, false);
+        drop(buffer);
+        // The others are unregistered all the same.
+        assert_eq!((sim::calls_of(c"cudaHostUnregister"), sim::injected()), (3, 1));
+        assert_eq!((sim::live()[1], mapped()), (before.0[1] + 1, before.1 + PAGES));
+        // Ends the program where what is pinned is not mapped.
+        sim::heal();
+        // Nobody else will.
+        let piece = address.wrapping_add((number as usize - 1) * PIECE);
+        // SAFETY: the piece is registered, and nothing is in flight.
+        let status = unsafe { sys::cudaHostUnregister(piece.cast()) };
+        assert_eq!(status, sys::cudaError::cudaSuccess);
+        // SAFETY: the pages were leaked, and nothing refers to them.
+        assert_eq!(unsafe { libc::munmap(address.cast(), PAGES) }, 0);
+        assert_eq!((sim::live(), mapped()), before);
+    }
+}
+
+#[test]
+fn cuda_refuses_a_copy_that_spans_registrations_or_is_registered_in_part() {
+    let test = "cuda_refuses_a_copy_that_spans_registrations_or_is_registered_in_part";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    const PART: usize = 2 << 20;
+    let foreign = Foreign::new(PART / 4, 0);
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+    let pages = unsafe { libc::mmap(ptr::null_mut(), 3 * PART, protection, flags, -1, 0) };
+    assert_ne!(pages, libc::MAP_FAILED);
+    let at = |offset: usize| pages.wrapping_byte_add(offset);
+    let success = sys::cudaError::cudaSuccess;
+    for part in [at(0), at(PART)] {
+        // SAFETY: the pages are mapped, and unmapped after they are unregistered.
+        assert_eq!(unsafe { sys::cudaHostRegister(part, PART, 3) }, success);
+    }
+    let stream = Stream::new(device).unwrap();
+    for (from, bytes, expected) in [
+        (0, PART, success),
+        (PART, PART, success),
+        (PART - 8, 8, success),
+        (PART - 8, 16, sys::cudaError::cudaErrorInvalidValue),
+        (2 * PART - 8, 16, sys::cudaError::cudaErrorInvalidValue),
+    ] {
+        let (up, down) = (
+            sys::cudaMemcpyKind::cudaMemcpyHostToDevice,
+            sys::cudaMemcpyKind::cudaMemcpyDeviceToHost,
+        );
+        let (host, gpu, stream) = (at(from), foreign.as_ptr().cast(), stream.as_raw());
+        // SAFETY: both ranges are there, and nothing else uses them.
+        let up = unsafe { sys::cudaMemcpyAsync(gpu, host, bytes, up, stream) };
+        // SAFETY: as above.
+        let down = unsafe { sys::cudaMemcpyAsync(host, gpu, bytes, down, stream) };
+        assert_eq!([up, down], [expected; 2], "{bytes} bytes at {from}");
+        // SAFETY: no arguments. The next check is not to find this.
+        let _ = unsafe { sys::cudaGetLastError() };
+    }
+    stream.synchronize().unwrap();
+    for part in [at(0), at(PART)] {
+        // SAFETY: registered above, and nothing is in flight.
+        assert_eq!(unsafe { sys::cudaHostUnregister(part) }, success);
+    }
+    // SAFETY: mapped above, and nothing refers to them.
+    assert_eq!(unsafe { libc::munmap(pages, 3 * PART) }, 0);
+}
