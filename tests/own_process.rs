@@ -424,8 +424,9 @@ fn ten_thousand_buffers_leave_no_memory_behind() {
                 buffer.resize(200_000).unwrap();
             }
             if step.is_multiple_of(50) {
-                // On pages of its own.
+                // On pages of its own, which are there once they are written.
                 buffer.resize(3 << 20).unwrap();
+                buffer.fill_cpu(1).unwrap();
             }
         };
         (0..500).for_each(cycle);
