@@ -43,7 +43,7 @@ impl Registered {
     /// Zeroed memory of a layout, in the current context, which is `context`.
     pub(crate) fn new(layout: Layout, flags: u32, context: &'static Context) -> Option<Registered> {
         let mut mapping = Mapping::new(layout)?;
-        mapping.touch()?;
+        mapping.touch();
         for piece in sizes(mapping.bytes()) {
             match register(&mapping, piece, flags) {
                 Ok(()) => return Some(Registered { mapping, piece, context }),
