@@ -87,7 +87,7 @@ fn transfer(pieces: u64, action: impl FnOnce() -> Result<()>) {
     sim::reset();
     action().unwrap();
     assert_eq!(sim::calls_of(c"cudaMemcpyAsync"), pieces);
-    assert_eq!(sim::calls_of(c"cudaEventRecord"), 1);
+    assert_eq!(sim::calls_of(c"cuEventRecord"), 1);
 }
 
 #[test]
