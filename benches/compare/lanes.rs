@@ -1,0 +1,235 @@
+//! A lane is a pair of halves of one size and a stream of its own, with copies between them: one for each library
+//! and each way to use it. Whatever is measured of copies is measured over lanes.
+
+use std::ffi::c_void;
+
+use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream, sys};
+
+use crate::raw::{self, DeviceMemory, Event, Pinned};
+use crate::setup::Setup;
+
+pub trait Lane: Send {
+    fn name(&self) -> &'static str;
+
+    /// Enqueues a copy of all bytes to the device half.
+    fn upload(&mut self);
+
+    /// Enqueues a copy of all bytes to the host half.
+    fn download(&mut self);
+
+    /// The host half, when the library says that it may be read.
+    fn read(&mut self) -> &[u8];
+
+    /// The host half, when the library says that it may be written.
+    fn write(&mut self) -> &mut [u8];
+
+    /// Waits for the stream.
+    fn finish(&mut self);
+
+    fn stream(&self) -> sys::cudaStream_t;
+
+    /// Does what the library asks for in a thread before the first call; none, if nothing.
+    fn enter(&mut self) {}
+}
+
+/// The ways to copy.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Kind {
+    /// All rows of a buffer.
+    Ours,
+    /// The front half of the rows of a buffer.
+    OursPrefix,
+    /// All rows, in threads that have chosen a device, as programs of other libraries' do.
+    OursInContext,
+    /// The copy alone, waited for by its stream.
+    Raw,
+    /// The copy and an event, waited for by the event.
+    RawEvent,
+    Cudarc,
+    CudarcUntracked,
+}
+
+pub const OURS: &str = "cpu-gpu-buffer";
+pub const OURS_PREFIX: &str = "cpu-gpu-buffer `..n`";
+pub const OURS_IN_CONTEXT: &str = "cpu-gpu-buffer, device chosen";
+pub const RAW: &str = "cudaMemcpyAsync";
+pub const RAW_EVENT: &str = "cudaMemcpyAsync + cudaEventRecord";
+
+impl Kind {
+    /// Those of the kinds that there are, with `bytes` random bytes in the host half.
+    pub fn lanes(kinds: &[Kind], setup: &Setup, bytes: usize) -> Vec<Box<dyn Lane>> {
+        kinds.iter().filter_map(|kind| kind.lane(setup, bytes)).collect()
+    }
+
+    pub fn lane(self, setup: &Setup, bytes: usize) -> Option<Box<dyn Lane>> {
+        let mut lane: Box<dyn Lane> = match (self, setup.device) {
+            (Kind::Ours, device) => Box::new(OursLane::new(OURS, bytes, bytes, device)),
+            (Kind::OursPrefix, device) => {
+                Box::new(OursLane::new(OURS_PREFIX, bytes, 2 * bytes, device))
+            }
+            (_, Device::Cpu) => return None,
+            (Kind::OursInContext, device) => {
+                Box::new(OursLane::new(OURS_IN_CONTEXT, bytes, bytes, device))
+            }
+            (Kind::Raw, Device::Cuda(ordinal)) => Box::new(RawLane::new(false, bytes, ordinal)),
+            (Kind::RawEvent, Device::Cuda(ordinal)) => Box::new(RawLane::new(true, bytes, ordinal)),
+            (Kind::Cudarc, _) => Box::new(setup.cudarc.as_ref()?.lane(true, bytes)),
+            (Kind::CudarcUntracked, _) => Box::new(setup.cudarc.as_ref()?.lane(false, bytes)),
+        };
+        fastrand::fill(lane.write());
+        Some(lane)
+    }
+}
+
+/// Sends random bytes there and back, and compares.
+pub fn verify(lane: &mut dyn Lane) {
+    let seed = fastrand::u64(..);
+    let mut random = fastrand::Rng::with_seed(seed);
+    random.fill(lane.write());
+    lane.upload();
+    lane.write().fill(0);
+    lane.download();
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut expected = vec![0; lane.read().len()];
+    random.fill(&mut expected);
+    assert!(lane.read() == expected, "{}: bytes were lost", lane.name());
+}
+
+struct OursLane {
+    name: &'static str,
+    bytes: usize,
+    buffer: CpuGpuBuffer<u8>,
+    stream: Stream,
+}
+
+impl OursLane {
+    fn new(name: &'static str, bytes: usize, rows: usize, device: Device) -> OursLane {
+        let buffer = CpuGpuBuffer::new(rows, device).unwrap();
+        assert!(device == Device::Cpu || buffer.is_pinned(), "no memory could be pinned");
+        OursLane { name, bytes, buffer, stream: Stream::new(device).unwrap() }
+    }
+}
+
+impl Lane for OursLane {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn upload(&mut self) {
+        match self.name {
+            OURS_PREFIX => self.buffer.copy_to_gpu(..self.bytes, &self.stream).unwrap(),
+            _ => self.buffer.copy_to_gpu(.., &self.stream).unwrap(),
+        }
+    }
+
+    fn download(&mut self) {
+        match self.name {
+            OURS_PREFIX => self.buffer.copy_to_cpu(..self.bytes, &self.stream).unwrap(),
+            _ => self.buffer.copy_to_cpu(.., &self.stream).unwrap(),
+        }
+    }
+
+    fn read(&mut self) -> &[u8] {
+        &self.buffer.cpu().unwrap()[..self.bytes]
+    }
+
+    fn write(&mut self) -> &mut [u8] {
+        &mut self.buffer.cpu_mut().unwrap()[..self.bytes]
+    }
+
+    fn finish(&mut self) {
+        self.stream.synchronize().unwrap();
+    }
+
+    fn stream(&self) -> sys::cudaStream_t {
+        self.stream.as_raw()
+    }
+
+    fn enter(&mut self) {
+        if let (OURS_IN_CONTEXT, Device::Cuda(ordinal)) = (self.name, self.buffer.device()) {
+            raw::set_device(ordinal);
+        }
+    }
+}
+
+struct RawLane {
+    host: Pinned,
+    device: DeviceMemory,
+    stream: raw::Stream,
+    event: Option<Event>,
+    bytes: usize,
+    ordinal: u32,
+}
+
+impl RawLane {
+    fn new(event: bool, bytes: usize, ordinal: u32) -> RawLane {
+        RawLane {
+            host: Pinned::new(bytes),
+            device: DeviceMemory::new(bytes),
+            stream: raw::Stream::new(),
+            event: event.then(|| Event::new(false)),
+            bytes,
+            ordinal,
+        }
+    }
+
+    #[inline]
+    fn copy(&self, to: *mut c_void, from: *mut c_void, kind: sys::cudaMemcpyKind) {
+        // SAFETY: both have as many bytes, and the lane waits for its copies before it goes.
+        unsafe { raw::copy(to, from, self.bytes, kind, self.stream.as_raw()) };
+        if let Some(event) = &self.event {
+            event.record(self.stream.as_raw());
+        }
+    }
+
+    fn wait(&self) {
+        match &self.event {
+            Some(event) => event.synchronize(),
+            None => self.stream.synchronize(),
+        }
+    }
+}
+
+impl Lane for RawLane {
+    fn name(&self) -> &'static str {
+        if self.event.is_some() { RAW_EVENT } else { RAW }
+    }
+
+    fn upload(&mut self) {
+        let kind = sys::cudaMemcpyKind::cudaMemcpyHostToDevice;
+        self.copy(self.device.as_ptr(), self.host.as_ptr(), kind);
+    }
+
+    fn download(&mut self) {
+        let kind = sys::cudaMemcpyKind::cudaMemcpyDeviceToHost;
+        self.copy(self.host.as_ptr(), self.device.as_ptr(), kind);
+    }
+
+    fn read(&mut self) -> &[u8] {
+        self.write()
+    }
+
+    fn write(&mut self) -> &mut [u8] {
+        self.wait();
+        // SAFETY: nothing was enqueued since the wait.
+        unsafe { self.host.slice() }
+    }
+
+    fn finish(&mut self) {
+        self.stream.synchronize();
+    }
+
+    fn stream(&self) -> sys::cudaStream_t {
+        self.stream.as_raw()
+    }
+
+    fn enter(&mut self) {
+        raw::set_device(self.ordinal);
+    }
+}
+
+impl Drop for RawLane {
+    fn drop(&mut self) {
+        self.stream.synchronize();
+    }
+}

@@ -1,0 +1,69 @@
+//! Allocating zeroed pinned memory, and giving it back.
+//!
+//! A buffer of this crate has a device half, too, so it stands beside `cudaHostAlloc` and `cudaMalloc` together.
+//! What the others pin has no device half, and they do not promise zeroes.
+
+use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+
+use super::{Job, Way, lives, way};
+use crate::figures::Run;
+use crate::lanes::OURS;
+use crate::raw::{DeviceMemory, Pinned, Registered};
+use crate::setup::Setup;
+
+pub const RAW_BOTH: &str = "cudaHostAlloc + cudaMalloc";
+const SIZES: [usize; 6] = [4 << 10, 64 << 10, 1 << 20, 64 << 20, 1 << 30, 4 << 30];
+pub const ALONE: [&str; 2] = ["allocate", "release"];
+const BESIDE: [&str; 2] = ["allocate, others live", "release, others live"];
+
+pub fn plan(setup: &Setup) -> Vec<Job> {
+    let job = |bytes, cases| -> Job { Box::new(move |setup, run| job(setup, run, bytes, cases)) };
+    let small = move |bytes: &usize| *bytes <= 1 << 20;
+    let beside = setup.sizes(&SIZES).filter(small).map(move |bytes| job(bytes, BESIDE));
+    setup.sizes(&SIZES).map(move |bytes| job(bytes, ALONE)).chain(beside).collect()
+}
+
+fn ways(setup: &Setup, bytes: usize) -> Vec<Way<'_>> {
+    let buffer = move || CpuGpuBuffer::<u8>::new(bytes, setup.device).unwrap();
+    let mut ways = vec![way(OURS, buffer)];
+    if setup.is_cuda() {
+        ways.push(way(RAW_BOTH, move || (Pinned::new(bytes), DeviceMemory::new(bytes))));
+        ways.push(way("cudaMalloc", move || DeviceMemory::new(bytes)));
+        ways.push(way("mmap + cudaHostRegister", move || Registered::new(bytes)));
+    }
+    if let Some(peer) = &setup.cudarc {
+        ways.push(way("cudarc alloc_pinned", move || peer.pinned_as_usual(bytes)));
+    }
+    ways
+}
+
+fn job(setup: &Setup, run: &mut Run, bytes: usize, cases: [&str; 2]) {
+    if let Err(why) = setup.room(bytes, bytes) {
+        return run.leave_out(format!("pinned memory of {bytes} bytes: {why}"));
+    }
+    let _living = (cases == BESIDE).then(|| {
+        let raw = setup.is_cuda().then(|| (Pinned::new(4096), DeviceMemory::new(4096)));
+        (CpuGpuBuffer::<u8>::new(4096, setup.device).unwrap(), raw)
+    });
+    // A gigabyte takes long.
+    let rounds = [(1 << 20, 100), (64 << 20, 20), (1 << 30, 5)];
+    let rounds =
+        rounds.into_iter().find(|(most, _)| bytes <= *most).map_or(2, |(_, rounds)| rounds);
+    let rounds = if setup.short { 3 } else { rounds };
+    lives(run, rounds, ("pinned", cases, bytes), &mut ways(setup, bytes));
+    verify(setup.device, bytes);
+}
+
+/// Both halves of a new buffer are zeroes, also where memory was in use before.
+fn verify(device: Device, bytes: usize) {
+    let stream = Stream::new(device).unwrap();
+    let mut buffer = CpuGpuBuffer::<u8>::new(bytes, device).unwrap();
+    let zeroes = |bytes: &[u8]| {
+        let (front, words, end) = bytemuck::pod_align_to::<u8, u64>(bytes);
+        front.iter().chain(end).all(|byte| *byte == 0) && words.iter().all(|word| *word == 0)
+    };
+    assert!(zeroes(buffer.cpu().unwrap()), "a host half is not zeroed");
+    buffer.cpu_mut().unwrap().fill(1);
+    buffer.copy_to_cpu(.., &stream).unwrap();
+    assert!(zeroes(buffer.cpu().unwrap()), "a device half is not zeroed");
+}

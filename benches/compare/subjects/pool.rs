@@ -1,0 +1,153 @@
+//! What acquiring and giving back costs each thread, beside what else holds free things: crossbeam's queues, a
+//! locked stack, and a plain bitmap of one word. And what it costs to make a pool, beside as many single buffers.
+
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Barrier, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use cpu_gpu_buffer::{BufferPool, CpuGpuBuffer, PoolOptions};
+use crossbeam_queue::{ArrayQueue, SegQueue};
+
+use super::{Job, compare, lives, way};
+use crate::figures::Run;
+use crate::measure::Named;
+use crate::setup::Setup;
+
+pub const ACQUIRE: &str = "BufferPool::acquire";
+/// One or several things held at a time.
+pub const HELD: [(&str, usize); 2] = [("1 held at a time", 1), ("4 held at a time", 4)];
+
+const SLOTS: usize = 64;
+const BUFFERS: usize = 4096;
+
+pub fn plan(_setup: &Setup) -> Vec<Job> {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let threads = super::threads::THREADS.into_iter().filter(move |threads| *threads <= cores);
+    let contention = HELD.into_iter().flat_map(|(case, hold)| {
+        threads.clone().map(move |threads| -> Job {
+            Box::new(move |setup, run| contention(setup, run, case, hold, threads))
+        })
+    });
+    contention.chain([Box::new(creation) as Job]).collect()
+}
+
+/// Nanoseconds that one thread of several spends on taking and giving back one thing, `hold` at a time, in rounds of
+/// about a time.
+fn cost<T>(
+    threads: usize,
+    hold: usize,
+    time: Duration,
+    take: &(impl Fn() -> Option<T> + Sync),
+    give: &(impl Fn(T) + Sync),
+) -> f64 {
+    let start = Barrier::new(threads);
+    let one = || {
+        let mut held = Vec::with_capacity(hold);
+        let mut pairs = 0u64;
+        start.wait();
+        let begin = Instant::now();
+        while begin.elapsed() < time {
+            // Enough of them that the clock does not count.
+            for _ in 0..64 {
+                while held.len() < hold {
+                    match take() {
+                        Some(thing) => held.push(thing),
+                        // One of the others that says so while there is one.
+                        None => std::hint::spin_loop(),
+                    }
+                }
+                held.drain(..).for_each(|thing| give(black_box(thing)));
+                pairs += hold as u64;
+            }
+        }
+        begin.elapsed().as_secs_f64() * 1e9 / pairs as f64
+    };
+    let costs: f64 = thread::scope(|scope| {
+        let running: Vec<_> = (0..threads).map(|_| scope.spawn(one)).collect();
+        running.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    costs / threads as f64
+}
+
+/// One word, and where to look first.
+struct Bitmap {
+    bits: AtomicU64,
+    hint: AtomicU64,
+}
+
+impl Bitmap {
+    fn take(&self) -> Option<u32> {
+        let mut seen = self.bits.load(Ordering::Relaxed);
+        while seen != 0 {
+            let hint = self.hint.load(Ordering::Relaxed) as u32;
+            let bit = (seen.rotate_right(hint).trailing_zeros() + hint) % 64;
+            let next = seen & !(1 << bit);
+            match self.bits.compare_exchange_weak(seen, next, Ordering::Acquire, Ordering::Relaxed)
+            {
+                Ok(_) => {
+                    self.hint.store(u64::from(bit + 1) % 64, Ordering::Relaxed);
+                    return Some(bit);
+                }
+                Err(now) => seen = now,
+            }
+        }
+        None
+    }
+
+    fn give(&self, bit: u32) {
+        self.bits.fetch_or(1 << bit, Ordering::Release);
+    }
+}
+
+fn contention(setup: &Setup, run: &mut Run, case: &str, hold: usize, threads: usize) {
+    let options = PoolOptions { max_buffers: Some(SLOTS), ..Default::default() };
+    let pool = BufferPool::<u8>::with_options(4096, setup.device, SLOTS, options).unwrap();
+    let array = ArrayQueue::new(SLOTS);
+    let segments = SegQueue::new();
+    for slot in 0..SLOTS as u32 {
+        array.push(slot).unwrap();
+        segments.push(slot);
+    }
+    let stack = Mutex::new((0..SLOTS as u32).collect::<Vec<u32>>());
+    let bitmap = Bitmap { bits: AtomicU64::new(u64::MAX), hint: AtomicU64::new(0) };
+
+    let time = Duration::from_millis(if setup.short { 1 } else { 20 });
+    let contenders = vec![
+        // An error would be told that the pool is exhausted, which it never is.
+        Named::new(ACQUIRE, || cost(threads, hold, time, &|| Some(pool.acquire().unwrap()), &drop)),
+        Named::new("BufferPool::try_acquire", || {
+            cost(threads, hold, time, &|| pool.try_acquire(), &drop)
+        }),
+        Named::new("crossbeam ArrayQueue", || {
+            cost(threads, hold, time, &|| array.pop(), &|slot| array.push(slot).unwrap())
+        }),
+        Named::new("crossbeam SegQueue", || {
+            cost(threads, hold, time, &|| segments.pop(), &|slot| segments.push(slot))
+        }),
+        Named::new("`Mutex<Vec>`", || {
+            cost(threads, hold, time, &|| stack.lock().unwrap().pop(), &|slot| {
+                stack.lock().unwrap().push(slot);
+            })
+        }),
+        Named::new("bitmap, one word", || {
+            cost(threads, hold, time, &|| bitmap.take(), &|slot| bitmap.give(slot))
+        }),
+    ];
+    compare(run, setup.rounds(7), ("pool", case, threads), "ns", contenders);
+    assert_eq!(pool.available(), SLOTS, "slots are lost");
+}
+
+/// What it takes to make many buffers, in one pool and one by one, and to drop them.
+fn creation(setup: &Setup, run: &mut Run) {
+    let device = setup.device;
+    let buffers = if setup.short { 64 } else { BUFFERS };
+    let pool = way("one BufferPool", move || BufferPool::<u8>::new(4096, device, buffers).unwrap());
+    let single = way("single buffers", move || {
+        let one = |_| CpuGpuBuffer::<u8>::new(4096, device).unwrap();
+        (0..buffers).map(one).collect::<Vec<_>>()
+    });
+    let cases = ["making buffers of 4 KB", "dropping buffers of 4 KB"];
+    lives(run, setup.rounds(3), ("pool", cases, buffers), &mut [pool, single]);
+}

@@ -1,0 +1,52 @@
+//! PyTorch's part of a run: `compare.py` in a process of its own, asked for one subject after the other.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use crate::figures::Run;
+
+/// It travels within the program.
+const SCRIPT: &str = include_str!("../compare.py");
+
+pub const SUBJECTS: [&str; 6] = ["enqueue", "latency", "bandwidth", "fill", "pinned", "access"];
+
+pub struct Torch {
+    child: Child,
+    ask: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Torch {
+    /// Starts an interpreter that has PyTorch.
+    pub fn start(python: &str, device: &str, short: bool) -> Result<Torch, String> {
+        let mut command = Command::new(python);
+        command.args(["-c", SCRIPT, "--serve", "--device", device]);
+        if short {
+            command.arg("--short");
+        }
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().map_err(|error| format!("{python}: {error}"))?;
+        let ask = child.stdin.take().expect("it is piped");
+        let answers = BufReader::new(child.stdout.take().expect("it is piped"));
+        Ok(Torch { child, ask, answers })
+    }
+
+    /// Runs one subject and waits for its figures.
+    pub fn run(&mut self, subject: &str) -> Result<Run, String> {
+        writeln!(self.ask, "{subject}").map_err(|error| error.to_string())?;
+        let mut line = String::new();
+        let read = self.answers.read_line(&mut line).map_err(|error| error.to_string())?;
+        if read == 0 {
+            return Err(format!("it ended in the middle of {subject}"));
+        }
+        serde_json::from_str(&line).map_err(|error| error.to_string())
+    }
+}
+
+impl Drop for Torch {
+    fn drop(&mut self) {
+        // It ends with its input, too, but not in the middle of something.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
