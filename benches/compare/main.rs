@@ -156,7 +156,11 @@ fn run(all: &Arguments) -> Result<(), String> {
         let took = begun.elapsed().as_secs_f64();
         if let Some(torch) = torch.as_mut().filter(|_| asked(name)) {
             bar.set_prefix("PyTorch");
-            run.merge(torch.run(name).map_err(|why| format!("PyTorch: {why}"))?);
+            match torch.run(name) {
+                Ok(part) => run.merge(part),
+                // The rest of the run is still worth something.
+                Err(why) => run.leave_out(format!("PyTorch, {name}: {why}")),
+            }
             bar.inc(1);
         }
         let all = begun.elapsed().as_secs_f64();

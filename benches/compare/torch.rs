@@ -28,18 +28,25 @@ impl Torch {
         let mut child = command.spawn().map_err(|error| format!("{python}: {error}"))?;
         let ask = child.stdin.take().expect("it is piped");
         let answers = BufReader::new(child.stdout.take().expect("it is piped"));
-        Ok(Torch { child, ask, answers })
+        let mut torch = Torch { child, ask, answers };
+        // Loading it would disturb what is measured meanwhile.
+        torch.line()?;
+        Ok(torch)
+    }
+
+    fn line(&mut self) -> Result<String, String> {
+        let mut line = String::new();
+        match self.answers.read_line(&mut line) {
+            Ok(0) => Err("the interpreter ended; what it said stands above".into()),
+            Ok(_) => Ok(line),
+            Err(error) => Err(error.to_string()),
+        }
     }
 
     /// Runs one subject and waits for its figures.
     pub fn run(&mut self, subject: &str) -> Result<Run, String> {
         writeln!(self.ask, "{subject}").map_err(|error| error.to_string())?;
-        let mut line = String::new();
-        let read = self.answers.read_line(&mut line).map_err(|error| error.to_string())?;
-        if read == 0 {
-            return Err(format!("it ended in the middle of {subject}"));
-        }
-        serde_json::from_str(&line).map_err(|error| error.to_string())
+        serde_json::from_str(&self.line()?).map_err(|error| error.to_string())
     }
 }
 
