@@ -1,9 +1,324 @@
 //! The charts of a report, as SVG.
 
-use crate::figures::Run;
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-pub const LINKS: &str = "";
+use crate::figures::{Figure, Run};
+use crate::lanes::{OURS, RAW};
+use crate::report::{distinct, number, size};
+use crate::subjects::pool;
 
-pub fn all(_run: &Run) -> Vec<(&'static str, String)> {
-    Vec::new()
+pub struct Chart {
+    pub file: &'static str,
+    pub title: &'static str,
+    pub svg: String,
+}
+
+/// Those for which the run has figures.
+pub fn all(run: &Run) -> Vec<Chart> {
+    type Draw = fn(&Run) -> Option<String>;
+    let charts: [(&str, &str, Draw); 3] = [
+        ("bandwidth.svg", "Bandwidth of copies", bandwidth),
+        ("enqueue.svg", "Cost of enqueueing a copy of 4 KB", enqueue),
+        ("pool.svg", "Cost of an acquire and a release, each thread", pool_cost),
+    ];
+    let drawn = charts.into_iter().map(|(file, title, draw)| {
+        let svg = draw(run)?;
+        Some(Chart { file, title, svg })
+    });
+    drawn.flatten().collect()
+}
+
+/// Okabe and Ito's colours, which people with any kind of colour vision tell apart.
+const BLUE: RGBColor = RGBColor(0, 114, 178);
+const VERMILION: RGBColor = RGBColor(213, 94, 0);
+const GREEN: RGBColor = RGBColor(0, 158, 115);
+const PURPLE: RGBColor = RGBColor(204, 121, 167);
+const ORANGE: RGBColor = RGBColor(230, 159, 0);
+const SKY: RGBColor = RGBColor(86, 180, 233);
+const COLOURS: [RGBColor; 6] = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY];
+const GREY: RGBColor = RGBColor(90, 90, 90);
+
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+fn font(size: i32) -> TextStyle<'static> {
+    ("sans-serif", size).into_font().color(&BLACK)
+}
+
+/// Draws into an SVG of a size.
+fn drawn(width: u32, height: u32, draw: impl FnOnce(&Area<'_>)) -> String {
+    let mut svg = String::new();
+    let area = SVGBackend::with_string(&mut svg, (width, height)).into_drawing_area();
+    done(area.fill(&WHITE));
+    draw(&area);
+    done(area.present());
+    drop(area);
+    svg
+}
+
+/// Drawing into memory does not fail.
+fn done<V, E: std::fmt::Debug>(result: Result<V, E>) -> V {
+    result.expect("drawing into memory")
+}
+
+fn write(area: &Area<'_>, text: &str, at: (i32, i32), size: i32, anchor: HPos) {
+    let style = font(size).pos(Pos::new(anchor, VPos::Center));
+    done(area.draw(&Text::new(text.to_string(), at, style)));
+}
+
+/// A line's colour and marker, which tell it apart where the other does not.
+fn colour(line: usize) -> RGBColor {
+    COLOURS[line % COLOURS.len()]
+}
+
+fn marker(area: &Area<'_>, line: usize, (x, y): (i32, i32)) {
+    let fill = colour(line).filled();
+    let stroke = colour(line).stroke_width(2);
+    done(match line % 6 {
+        0 => area.draw(&Circle::new((x, y), 5, fill)),
+        1 => area.draw(&Rectangle::new([(x - 4, y - 4), (x + 4, y + 4)], stroke)),
+        2 => area.draw(&TriangleMarker::new((x, y), 6, fill)),
+        3 => area.draw(&Cross::new((x, y), 4, stroke)),
+        4 => area.draw(&Circle::new((x, y), 4, stroke)),
+        _ => area.draw(&Rectangle::new([(x - 3, y - 3), (x + 3, y + 3)], fill)),
+    });
+}
+
+/// The names of lines, in rows beneath the title, where no data are.
+fn key(area: &Area<'_>, names: &[&str]) {
+    let mut x = 20;
+    for (line, name) in names.iter().enumerate() {
+        done(area.draw(&PathElement::new([(x, 50), (x + 26, 50)], colour(line).stroke_width(2))));
+        marker(area, line, (x + 13, 50));
+        write(area, name, (x + 34, 50), 14, HPos::Left);
+        x += 34 + 8 * name.len() as i32 + 24;
+    }
+}
+
+/// Some lines over places that are the same step apart.
+struct Panel<'a> {
+    title: String,
+    places: Vec<String>,
+    /// The name of what the places are.
+    along: &'a str,
+    unit: &'a str,
+    /// For each line its heights, where there are any.
+    lines: Vec<Vec<Option<f64>>>,
+    /// Heights that are marked all the way.
+    limits: Vec<(String, f64)>,
+    log: bool,
+}
+
+impl Panel<'_> {
+    fn draw(&self, area: &Area<'_>) {
+        let height = |value: f64| if self.log { value.log10() } else { value };
+        let all = || self.lines.iter().flatten().flatten().copied();
+        let most = all().chain(self.limits.iter().map(|(_, limit)| *limit)).fold(0.0, f64::max);
+        let least = all().fold(f64::INFINITY, f64::min);
+        let (low, high, ticks): (f64, f64, Vec<f64>) = if self.log {
+            let (low, high) = (least.log10().floor(), most.log10().ceil());
+            (low, high, (low as i32..=high as i32).map(f64::from).collect())
+        } else {
+            let step = nice(most / 6.0);
+            // The name of the highest limit stands above it.
+            let steps = (most * 1.06 / step).ceil();
+            (0.0, step * steps, (0..=steps as i32).map(|tick| step * f64::from(tick)).collect())
+        };
+        let last = self.places.len() as f64 - 1.0;
+        let (width, height_of_all) = area.dim_in_pixel();
+        let (left, right) = (76, width as i32 - 14);
+        let (top, bottom) = (34, height_of_all as i32 - 50);
+        let along = |from: i32, to: i32, part: f64| from + (f64::from(to - from) * part) as i32;
+        // Half a step is left at both ends.
+        let x_of = |place: f64| along(left, right, (place + 0.5) / (last + 1.0));
+        let y_of = |height: f64| along(bottom, top, (height - low) / (high - low));
+        let pixel = |place: usize, value: f64| (x_of(place as f64), y_of(height(value)));
+        write(area, &self.title, ((left + right) / 2, 14), 15, HPos::Center);
+        for tick in ticks {
+            let y = y_of(tick);
+            let line = [(left, y), (right, y)];
+            done(area.draw(&PathElement::new(line, RGBColor(220, 220, 220))));
+            let name = axis_number(if self.log { 10_f64.powf(tick) } else { tick });
+            write(area, &name, (left - 6, y), 13, HPos::Right);
+        }
+        done(area.draw(&PathElement::new([(left, top), (left, bottom), (right, bottom)], BLACK)));
+        write(area, self.unit, (left - 6, 14), 14, HPos::Right);
+        for (name, limit) in &self.limits {
+            let y = y_of(height(*limit));
+            for x in (left..right).step_by(10) {
+                let dash = [(x, y), ((x + 6).min(right), y)];
+                done(area.draw(&PathElement::new(dash, GREY.stroke_width(1))));
+            }
+            write(area, name, (left + 8, y - 9), 13, HPos::Left);
+        }
+        // The first is this crate's; what is drawn later lies above.
+        for (line, heights) in self.lines.iter().enumerate().rev() {
+            let points: Vec<_> = heights
+                .iter()
+                .enumerate()
+                .filter_map(|(place, height)| Some(pixel(place, (*height)?)))
+                .collect();
+            done(area.draw(&PathElement::new(points.clone(), colour(line).stroke_width(2))));
+            points.into_iter().for_each(|point| marker(area, line, point));
+        }
+        let every = self.places.len().div_ceil(6);
+        for (place, name) in self.places.iter().enumerate().step_by(every) {
+            let x = x_of(place as f64);
+            done(area.draw(&PathElement::new([(x, bottom), (x, bottom + 5)], BLACK)));
+            write(area, name, (x, bottom + 15), 13, HPos::Center);
+        }
+        write(area, self.along, ((left + right) / 2, bottom + 36), 14, HPos::Center);
+    }
+}
+
+/// 1, 2 or 5 times a power of ten, at least as much.
+fn nice(step: f64) -> f64 {
+    let power = 10_f64.powf(step.log10().floor());
+    let times = [1.0, 2.0, 5.0, 10.0].into_iter().find(|times| times * power >= step);
+    times.unwrap_or(10.0) * power
+}
+
+/// Panels beside each other, with the names of their lines above.
+fn panels(title: &str, names: &[&str], panels: &[Panel<'_>]) -> String {
+    drawn(400 * panels.len() as u32, 430, |area| {
+        write(area, title, (20, 20), 19, HPos::Left);
+        key(area, names);
+        let (_, below) = area.split_vertically(70);
+        for (part, panel) in below.split_evenly((1, panels.len())).iter().zip(panels) {
+            panel.draw(part);
+        }
+    })
+}
+
+/// The lines of one case: for each name, its figures at the places.
+fn lines(
+    figures: &[&Figure],
+    case: &str,
+    names: &[&str],
+    places: &[usize],
+) -> Vec<Vec<Option<f64>>> {
+    let height = |name: &str, at: usize| {
+        let found = figures.iter().find(|f| f.case == case && f.by == name && f.at == at);
+        found.map(|figure| figure.median)
+    };
+    names.iter().map(|name| places.iter().map(|at| height(name, *at)).collect()).collect()
+}
+
+fn of<'a>(run: &'a Run, subject: &str, unit: &str) -> Vec<&'a Figure> {
+    run.figures.iter().filter(|figure| figure.subject == subject && figure.unit == unit).collect()
+}
+
+/// What the card's link can carry in one direction, and its name.
+fn link(run: &Run) -> Option<(String, f64)> {
+    let fact = |name: &str| run.machine.get(name)?.parse::<u32>().ok();
+    let (generation, lanes) = (fact("pcie generation")?, fact("pcie lanes")?);
+    // GB/s of a lane, by its rate of transfers and 128 bits in 130.
+    let lane = [8.0, 16.0, 32.0].get(generation.checked_sub(3)? as usize)? * 128.0 / 130.0 / 8.0;
+    Some((format!("PCIe {generation} x{lanes}"), lane * f64::from(lanes)))
+}
+
+fn bandwidth(run: &Run) -> Option<String> {
+    let figures = of(run, "bandwidth", "GB/s");
+    let mut places = distinct(figures.iter().map(|figure| figure.at));
+    places.sort_unstable();
+    let names = distinct(figures.iter().map(|figure| figure.by.as_str()));
+    let panel = |case: &str, title: &str, ways: f64| {
+        let raw = figures.iter().filter(|figure| figure.case == case && figure.by == RAW);
+        let highest = raw.map(|figure| figure.median).reduce(f64::max);
+        let mut limits = Vec::new();
+        limits.extend(highest.map(|most| (format!("highest raw: {}", number(most)), most)));
+        limits.extend(
+            link(run).map(|(name, rate)| (format!("{name}: {}", number(rate * ways)), rate * ways)),
+        );
+        Panel {
+            title: title.into(),
+            places: places.iter().map(|bytes| size(*bytes)).collect(),
+            along: "size of a copy",
+            unit: "GB/s",
+            lines: lines(&figures, case, &names, &places),
+            limits,
+            log: false,
+        }
+    };
+    let three = [
+        panel("H2D", "host to device", 1.0),
+        panel("D2H", "device to host", 1.0),
+        panel("both at once", "both at once", 2.0),
+    ];
+    (!figures.is_empty())
+        .then(|| panels("Bandwidth of copies from and to pinned memory", &names, &three))
+}
+
+fn pool_cost(run: &Run) -> Option<String> {
+    let figures = of(run, "pool", "ns");
+    let mut places = distinct(figures.iter().map(|figure| figure.at));
+    places.sort_unstable();
+    let names = distinct(figures.iter().map(|figure| figure.by.as_str()));
+    let panel = |(case, _): (&str, usize)| Panel {
+        title: case.into(),
+        places: places.iter().map(usize::to_string).collect(),
+        along: "threads",
+        unit: "ns",
+        lines: lines(&figures, case, &names, &places),
+        limits: Vec::new(),
+        log: true,
+    };
+    let title = "An acquire and a release, each thread (logarithmic)";
+    (!figures.is_empty()).then(|| panels(title, &names, &pool::HELD.map(panel)))
+}
+
+fn enqueue(run: &Run) -> Option<String> {
+    const LEFT: i32 = 270;
+    const PANEL: i32 = 400;
+    const BAR: i32 = 26;
+    let figures = of(run, "enqueue", "ns");
+    let figures: Vec<_> = figures.into_iter().filter(|figure| figure.at == 4096).collect();
+    let names = distinct(figures.iter().map(|figure| figure.by.as_str()));
+    let most = figures.iter().map(|figure| figure.median).reduce(f64::max)?;
+    let step = nice(most / 4.0);
+    let end = (most * 1.15 / step).ceil() * step;
+    let rows = BAR * names.len() as i32;
+    let bottom = 76 + rows;
+    let svg = drawn((LEFT + 2 * PANEL + 40) as u32, (bottom + 60) as u32, |area| {
+        write(area, "What enqueueing a copy of 4 KB costs the caller", (20, 20), 19, HPos::Left);
+        for (row, name) in names.iter().enumerate() {
+            write(area, name, (LEFT - 10, 76 + BAR * row as i32 + BAR / 2), 14, HPos::Right);
+        }
+        for (panel, (case, title)) in
+            [("H2D", "host to device"), ("D2H", "device to host")].into_iter().enumerate()
+        {
+            let left = LEFT + panel as i32 * PANEL;
+            let width = PANEL - 30;
+            let at = |value: f64| left + (value / end * f64::from(width)) as i32;
+            write(area, title, (left + width / 2, 56), 15, HPos::Center);
+            for tick in (0..).map(|tick| f64::from(tick) * step).take_while(|tick| *tick <= end) {
+                let x = at(tick);
+                let line = PathElement::new([(x, 70), (x, bottom + 4)], RGBColor(220, 220, 220));
+                done(area.draw(&line));
+                write(area, &axis_number(tick), (x, bottom + 16), 13, HPos::Center);
+            }
+            write(area, "ns", (left + width / 2, bottom + 40), 14, HPos::Center);
+            for (row, name) in names.iter().enumerate() {
+                let Some(figure) = figures.iter().find(|f| f.case == case && f.by == *name) else {
+                    continue;
+                };
+                let top = 76 + BAR * row as i32;
+                // This crate's bars in one colour, the others' in another.
+                let fill = if name.starts_with(OURS) { BLUE } else { ORANGE };
+                let corners = [(left, top + 4), (at(figure.median), top + BAR - 4)];
+                done(area.draw(&Rectangle::new(corners, fill.filled())));
+                let beside = (at(figure.median) + 6, top + BAR / 2);
+                write(area, &number(figure.median), beside, 13, HPos::Left);
+            }
+            let axis = PathElement::new([(left, 70), (left, bottom + 4)], BLACK);
+            done(area.draw(&axis));
+        }
+    });
+    Some(svg)
+}
+
+/// Round numbers, as ticks are.
+fn axis_number(value: f64) -> String {
+    if value >= 1000.0 { number(value) } else { value.to_string() }
 }

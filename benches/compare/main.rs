@@ -169,8 +169,10 @@ fn run(all: &Arguments) -> Result<(), String> {
     bar.finish_and_clear();
 
     run.method.insert("seconds".into(), start.elapsed().as_secs().to_string());
-    print!("{}", report::text(&run));
-    println!("\n{} figures in {:.1} s", run.figures.len(), start.elapsed().as_secs_f64());
+    // The goals last, where they are seen.
+    println!("{}", report::details(&run));
+    println!("{}", report::summary(&run));
+    println!("{} figures in {:.1} s", run.figures.len(), start.elapsed().as_secs_f64());
     if let Some(file) = &all.json {
         report::write(file, &report::json(&run))?;
     }

@@ -44,10 +44,13 @@ pub fn report(files: &[PathBuf], out: &Path, check: bool) -> Result<(), String> 
     let mut rendered = vec![(own[0].clone(), json(&run))];
     let page = out.join("benchmarks.md");
     let before = if page.exists() { read(&page)? } else { TEMPLATE.into() };
-    let figures = format!("\n{}\n{}", charts::LINKS, text(&run));
+    let charts = charts::all(&run);
+    let link = |chart: &charts::Chart| format!("![{}](charts/{})\n\n", chart.title, chart.file);
+    let links: String = charts.iter().map(link).collect();
+    let figures = format!("\n{}\n{links}{}", summary(&run), details(&run));
     rendered.push((page.clone(), replaced(&page, &before, "figures", &figures)?));
-    for (name, chart) in charts::all(&run) {
-        rendered.push((out.join("charts").join(name), chart));
+    for chart in charts {
+        rendered.push((out.join("charts").join(chart.file), chart.svg));
     }
     // The README beside the folder, where there is one.
     let readme = out.parent().unwrap_or(Path::new("")).join("README.md");
@@ -111,11 +114,16 @@ fn replaced(path: &Path, text: &str, mark: &str, content: &str) -> Result<String
     parts.ok_or_else(|| format!("{}: there is no {open} with {close} behind it", path.display()))
 }
 
-/// The machine, the goals and all tables.
-pub fn text(run: &Run) -> String {
-    let mut text = format!("{}\n\n{}", sentence(run), goal_table(&goals(run), is_short(run)));
-    text += "\nThe number in brackets is this crate's figure over that one: below 1 is better where the unit is a time, \
-             above 1 where it is GB/s.\n";
+/// The machine and the goals.
+pub fn summary(run: &Run) -> String {
+    format!("{}\n\n{}", sentence(run), goal_table(&goals(run), is_short(run)))
+}
+
+/// All tables.
+pub fn details(run: &Run) -> String {
+    let mut text = "The number in brackets is this crate's figure over that one: below 1 is better where the unit is a \
+                    time, above 1 where it is GB/s.\n"
+        .to_string();
     for (subject, _) in subjects::ALL {
         text += &tables(run, subject);
     }
@@ -197,7 +205,7 @@ fn quoted(run: &Run) -> String {
     format!("{}\n\n| what | against | ratio |\n|---|---|---|\n{lines}", sentence(run))
 }
 
-fn distinct<'a, V: PartialEq>(all: impl Iterator<Item = V> + 'a) -> Vec<V> {
+pub fn distinct<V: PartialEq>(all: impl Iterator<Item = V>) -> Vec<V> {
     all.fold(Vec::new(), |mut seen, value| {
         if !seen.contains(&value) {
             seen.push(value);
