@@ -85,15 +85,25 @@ fn marker(area: &Area<'_>, line: usize, (x, y): (i32, i32)) {
     });
 }
 
-/// The names of lines, in rows beneath the title, where no data are.
-fn key(area: &Area<'_>, names: &[&str]) {
-    let mut x = 20;
-    for (line, name) in names.iter().enumerate() {
-        done(area.draw(&PathElement::new([(x, 50), (x + 26, 50)], colour(line).stroke_width(2))));
-        marker(area, line, (x + 13, 50));
-        write(area, name, (x + 34, 50), 14, HPos::Left);
-        x += 34 + 8 * name.len() as i32 + 24;
-    }
+/// As names are written where Markdown is not.
+fn plain(name: &str) -> String {
+    name.replace('`', "")
+}
+
+/// Where the names of lines go: in rows beneath the title, where no data are.
+fn key(names: &[&str], width: i32) -> Vec<(i32, i32)> {
+    let mut at = (20, 50);
+    let place = |name: &&str| {
+        // The width of the letters, about.
+        let length = 58 + 8 * plain(name).len() as i32;
+        if at.0 > 20 && at.0 + length > width {
+            at = (20, at.1 + 24);
+        }
+        let place = at;
+        at.0 += length;
+        place
+    };
+    names.iter().map(place).collect()
 }
 
 /// Some lines over places that are the same step apart.
@@ -181,10 +191,18 @@ fn nice(step: f64) -> f64 {
 
 /// Panels beside each other, with the names of their lines above.
 fn panels(title: &str, names: &[&str], panels: &[Panel<'_>]) -> String {
-    drawn(400 * panels.len() as u32, 430, |area| {
+    let width = 400 * panels.len() as i32;
+    let places = key(names, width);
+    let top = places.last().map_or(0, |place| place.1) + 20;
+    drawn(width as u32, (top + 360) as u32, |area| {
         write(area, title, (20, 20), 19, HPos::Left);
-        key(area, names);
-        let (_, below) = area.split_vertically(70);
+        for (line, (name, (x, y))) in names.iter().zip(places).enumerate() {
+            let dash = [(x, y), (x + 26, y)];
+            done(area.draw(&PathElement::new(dash, colour(line).stroke_width(2))));
+            marker(area, line, (x + 13, y));
+            write(area, &plain(name), (x + 34, y), 14, HPos::Left);
+        }
+        let (_, below) = area.split_vertically(top);
         for (part, panel) in below.split_evenly((1, panels.len())).iter().zip(panels) {
             panel.draw(part);
         }
@@ -280,16 +298,22 @@ fn enqueue(run: &Run) -> Option<String> {
     let end = (most * 1.15 / step).ceil() * step;
     let rows = BAR * names.len() as i32;
     let bottom = 76 + rows;
-    let svg = drawn((LEFT + 2 * PANEL + 40) as u32, (bottom + 60) as u32, |area| {
+    let svg = drawn((LEFT + 2 * PANEL) as u32, (bottom + 60) as u32, |area| {
         write(area, "What enqueueing a copy of 4 KB costs the caller", (20, 20), 19, HPos::Left);
         for (row, name) in names.iter().enumerate() {
-            write(area, name, (LEFT - 10, 76 + BAR * row as i32 + BAR / 2), 14, HPos::Right);
+            write(
+                area,
+                &plain(name),
+                (LEFT - 10, 76 + BAR * row as i32 + BAR / 2),
+                14,
+                HPos::Right,
+            );
         }
         for (panel, (case, title)) in
             [("H2D", "host to device"), ("D2H", "device to host")].into_iter().enumerate()
         {
             let left = LEFT + panel as i32 * PANEL;
-            let width = PANEL - 30;
+            let width = PANEL - 60;
             let at = |value: f64| left + (value / end * f64::from(width)) as i32;
             write(area, title, (left + width / 2, 56), 15, HPos::Center);
             for tick in (0..).map(|tick| f64::from(tick) * step).take_while(|tick| *tick <= end) {
