@@ -7,6 +7,7 @@ use std::thread;
 
 use cpu_gpu_buffer::{Device, sys};
 
+use crate::peer::Peer;
 use crate::raw;
 use crate::setup::Setup;
 
@@ -31,6 +32,7 @@ pub fn machine(setup: &Setup) -> Facts {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").ok();
     let mut machine = facts([
         ("device", Some(setup.device.to_string())),
+        ("gpu", setup.cudarc.as_ref().and_then(Peer::gpu)),
         ("cpu", model),
         ("cores", Some(cores.to_string())),
         ("kernel", kernel.map(|kernel| kernel.trim().to_string())),

@@ -29,6 +29,11 @@ impl Peer {
         Ok(peer)
     }
 
+    /// The card's name.
+    pub fn gpu(&self) -> Option<String> {
+        self.tracked.name().ok()
+    }
+
     pub fn lane(&self, tracked: bool, bytes: usize) -> CudarcLane {
         let context = if tracked { &self.tracked } else { &self.untracked };
         let stream = context.new_stream().unwrap();

@@ -188,10 +188,10 @@ fn quoted(run: &Run) -> String {
         let all = goals(run);
         let line = move |(what, against): (&str, &str)| {
             let goal = all.iter().find(|goal| goal.what == what).expect("it is one of them");
-            let ratio = goal.ratio.map_or("not measured".into(), ratio);
-            let ratio = match goal.bound {
-                Bound::TimesFaster(_) => format!("{ratio} times faster"),
-                _ => ratio,
+            let ratio = match (goal.ratio.map(ratio), goal.bound) {
+                (None, _) => "not measured".into(),
+                (Some(ratio), Bound::TimesFaster(_)) => format!("{ratio} times faster"),
+                (Some(ratio), _) => ratio,
             };
             format!("| {what} | {against} | {ratio} |\n")
         };
