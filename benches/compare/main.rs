@@ -113,7 +113,12 @@ fn main() -> ExitCode {
 
 fn run(all: &Arguments) -> Result<(), String> {
     let start = Instant::now();
-    let (setup, left_out) = Setup::new(all.device.unwrap_or_else(Device::auto), all.short);
+    let device = match all.device {
+        Some(Device::Cuda(ordinal)) => Device::cuda(ordinal).map_err(|error| error.to_string())?,
+        Some(Device::Cpu) => Device::Cpu,
+        None => Device::auto(),
+    };
+    let (setup, left_out) = Setup::new(device, all.short);
     let mut run = Run {
         machine: machine::machine(&setup),
         versions: machine::versions(&setup),
@@ -134,6 +139,10 @@ fn run(all: &Arguments) -> Result<(), String> {
         }
     };
 
+    let keep = |run: &Run| match &all.json {
+        Some(file) => report::write(file, &report::json(run)),
+        None => Ok(()),
+    };
     let wanted = |name: &str| all.only.is_empty() || all.only.iter().any(|only| only == name);
     let plans: Vec<_> = subjects::ALL
         .into_iter()
@@ -163,18 +172,17 @@ fn run(all: &Arguments) -> Result<(), String> {
             }
             bar.inc(1);
         }
-        let all = begun.elapsed().as_secs_f64();
-        bar.suspend(|| eprintln!("{name}: {took:.1} s, PyTorch {:.1} s", all - took));
+        let whole = begun.elapsed().as_secs_f64();
+        bar.suspend(|| eprintln!("{name}: {took:.1} s, PyTorch {:.1} s", whole - took));
+        // What is there, should a later subject fail.
+        run.method.insert("seconds".into(), start.elapsed().as_secs().to_string());
+        keep(&run)?;
     }
     bar.finish_and_clear();
 
-    run.method.insert("seconds".into(), start.elapsed().as_secs().to_string());
     // The goals last, where they are seen.
     println!("{}", report::details(&run));
     println!("{}", report::summary(&run));
     println!("{} figures in {:.1} s", run.figures.len(), start.elapsed().as_secs_f64());
-    if let Some(file) = &all.json {
-        report::write(file, &report::json(&run))?;
-    }
     Ok(())
 }
