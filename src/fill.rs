@@ -74,17 +74,12 @@ const KERNEL_FROM: usize = 1 << 20;
 const SHORT: usize = 16;
 const LONG: usize = 224;
 
-/// How a fill kernel is launched.
-#[derive(Clone, Copy)]
-struct Shape {
-    /// Rows to a block, as in `kernels/fill.cu`.
-    stores: usize,
-    /// At most so many threads to a block, where so many hold a row.
-    threads: usize,
-}
+/// Rows to a block of the fill kernels, as in `kernels/fill.cu`.
+const STORES: usize = 2;
 
-const SHORT_SHAPE: Shape = Shape { stores: 1, threads: 256 };
-const LONG_SHAPE: Shape = Shape { stores: 4, threads: 512 };
+/// At most so many threads to a block of each fill kernel, where so many hold a row.
+const SHORT_THREADS: usize = 256;
+const LONG_THREADS: usize = 512;
 
 /// Threads to a block of the kernels that repeat, and about how often each stores.
 const REPEAT_THREADS: usize = 256;
@@ -220,13 +215,13 @@ unsafe fn launch_fill(
 ) -> Result<()> {
     // What a launch carries is what it costs the caller.
     if period <= SHORT {
-        let (kernel, shape) = (kernels.short, SHORT_SHAPE);
+        let (kernel, threads) = (kernels.short, SHORT_THREADS);
         // SAFETY: the caller vouches for the range and for the context; this kernel's pattern is that long.
-        unsafe { launch_pattern::<SHORT>(kernel, shape, to, bytes, unit, period, stream) }
+        unsafe { launch_pattern::<SHORT>(kernel, threads, to, bytes, unit, period, stream) }
     } else {
-        let (kernel, shape) = (kernels.long, LONG_SHAPE);
+        let (kernel, threads) = (kernels.long, LONG_THREADS);
         // SAFETY: as above.
-        unsafe { launch_pattern::<LONG>(kernel, shape, to, bytes, unit, period, stream) }
+        unsafe { launch_pattern::<LONG>(kernel, threads, to, bytes, unit, period, stream) }
     }
 }
 
@@ -235,7 +230,7 @@ unsafe fn launch_fill(
 /// As for [`launch_fill`]; `kernel` takes a pattern of `VECTORS`, and `period` is no more.
 unsafe fn launch_pattern<const VECTORS: usize>(
     kernel: sys::CUfunction,
-    shape: Shape,
+    threads: usize,
     mut to: *mut u8,
     bytes: usize,
     unit: &[u8],
@@ -252,7 +247,7 @@ unsafe fn launch_pattern<const VECTORS: usize>(
     }
     written.rotate_left(head);
     let vectors = bytes.saturating_sub(head) / 16;
-    let (blocks, threads) = grid(vectors, period, shape);
+    let (blocks, threads) = grid(vectors, period, threads);
     let mut bytes = bytes as u64;
     let mut period = period as u32;
     let mut parameters: [*mut c_void; 4] = [
@@ -266,13 +261,13 @@ unsafe fn launch_pattern<const VECTORS: usize>(
     unsafe { raw::launch(kernel, blocks, threads, &mut parameters, stream) }
 }
 
-/// The blocks of a fill, and the threads of each: a row of whole periods, and, but for odd periods of more
+/// The blocks of a fill, and the threads of each, at most so many where those hold a row: a row of whole periods, and, but for odd periods of more
 /// than 128 vectors, of whole lines of 128 bytes.
-fn grid(vectors: usize, period: usize, shape: Shape) -> (u32, u32) {
+fn grid(vectors: usize, period: usize, threads: usize) -> (u32, u32) {
     let lines = period * 8 / gcd(period, 8);
     let row = if lines <= MOST_THREADS { lines } else { period };
-    let threads = (shape.threads / row).max(1) * row;
-    (blocks(vectors.div_ceil(threads * shape.stores).max(1)), threads as u32)
+    let threads = (threads / row).max(1) * row;
+    (blocks(vectors.div_ceil(threads * STORES).max(1)), threads as u32)
 }
 
 /// A grid has at most 2^31 - 1 blocks, and the smallest of ours, byte by byte, stand for 256 bytes: 550 GB.
@@ -438,16 +433,15 @@ mod tests {
     #[test]
     fn rows_are_whole_periods_and_whole_lines_and_cover_the_range() {
         for period in 1..=LONG {
-            for shape in [SHORT_SHAPE, LONG_SHAPE] {
-                let stores = shape.stores;
+            for most in [SHORT_THREADS, LONG_THREADS] {
                 for vectors in [0, 1, 255, 256, 257, 65_536, 65_537] {
-                    let (blocks, threads) = grid(vectors, period, shape);
+                    let (blocks, threads) = grid(vectors, period, most);
                     let (blocks, threads) = (blocks as usize, threads as usize);
                     assert!(threads <= MOST_THREADS && threads.is_multiple_of(period));
                     let lines = threads.is_multiple_of(8);
                     assert!(lines || (period > 128 && !period.is_multiple_of(2)), "{period}");
-                    assert!((blocks - 1) * threads * stores <= vectors);
-                    assert!(blocks * threads * stores >= vectors && threads >= 16);
+                    assert!((blocks - 1) * threads * STORES <= vectors);
+                    assert!(blocks * threads * STORES >= vectors && threads >= 16);
                 }
             }
         }

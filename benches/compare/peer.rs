@@ -44,6 +44,7 @@ impl Peer {
         stream.synchronize().unwrap();
         CudarcLane {
             name: if tracked { "cudarc" } else { "cudarc, untracked" },
+            tracked,
             host,
             device,
             stream,
@@ -65,9 +66,19 @@ impl Peer {
 
 pub struct CudarcLane {
     name: &'static str,
+    tracked: bool,
     host: PinnedHostSlice<u8>,
     device: CudaSlice<u8>,
     stream: Arc<CudaStream>,
+}
+
+impl CudarcLane {
+    /// What nothing tracks has to be waited for by hand.
+    fn wait(&self) {
+        if !self.tracked {
+            self.stream.synchronize().unwrap();
+        }
+    }
 }
 
 impl Lane for CudarcLane {
@@ -84,10 +95,12 @@ impl Lane for CudarcLane {
     }
 
     fn read(&mut self) -> &[u8] {
+        self.wait();
         self.host.as_slice().unwrap()
     }
 
     fn write(&mut self) -> &mut [u8] {
+        self.wait();
         self.host.as_mut_slice().unwrap()
     }
 

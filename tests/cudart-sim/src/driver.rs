@@ -182,16 +182,16 @@ unsafe extern "C" fn launch(
                 let (to, bytes) = (word(0), word(1));
                 // SAFETY: as above.
                 let period: u32 = unsafe { parameter(parameters, 2) };
-                let (stores, pattern) = if name == b"cgb_fill_short" {
+                let pattern = if name == b"cgb_fill_short" {
                     // SAFETY: as above.
-                    (1, unsafe { parameter::<[[u8; 16]; 16]>(parameters, 3) }.to_vec())
+                    unsafe { parameter::<[[u8; 16]; 16]>(parameters, 3) }.to_vec()
                 } else {
                     // SAFETY: as above.
-                    (4, unsafe { parameter::<[[u8; 16]; 224]>(parameters, 3) }.to_vec())
+                    unsafe { parameter::<[[u8; 16]; 224]>(parameters, 3) }.to_vec()
                 };
                 let period = pattern[..period as usize].to_vec();
                 let head = to.next_multiple_of(16) - to;
-                kernel(to, bytes, &on, move |range| grid.fill(range, head, &period, stores))
+                kernel(to, bytes, &on, move |range| grid.fill(range, head, &period))
             }
             name => {
                 let width = if name == b"cgb_repeat16" { 16 } else { 1 };
@@ -215,14 +215,14 @@ struct Grid {
 }
 
 impl Grid {
-    /// The crate's fill kernels: `stores` rows to a block, and a vector of each row to a thread.
-    fn fill(self, range: &mut [u8], head: usize, period: &[[u8; 16]], stores: usize) {
+    /// The crate's fill kernels: two rows to a block, and a vector of each row to a thread.
+    fn fill(self, range: &mut [u8], head: usize, period: &[[u8; 16]]) {
         let bytes = period.as_flattened();
         let (before, rest) = range.split_at_mut(head.min(range.len()));
         let (body, after) = rest.split_at_mut(rest.len() / 16 * 16);
         let row: Vec<u8> =
             (0..self.threads).flat_map(|thread| period[thread % period.len()]).collect();
-        for piece in body.chunks_mut(row.len()).take(self.blocks * stores) {
+        for piece in body.chunks_mut(row.len()).take(self.blocks * 2) {
             piece.copy_from_slice(&row[..piece.len()]);
         }
         // What lies before the first bound is the end of the period, what lies after the last bound goes on.
