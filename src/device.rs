@@ -175,7 +175,17 @@ impl Context {
     #[inline]
     pub(crate) fn enter_if_none(&self) -> Result<Option<raw::Entered>> {
         fork::refuse_child()?;
-        match raw::any_context()? {
+        match raw::current_context()?.is_null() {
+            false => Ok(None),
+            true => self.enter().map(Some),
+        }
+    }
+
+    /// Makes the context current where it is not: enough where nothing makes another one current meanwhile.
+    #[inline]
+    pub(crate) fn enter_unless_current(&self) -> Result<Option<raw::Entered>> {
+        fork::refuse_child()?;
+        match raw::current_context()? == self.handle {
             true => Ok(None),
             false => self.enter().map(Some),
         }

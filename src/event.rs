@@ -40,7 +40,7 @@ unsafe impl Sync for EventHandle {}
 
 impl EventHandle {
     pub(crate) fn new(context: &'static Context, flags: EventFlags) -> Result<EventHandle> {
-        let _current = context.enter()?;
+        let _current = context.enter_unless_current()?;
         let raw = raw::event_create(flags.bits())?;
         Ok(EventHandle { raw, flags, context })
     }
@@ -55,13 +55,13 @@ impl EventHandle {
 
     pub(crate) fn is_complete(&self) -> Result<bool> {
         // Its own context: another one might answer with an error of its own.
-        let _current = self.context.enter()?;
+        let _current = self.context.enter_unless_current()?;
         // SAFETY: the event is destroyed with the value, not before.
         unsafe { raw::event_query(self.raw) }
     }
 
     pub(crate) fn synchronize(&self) -> Result<()> {
-        let _current = self.context.enter()?;
+        let _current = self.context.enter_unless_current()?;
         // SAFETY: as above.
         unsafe { raw::event_synchronize(self.raw) }
     }

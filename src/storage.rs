@@ -26,16 +26,12 @@ use crate::device::{Device, context};
 use crate::error::{Error, Result, Side};
 use crate::fill;
 use crate::fork;
-use crate::raw;
+use crate::raw::{self, Direction};
 use crate::record::Record;
 use crate::shape::Shape;
 use crate::slab::Slab;
 use crate::slots::Lease;
 use crate::stream::{EnteredStream, Stream};
-use crate::sys::cudaMemcpyKind;
-
-const UP: cudaMemcpyKind = cudaMemcpyKind::cudaMemcpyHostToDevice;
-const DOWN: cudaMemcpyKind = cudaMemcpyKind::cudaMemcpyDeviceToHost;
 
 /// Where a buffer's storage is.
 pub(crate) enum Home {
@@ -390,7 +386,7 @@ impl Storage {
         }
         let (to, from) = (self.gpu_at(range.start), self.host_at(range.start));
         // SAFETY: the range lies in both halves.
-        unsafe { self.transfer(UP, to, from, range.len(), entered.as_ref()) }?;
+        unsafe { self.transfer(Direction::Up, to, from, range.len(), entered.as_ref()) }?;
         self.defined = self.bytes;
         Ok(())
     }
@@ -416,7 +412,7 @@ impl Storage {
         }
         let from = self.host_at(range.start);
         // SAFETY: the caller vouches for `to`.
-        unsafe { self.transfer(UP, to, from, range.len(), entered.as_ref()) }
+        unsafe { self.transfer(Direction::Up, to, from, range.len(), entered.as_ref()) }
     }
 
     /// Copies a range of the device half to the same range of the host half.
@@ -432,7 +428,7 @@ impl Storage {
         }
         let (to, from) = (self.host_at(range.start), self.gpu_at(range.start));
         // SAFETY: the range lies in both halves.
-        unsafe { self.transfer(DOWN, to, from, range.len(), entered.as_ref()) }
+        unsafe { self.transfer(Direction::Down, to, from, range.len(), entered.as_ref()) }
     }
 
     /// Copies device memory of somebody else's to a range of the host half.
@@ -456,7 +452,7 @@ impl Storage {
         }
         let to = self.host_at(range.start);
         // SAFETY: the caller vouches for `from`.
-        unsafe { self.transfer(DOWN, to, from, range.len(), entered.as_ref()) }
+        unsafe { self.transfer(Direction::Down, to, from, range.len(), entered.as_ref()) }
     }
 
     /// Fills the used part of a CUDA device half with `element`, whose length divides it.
@@ -540,7 +536,7 @@ impl Storage {
     #[inline]
     unsafe fn transfer(
         &mut self,
-        direction: cudaMemcpyKind,
+        direction: Direction,
         to: *mut u8,
         from: *const u8,
         bytes: usize,
@@ -553,8 +549,8 @@ impl Storage {
         };
         self.host_is_free = false;
         let (record, host) = match direction {
-            UP => (&mut self.upload, from),
-            _ => (&mut self.download, to.cast_const()),
+            Direction::Up => (&mut self.upload, from),
+            Direction::Down => (&mut self.download, to.cast_const()),
         };
         let memory = self.slab.host();
         // One ticket and one event answer for all parts.
@@ -563,7 +559,7 @@ impl Storage {
                 let (to, from) = (to.wrapping_add(at), from.wrapping_add(at));
                 // SAFETY: the caller vouches for the ranges. The record keeps the host half from being written
                 // (and, for a download, read) and both halves from being released until the copy has finished.
-                unsafe { raw::memcpy_async(to, from, bytes, direction, entered.raw()) }
+                unsafe { raw::memcpy(direction, to, from, bytes, entered.raw()) }
             })
         })?;
         self.device_use.cover();

@@ -32,7 +32,8 @@ mod generate {
         PFN_(cuCtxGetCurrent_v4000|cuCtxPopCurrent_v4000|cuCtxPushCurrent_v4000|cuDeviceGet_v2000|\
         cuDevicePrimaryCtxRelease_v11000|cuDevicePrimaryCtxRetain_v7000|cuLaunchKernel_v4000|cuMemsetD(16|32)Async_v3020|\
         cuModuleGetFunction_v2000|cuModuleLoadData_v2000|cuModuleUnload_v2000|\
-        cuEvent(Query|Record|Synchronize)_v2000|cuStreamIsCapturing_v10000|cuThreadExchangeStreamCaptureMode_v10010)";
+        cuEvent(Query|Record|Synchronize)_v2000|cuMemcpy(DtoH|HtoD)Async_v3020|cuStreamIsCapturing_v10000|\
+        cuThreadExchangeStreamCaptureMode_v10010)";
 
     const CONSTANTS: &str = "cuda(Event(BlockingSync|Default|DisableTiming)|\
         HostAlloc(Default|Mapped|Portable|WriteCombined)|\

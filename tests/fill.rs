@@ -7,7 +7,7 @@ use common::{device_bytes, sim};
 use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
 
 /// A fill of so many bytes and more is never a memset.
-const KERNEL_FROM: usize = 1 << 20;
+const KERNEL_FROM: usize = 64 << 10;
 
 /// Lengths around the edges of what a kernel stores at once: 16 bytes, a row of a block, a tile of a
 /// block, several blocks; and around nothing.
@@ -24,10 +24,10 @@ fn lengths(size: usize) -> Vec<usize> {
     lengths
 }
 
-/// Lengths around the one from which a kernel does what a memset could.
+/// Lengths around the one from which a kernel does what a memset could, and of many blocks.
 fn long_lengths(size: usize) -> Vec<usize> {
-    let at = KERNEL_FROM / size;
-    vec![at - 1, at, at + 1]
+    let (from, many) = (KERNEL_FROM / size, (1 << 20) / size);
+    vec![from - 1, from, from + 1, many - 1, many, many + 1]
 }
 
 /// Fills the first elements of a buffer that has more, and looks at all of its bytes.

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::ffi::CStr;
 use std::mem;
 use std::thread;
 
@@ -528,13 +529,13 @@ fn a_transfer_that_another_thread_overtakes_is_not_taken_for_finished() {
         return common::left_out(test, "a call is held back by the simulated runtime alone");
     }
     type Transfer = fn(&mut CpuGpuBuffer<u32>, &Stream) -> cpu_gpu_buffer::Result<()>;
-    let transfers: [Transfer; 2] = [
-        |buffer, stream| buffer.copy_to_gpu(.., stream),
-        |buffer, stream| buffer.copy_to_cpu(.., stream),
+    let transfers: [(&CStr, Transfer); 2] = [
+        (c"cuMemcpyHtoDAsync", |buffer, stream| buffer.copy_to_gpu(.., stream)),
+        (c"cuMemcpyDtoHAsync", |buffer, stream| buffer.copy_to_cpu(.., stream)),
     ];
-    for transfer in transfers {
+    for (call, transfer) in transfers {
         let (mut buffer, stream) = buffer(SIZES[0], device, OLD, OLD);
-        let held = common::sim::Held::next(c"cudaMemcpyAsync");
+        let held = common::sim::Held::next(call);
         let gate = thread::scope(|scope| {
             let enqueues = scope.spawn(|| transfer(&mut buffer, &stream).unwrap());
             // The copy is about to be enqueued. Another thread sees everything finished that was submitted so far:

@@ -86,7 +86,8 @@ const RANGES: [(Range<usize>, u64); 10] = [
 fn transfer(pieces: u64, action: impl FnOnce() -> Result<()>) {
     sim::reset();
     action().unwrap();
-    assert_eq!(sim::calls_of(c"cudaMemcpyAsync"), pieces);
+    let copies = sim::calls_of(c"cuMemcpyHtoDAsync") + sim::calls_of(c"cuMemcpyDtoHAsync");
+    assert_eq!(copies, pieces);
     assert_eq!(sim::calls_of(c"cuEventRecord"), 1);
 }
 
@@ -190,12 +191,12 @@ fn a_transfer_of_which_a_piece_is_refused_counts_as_in_flight() {
     buffer.cpu_mut().unwrap()[ACROSS].fill(OLD);
     let gate = Gate::close(&stream);
     sim::reset();
-    sim::fail_call(c"cudaMemcpyAsync", 2, 1, true, false);
+    sim::fail_call(c"cuMemcpyHtoDAsync", 2, 1, true, false);
     let address = foreign.as_ptr().cast::<u8>().wrapping_sub(ACROSS.start);
     // SAFETY: the memory has as many bytes.
     let sent = unsafe { buffer.copy_to_device_ptr(ACROSS, address, &stream) };
     let refused =
-        Err(Error::Cuda { code: sys::cudaError::cudaErrorInvalidValue, call: "cudaMemcpyAsync" });
+        Err(Error::Cuda { code: sys::cudaError::cudaErrorInvalidValue, call: "cuMemcpyHtoDAsync" });
     assert_eq!(sent, refused);
     sim::heal();
     gate.waits(|| buffer.cpu_mut().unwrap()[ACROSS].fill(NEW));
@@ -231,7 +232,7 @@ fn buffers_of_a_pool_may_lie_across_the_bounds_of_pieces() {
         buffer.copy_to_gpu(.., &stream).unwrap();
     }
     // The first lies in one piece, the others in two.
-    assert_eq!(sim::calls_of(c"cudaMemcpyAsync"), 5);
+    assert_eq!(sim::calls_of(c"cuMemcpyHtoDAsync"), 5);
     drop((held, pool, stream));
     assert_eq!(sim::live(), before);
 }

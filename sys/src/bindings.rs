@@ -662,6 +662,22 @@ pub type PFN_cuEventQuery_v2000 = ::std::option::Option<
 pub type PFN_cuEventSynchronize_v2000 = ::std::option::Option<
     unsafe extern "C" fn(hEvent: CUevent) -> CUresult,
 >;
+pub type PFN_cuMemcpyHtoDAsync_v3020 = ::std::option::Option<
+    unsafe extern "C" fn(
+        dstDevice: CUdeviceptr_v2,
+        srcHost: *const ::std::os::raw::c_void,
+        ByteCount: usize,
+        hStream: CUstream,
+    ) -> CUresult,
+>;
+pub type PFN_cuMemcpyDtoHAsync_v3020 = ::std::option::Option<
+    unsafe extern "C" fn(
+        dstHost: *mut ::std::os::raw::c_void,
+        srcDevice: CUdeviceptr_v2,
+        ByteCount: usize,
+        hStream: CUstream,
+    ) -> CUresult,
+>;
 pub type PFN_cuMemsetD16Async_v3020 = ::std::option::Option<
     unsafe extern "C" fn(
         dstDevice: CUdeviceptr_v2,

@@ -1,5 +1,7 @@
 //! How many bytes a second copies move, in either direction and in both at once, as the device's clock sees it.
 
+use std::hint::black_box;
+
 use super::Job;
 use crate::figures::Run;
 use crate::lanes::{Kind, Lane, verify};
@@ -33,12 +35,15 @@ fn job(setup: &Setup, run: &mut Run, bytes: usize) {
         return run.leave_out(format!("bandwidth of {bytes} bytes: {why}"));
     }
     // About as long for each size, as far as single copies allow.
-    let copies = (64_usize << 20).div_ceil(bytes).min(64);
-    let rounds = setup.rounds(if bytes >= 64 << 20 { 7 } else { 30 });
+    let copies = (256_usize << 20).div_ceil(bytes).min(64);
+    let rounds = setup.rounds(if bytes >= 64 << 20 { 15 } else { 30 });
     let mut pairs: Vec<_> = Kind::lanes(&KINDS, setup, bytes)
         .into_iter()
         .zip(Kind::lanes(&KINDS, setup, bytes))
         .collect();
+    if setup.is_cuda() {
+        displace();
+    }
     let timer = setup.is_cuda().then(Timer::new);
     let rate = |seconds: f64, bytes: usize| Some(bytes as f64 / seconds * 1e-9);
     for case in ["H2D", "D2H", "both at once"] {
@@ -70,6 +75,14 @@ fn job(setup: &Setup, run: &mut Run, bytes: usize) {
         verify(up.as_mut());
         verify(down.as_mut());
     }
+}
+
+/// What was written last is still in the processor's caches, more of one contender's than of another's, and is read
+/// from there more slowly: other data takes its place.
+fn displace() {
+    let mut other = vec![0u8; 512 << 20];
+    fastrand::fill(&mut other);
+    black_box(&other);
 }
 
 /// Seconds that so many copies take on the device, or on the CPU.

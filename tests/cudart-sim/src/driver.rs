@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 
 use cudart_sys::{
     CUcontext, CUdevice_v1, CUdeviceptr_v2, CUevent, CUfunction, CUmodule, CUresult, CUstream,
-    CUstreamCaptureMode, CUstreamCaptureStatus, cudaStreamCaptureMode,
+    CUstreamCaptureMode, CUstreamCaptureStatus, cudaMemcpyKind, cudaStreamCaptureMode,
 };
 
 use crate::stream::Stream;
-use crate::{Result, Status, context, control, memory, put, stream};
+use crate::{Result, Status, context, control, memory, put, runtime, stream};
 
 /// Counts a call of the driver's and may make it fail; unlike the runtime's, it leaves no last error.
 fn call(name: &'static str, body: impl FnOnce() -> Result) -> CUresult {
@@ -364,6 +364,32 @@ unsafe extern "C" fn is_capturing(on: CUstream, place: *mut CUstreamCaptureStatu
     })
 }
 
+unsafe extern "C" fn memcpy_h2d(
+    to: CUdeviceptr_v2,
+    from: *const c_void,
+    bytes: usize,
+    on: CUstream,
+) -> CUresult {
+    call("cuMemcpyHtoDAsync", || {
+        current()?;
+        let kind = cudaMemcpyKind::cudaMemcpyHostToDevice;
+        runtime::copy(to as usize, from.addr(), bytes, kind, on)
+    })
+}
+
+unsafe extern "C" fn memcpy_d2h(
+    to: *mut c_void,
+    from: CUdeviceptr_v2,
+    bytes: usize,
+    on: CUstream,
+) -> CUresult {
+    call("cuMemcpyDtoHAsync", || {
+        current()?;
+        let kind = cudaMemcpyKind::cudaMemcpyDeviceToHost;
+        runtime::copy(to.addr(), from as usize, bytes, kind, on)
+    })
+}
+
 unsafe extern "C" fn event_record(event: CUevent, on: CUstream) -> CUresult {
     call("cuEventRecord", || {
         current()?;
@@ -387,6 +413,8 @@ unsafe extern "C" fn event_synchronize(event: CUevent) -> CUresult {
 
 // The types are those of the driver's headers.
 const _: cudart_sys::PFN_cuThreadExchangeStreamCaptureMode_v10010 = Some(exchange_capture_mode);
+const _: cudart_sys::PFN_cuMemcpyHtoDAsync_v3020 = Some(memcpy_h2d);
+const _: cudart_sys::PFN_cuMemcpyDtoHAsync_v3020 = Some(memcpy_d2h);
 const _: cudart_sys::PFN_cuStreamIsCapturing_v10000 = Some(is_capturing);
 const _: cudart_sys::PFN_cuEventRecord_v2000 = Some(event_record);
 const _: cudart_sys::PFN_cuEventQuery_v2000 = Some(event_query);
@@ -421,6 +449,8 @@ pub(crate) fn entry_point(name: &CStr) -> *const c_void {
         b"cuMemsetD16Async" => memset_d16 as *const c_void,
         b"cuMemsetD32Async" => memset_d32 as *const c_void,
         b"cuThreadExchangeStreamCaptureMode" => exchange_capture_mode as *const c_void,
+        b"cuMemcpyHtoDAsync" => memcpy_h2d as *const c_void,
+        b"cuMemcpyDtoHAsync" => memcpy_d2h as *const c_void,
         b"cuStreamIsCapturing" => is_capturing as *const c_void,
         b"cuEventRecord" => event_record as *const c_void,
         b"cuEventQuery" => event_query as *const c_void,

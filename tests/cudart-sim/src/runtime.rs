@@ -54,7 +54,13 @@ fn release(address: *mut c_void, release: fn(usize) -> Result) -> Result {
 }
 
 /// Copies between memory of the kinds that `kind` says, in stream order.
-fn copy(to: usize, from: usize, bytes: usize, kind: cudaMemcpyKind, on: cudaStream_t) -> Result {
+pub(crate) fn copy(
+    to: usize,
+    from: usize,
+    bytes: usize,
+    kind: cudaMemcpyKind,
+    on: cudaStream_t,
+) -> Result {
     let on = stream::stream(on.addr())?;
     if bytes == 0 {
         return Ok(());
