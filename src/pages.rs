@@ -24,6 +24,10 @@ const MOST: usize = 16;
 /// Up to so many bytes the calling thread touches them alone, sooner than others are started.
 const ALONE: usize = 8 << 20;
 
+/// Of so many bytes and more, several threads give the pages back: of 1 GB in 1.2 ms instead of 4.
+#[cfg(target_os = "linux")]
+const MANY: usize = 256 << 20;
+
 /// How many threads touch so many bytes, on so many cores.
 fn threads(bytes: usize, cores: usize) -> usize {
     match bytes {
@@ -97,20 +101,32 @@ impl Mapping {
     /// threads, or is quicker than leaving it to whoever registers them.
     pub(crate) fn touch(&self) {
         if self.bytes > PART {
-            let cores = thread::available_parallelism().map_or(1, usize::from);
-            self.touch_by(threads(self.bytes, cores));
+            // SAFETY: nobody knows of the pages yet, and they are zero.
+            let touch = |part, bytes| unsafe { touch(part, bytes) };
+            self.each_part(threads(self.bytes, cores()), &touch);
         }
     }
 
-    /// By so many threads, of which the calling one is the first.
-    fn touch_by(&self, threads: usize) {
-        let untouched = Untouched { pages: self, next: AtomicUsize::new(0) };
+    /// Frees the memory behind the pages, which is most of what unmapping them takes.
+    #[cfg(target_os = "linux")]
+    fn give_back(&mut self) {
+        let free = |part: NonNull<u8>, bytes| {
+            // SAFETY: pages of this value's own, which nothing refers to any more. It may be refused, and is then
+            // left to unmapping.
+            unsafe { libc::madvise(part.as_ptr().cast(), bytes, libc::MADV_DONTNEED) };
+        };
+        self.each_part(threads(self.bytes, cores()), &free);
+    }
+
+    /// Hands each part to one of so many threads, of which the calling one is the first.
+    fn each_part(&self, threads: usize, work: &(impl Fn(NonNull<u8>, usize) + Sync)) {
+        let parts = Parts { pages: self, next: AtomicUsize::new(0) };
         thread::scope(|scope| {
             for _ in 1..threads {
                 // A thread that cannot be started is not missed: the parts are those threads' that are there.
-                let _ = thread::Builder::new().spawn_scoped(scope, || untouched.touch_parts());
+                let _ = thread::Builder::new().spawn_scoped(scope, || parts.each(work));
             }
-            untouched.touch_parts();
+            parts.each(work);
         });
     }
 
@@ -121,6 +137,10 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        #[cfg(target_os = "linux")]
+        if self.bytes >= MANY {
+            self.give_back();
+        }
         if self.bytes > 0 {
             // SAFETY: the value's own pages, which nothing refers to any more.
             unsafe { libc::munmap(self.address.as_ptr().cast(), self.bytes) };
@@ -128,18 +148,18 @@ impl Drop for Mapping {
     }
 }
 
-/// Pages that threads touch, each the next part that there is.
-struct Untouched<'a> {
+/// Pages that threads share out among them, each the next part that there is.
+struct Parts<'a> {
     pages: &'a Mapping,
     next: AtomicUsize,
 }
 
-// SAFETY: what threads do with the address is to touch parts, and no two get the same.
-unsafe impl Sync for Untouched<'_> {}
+// SAFETY: the address is only handed on, and no two threads get the same part.
+unsafe impl Sync for Parts<'_> {}
 
-impl Untouched<'_> {
-    /// Touches parts until there are none left.
-    fn touch_parts(&self) {
+impl Parts<'_> {
+    /// Hands parts to `work` until there are none left.
+    fn each(&self, work: &impl Fn(NonNull<u8>, usize)) {
         let bytes = self.pages.bytes;
         loop {
             let start = self.next.fetch_add(PART, Ordering::Relaxed);
@@ -148,10 +168,13 @@ impl Untouched<'_> {
             }
             // SAFETY: within the mapping.
             let part = unsafe { self.pages.address.add(start) };
-            // SAFETY: within the mapping; nobody knows of it yet, and no other thread has this part.
-            unsafe { touch(part, PART.min(bytes - start)) };
+            work(part, PART.min(bytes - start));
         }
     }
+}
+
+fn cores() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Writes to each page the zero that is there already.
@@ -215,10 +238,13 @@ mod tests {
     fn every_page_is_touched_by_however_many_threads_there_are() {
         let page = page().unwrap();
         for (bytes, by) in [(1, 1), (PART, 1), (3 * PART + page + 1, 1), (3 * PART + page + 1, 5)] {
-            let mapping = mapping(bytes);
+            let mut mapping = mapping(bytes);
             assert_eq!(resident(&mapping), 0);
-            mapping.touch_by(by);
+            // SAFETY: nobody else knows of the pages, and they are zero.
+            mapping.each_part(by, &|part, bytes| unsafe { touch(part, bytes) });
             assert_eq!(resident(&mapping), bytes.div_ceil(page), "{bytes} bytes by {by}");
+            mapping.give_back();
+            assert_eq!(resident(&mapping), 0, "{bytes} bytes by {by}");
         }
     }
 }
