@@ -408,7 +408,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// Sets every element of the device half on `stream`, after everything that this buffer has
     /// pending on any stream. Returns as soon as that is enqueued: as a memset of the driver's where the
-    /// bytes of `value` repeat every 1, 2 or 4 and there is less than 1 MiB to fill, and as a kernel otherwise.
+    /// bytes of `value` repeat every 1, 2 or 4 and there is less than 64 KB to fill, and as a kernel otherwise.
     ///
     /// # Errors
     ///

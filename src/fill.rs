@@ -270,7 +270,8 @@ fn grid(vectors: usize, period: usize, threads: usize) -> (u32, u32) {
     (blocks(vectors.div_ceil(threads * STORES).max(1)), threads as u32)
 }
 
-/// A grid has at most 2^31 - 1 blocks, and the smallest of ours, byte by byte, stand for 256 bytes: 550 GB.
+/// A grid has at most 2^31 - 1 blocks. The smallest of ours that cover a whole range stand for 256 vectors, which is 8 TB;
+/// what is repeated byte by byte is 16 periods at most.
 fn blocks(count: usize) -> u32 {
     i32::try_from(count).expect("a device has less memory").cast_unsigned()
 }

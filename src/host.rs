@@ -5,8 +5,8 @@
 //! faster than `cudaHostAlloc`, which zeroes what it gives with one thread. Small memory comes from `cudaHostAlloc`,
 //! which cuts it from chunks that it keeps, while a registration is a matter of system calls.
 //!
-//! The pages are not inherited across `fork`. What `cudaHostAlloc` gives is the driver's own mapping; nothing here rests
-//! on what a child sees of it, since a child is refused anyway.
+//! The pages are not inherited across `fork`. What `cudaHostAlloc` gives is the driver's own shared mapping, which no
+//! child's copy-on-write moves away from under the parent's transfers; a child is refused either way.
 
 use std::alloc::{self, Layout};
 use std::iter;

@@ -324,9 +324,10 @@ impl Stream {
             return Ok(None);
         };
         let current = match raw.addr() {
-            // The legacy stream is that of the current context; any other knows its own.
+            // The legacy stream is that of the current context. What it is given may let go an owner who makes
+            // another one current.
             0 | LEGACY => Some(context.enter()?),
-            _ => context.enter_if_none()?,
+            _ => context.enter_unless_current()?,
         };
         Ok(Some(EnteredStream { stream: self, raw: *raw, context, _current: current }))
     }

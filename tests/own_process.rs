@@ -209,6 +209,8 @@ fn a_thread_that_never_chose_a_device_gets_no_context_on_another_one() {
         buffer.gpu_on(&other).unwrap();
         buffer.is_idle().unwrap();
         buffer.resize(100_000).unwrap();
+        // Large enough to be registered, and not allocated.
+        buffer.resize(3 << 20).unwrap();
         let event = other.record().unwrap();
         stream.wait(&event).unwrap();
         event.is_complete().unwrap();
