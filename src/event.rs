@@ -12,7 +12,7 @@ use crate::device::{Context, Device};
 use crate::error::{Error, Result};
 use crate::fork;
 use crate::raw;
-use crate::stream::{Stream, WaitPolicy};
+use crate::stream::{EnteredStream, Stream, WaitPolicy};
 use crate::sys;
 
 bitflags! {
@@ -39,10 +39,11 @@ unsafe impl Send for EventHandle {}
 unsafe impl Sync for EventHandle {}
 
 impl EventHandle {
-    pub(crate) fn new(context: &'static Context, flags: EventFlags) -> Result<EventHandle> {
-        let _current = context.enter_unless_current()?;
+    /// An event of the device whose stream is entered.
+    pub(crate) fn new(entered: &EnteredStream<'_>, flags: EventFlags) -> Result<EventHandle> {
+        // The entry has the stream's context current.
         let raw = raw::event_create(flags.bits())?;
-        Ok(EventHandle { raw, flags, context })
+        Ok(EventHandle { raw, flags, context: entered.context() })
     }
 
     pub(crate) fn raw(&self) -> sys::cudaEvent_t {
@@ -119,7 +120,7 @@ impl Event {
             WaitPolicy::Spin => EventFlags::empty(),
             WaitPolicy::Block => EventFlags::BLOCKING_SYNC,
         };
-        let handle = EventHandle::new(entered.context(), flags)?;
+        let handle = EventHandle::new(&entered, flags)?;
         let ticket = stream.tickets().submit(|| Ok(()), || entered.record(&handle))?;
         let stream = stream.clone();
         Ok(Event(Kind::Cuda { handle, stream, ticket }))

@@ -127,7 +127,7 @@ impl Record {
         let flags = stream.event_flags();
         // Before anything changes, since this may fail.
         if self.event.as_ref().is_none_or(|event| event.flags() != flags) {
-            self.event = Some(EventHandle::new(entered.context(), flags)?);
+            self.event = Some(EventHandle::new(entered, flags)?);
         }
         self.stands = true;
         self.stamp.set_lazy();
