@@ -1,4 +1,4 @@
-//! Compiles `kernels/fill.cu` into the image that the library embeds: machine code for every
+//! Compiles `kernels/kernels.cu` into the image that the library embeds: machine code for every
 //! architecture in the list that this nvcc knows, and PTX for those that come after. Without nvcc, or
 //! when it fails, the committed image of the same source is embedded.
 
@@ -6,8 +6,8 @@ use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCE: &str = "kernels/fill.cu";
-const COMMITTED: &str = "kernels/fill.fatbin";
+const SOURCE: &str = "kernels/kernels.cu";
+const COMMITTED: &str = "kernels/kernels.fatbin";
 const ARCHITECTURES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
 
 fn main() {
@@ -17,7 +17,7 @@ fn main() {
         println!("cargo::rerun-if-env-changed={name}");
     }
     let image =
-        PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("fill.fatbin");
+        PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("kernels.fatbin");
     let compiled = match find_nvcc() {
         None => false,
         Some(nvcc) => match compile(&nvcc, &image) {

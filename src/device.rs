@@ -10,8 +10,8 @@ use std::str::FromStr;
 use std::sync::{Mutex, OnceLock};
 
 use crate::error::{Error, Result};
-use crate::fill::Kernels;
 use crate::fork;
+use crate::kernels::Kernels;
 use crate::raw;
 use crate::sys;
 

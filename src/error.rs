@@ -79,6 +79,18 @@ pub enum Error {
         /// The most buffers that it may have.
         max_buffers: usize,
     },
+    /// A key or rows of another layout than the group's.
+    InvalidKey,
+    /// A member of a group is named twice where each may be named once.
+    DuplicateMember {
+        /// Its number in the layout, from 0 on.
+        index: usize,
+    },
+    /// A group or a ring that cannot be, or a copy of nothing.
+    InvalidGroup {
+        /// Why not.
+        reason: &'static str,
+    },
     /// Time was asked from an event to one that was recorded before it.
     EventOrder,
     /// The value was made before `fork` and this is the child: CUDA does not work here.
@@ -132,6 +144,11 @@ impl fmt::Display for Error {
             Error::PoolExhausted { max_buffers } => {
                 write!(f, "the pool may have {max_buffers} buffers, and none is left")
             }
+            Error::InvalidKey => f.write_str("the key is one of another layout"),
+            Error::DuplicateMember { index } => {
+                write!(f, "member {index} of the group is named twice")
+            }
+            Error::InvalidGroup { reason } => write!(f, "invalid group: {reason}"),
             Error::EventOrder => f.write_str("the earlier event was recorded after the later one"),
             Error::Forked => f.write_str("made before a fork, and unusable in the child"),
         }

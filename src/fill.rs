@@ -7,61 +7,11 @@
 
 use std::ffi::c_void;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::kernels::Kernels;
 use crate::raw;
 use crate::stream::EnteredStream;
 use crate::sys;
-
-/// Made by `build.rs` from `kernels/fill.cu`, or committed.
-static IMAGE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/fill.fatbin")));
-
-/// As nvcc aligns the images that it embeds, and more.
-#[repr(C, align(16))]
-struct Aligned<Bytes: ?Sized>(Bytes);
-
-/// The same source as PTX that every driver since CUDA 12.0's compiles, for one that refuses the image.
-static PTX: &str = concat!(include_str!("../kernels/fill.ptx"), "\0");
-
-/// The fill kernels, loaded into a context for the life of the process.
-pub(crate) struct Kernels {
-    short: sys::CUfunction,
-    long: sys::CUfunction,
-    repeat1: sys::CUfunction,
-    repeat16: sys::CUfunction,
-}
-
-impl Kernels {
-    /// Loads the kernels into the current context.
-    pub(crate) fn load() -> Result<Kernels> {
-        // SAFETY: a whole fat binary.
-        let image = unsafe { Kernels::of(&IMAGE.0) };
-        // What the image was refused for is the better reason: the PTX is the second choice.
-        // SAFETY: PTX that ends with a NUL.
-        image.or_else(|refused| unsafe { Kernels::of(PTX.as_bytes()) }.map_err(|_| refused))
-    }
-
-    /// # Safety
-    ///
-    /// As for [`raw::module_load`].
-    unsafe fn of(image: &[u8]) -> Result<Kernels> {
-        // SAFETY: the caller vouches for the image.
-        let module = unsafe { raw::module_load(image) }?;
-        // SAFETY: the module was just loaded.
-        let function = |name| unsafe { raw::module_function(module, name) };
-        let load = || {
-            Ok(Kernels {
-                short: function(c"cgb_fill_short")?,
-                long: function(c"cgb_fill_long")?,
-                repeat1: function(c"cgb_repeat1")?,
-                repeat16: function(c"cgb_repeat16")?,
-            })
-        };
-        load().inspect_err(|_: &Error| {
-            // SAFETY: loaded above, and nothing of it was launched.
-            let _ = unsafe { raw::module_unload(module) };
-        })
-    }
-}
 
 /// A fill of so many bytes goes to a kernel, even if the driver's memset could do it.
 ///
@@ -258,7 +208,7 @@ unsafe fn launch_pattern<const VECTORS: usize>(
     ];
     // SAFETY: the parameters are those of the fill kernels, which write `bytes` bytes at `to`; the caller
     // vouches for them and for the context.
-    unsafe { raw::launch(kernel, blocks, threads, &mut parameters, stream) }
+    unsafe { raw::launch(kernel, [blocks, 1], threads, &mut parameters, stream) }
 }
 
 /// The blocks of a fill, and the threads of each, at most so many where those hold a row: a row of whole periods, and, but for odd periods of more
@@ -306,13 +256,14 @@ unsafe fn launch_repeat<const WIDTH: usize>(
     ];
     // SAFETY: the parameters are those of `cgb_repeat1` and `cgb_repeat16`, which read the first period and
     // write behind it; the caller vouches for the range and for the context.
-    unsafe { raw::launch(kernel, grid, REPEAT_THREADS as u32, &mut parameters, stream) }
+    unsafe { raw::launch(kernel, [grid, 1], REPEAT_THREADS as u32, &mut parameters, stream) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::device::Device;
+    use crate::kernels::{IMAGE, PTX};
     use crate::runtime;
     use crate::stream::Stream;
 

@@ -202,6 +202,15 @@ impl HostMemory {
         }
     }
 
+    /// Whether kernels of the current device reach all `bytes` of the memory, under the addresses that it has here.
+    pub(crate) fn is_mapped(&self, bytes: usize) -> bool {
+        let reached = |at| {
+            let part = self.as_ptr().wrapping_add(at);
+            raw::host_device_ptr(part).is_ok_and(|address| address == part)
+        };
+        self.is_pinned() && parts(0..bytes, self.piece).all(|part| reached(part.start))
+    }
+
     /// Cuts the `bytes` at `from`, which lie in the memory, where registrations meet, and hands each part to `copy`, as
     /// its offset from `from` and its length, until that fails. CUDA refuses a copy that spans two registrations.
     #[inline]

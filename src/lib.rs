@@ -41,14 +41,20 @@ mod error;
 mod event;
 mod fill;
 mod fork;
+mod gather;
+mod group;
 mod host;
+mod kernels;
+mod layout;
+mod members;
+mod moves;
 #[cfg(unix)]
 mod pages;
 mod pool;
 mod raw;
 mod record;
-#[cfg(unix)]
 mod registered;
+mod ring;
 /// The unit tests choose their runtime as the others do.
 #[cfg(test)]
 #[path = "../tests/common/runtime.rs"]
@@ -69,8 +75,11 @@ pub use device::{Device, MemoryInfo};
 pub use element::{DType, Element};
 pub use error::{Error, Result, Side};
 pub use event::{Event, EventFlags};
+pub use group::{BufferGroup, GroupView, MembersMut};
 pub use host::{HostFlags, Pinning, is_pinned_memory_available};
+pub use layout::{GroupLayout, GroupLayoutBuilder, Key, MemberRows};
 pub use pool::{BufferPool, PoolOptions, PoolStats};
+pub use ring::{GroupRing, UploadRing};
 pub use shape::Shape;
 pub use stream::{Stream, StreamFlags, StreamOptions, WaitPolicy};
 pub use view::GpuView;

@@ -384,6 +384,15 @@ pub(crate) unsafe fn host_unregister(address: *mut u8) -> Result<()> {
     check(unsafe { sys::cudaHostUnregister(address.cast()) }, "cudaHostUnregister")
 }
 
+/// The address under which kernels of the current device reach pinned host memory.
+pub(crate) fn host_device_ptr(address: *mut u8) -> Result<*mut u8> {
+    let mut mapped = ptr::null_mut();
+    // SAFETY: `mapped` is a valid place; an address that is not of mapped memory is a status.
+    let status = unsafe { sys::cudaHostGetDevicePointer(&mut mapped, address.cast(), 0) };
+    check(status, "cudaHostGetDevicePointer")?;
+    Ok(mapped.cast())
+}
+
 // ---- streams --------------------------------------------------------------------------------------
 
 /// A new stream of the current device.
@@ -643,7 +652,7 @@ pub(crate) unsafe fn module_function(
     Ok(function)
 }
 
-/// Launches a kernel of one-dimensional blocks.
+/// Launches a kernel of one-dimensional blocks in a grid of two dimensions.
 ///
 /// # Safety
 ///
@@ -651,7 +660,7 @@ pub(crate) unsafe fn module_function(
 /// a valid address of a value of its type, and what the kernel does is as for [`memcpy`].
 pub(crate) unsafe fn launch(
     function: sys::CUfunction,
-    blocks: u32,
+    [x, y]: [u32; 2],
     threads: u32,
     parameters: &mut [*mut c_void],
     stream: sys::cudaStream_t,
@@ -660,8 +669,7 @@ pub(crate) unsafe fn launch(
     let parameters = parameters.as_mut_ptr();
     // SAFETY: the caller vouches for everything; the parameters are copied before the call returns
     // (CUDA Driver API, `cuLaunchKernel`).
-    let status = unsafe {
-        launch(function, blocks, 1, 1, threads, 1, 1, 0, stream, parameters, ptr::null_mut())
-    };
+    let status =
+        unsafe { launch(function, x, y, 1, threads, 1, 1, 0, stream, parameters, ptr::null_mut()) };
     check_driver(status, "cuLaunchKernel")
 }

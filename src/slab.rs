@@ -19,16 +19,17 @@ pub(crate) struct Slab {
 }
 
 impl Slab {
-    /// Both halves of `layout`'s size and alignment: the host half zeroed, the device half on the CPU too.
+    /// Halves of these sizes and alignments: the host half zeroed, the device half on the CPU too.
     pub(crate) fn new(
-        layout: Layout,
+        host: Layout,
+        gpu: Layout,
         context: Option<&'static Context>,
         device: Device,
         options: BufferOptions,
     ) -> Result<Slab> {
         // The device first: it has less memory, and what it lacks need not be pinned in vain.
-        let gpu = DeviceMemory::new(layout, context, device)?;
-        let host = HostMemory::new(layout, options.pinning, options.host_flags, context, device)?;
+        let gpu = DeviceMemory::new(gpu, context, device)?;
+        let host = HostMemory::new(host, options.pinning, options.host_flags, context, device)?;
         Ok(Slab { host, gpu, abandoned: AtomicBool::new(false) })
     }
 

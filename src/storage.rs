@@ -167,7 +167,7 @@ impl Storage {
             Device::Cuda(_) if whole.size() == 0 => None,
             Device::Cuda(ordinal) => Some(context(ordinal)?),
         };
-        let slab = Arc::new(Slab::new(whole, context, device, options)?);
+        let slab = Arc::new(Slab::new(whole, whole, context, device, options)?);
         let storage = |number| Storage {
             device,
             host: slab.host().as_ptr().wrapping_add(number * stride),

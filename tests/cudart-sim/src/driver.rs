@@ -105,8 +105,16 @@ unsafe extern "C" fn module_unload(_module: CUmodule) -> CUresult {
 }
 
 /// The kernels; a function's handle is the place of its name here.
-const KERNELS: [&CStr; 6] =
-    [c"gate", c"store", c"cgb_fill_short", c"cgb_fill_long", c"cgb_repeat1", c"cgb_repeat16"];
+const KERNELS: [&CStr; 8] = [
+    c"gate",
+    c"store",
+    c"cgb_fill_short",
+    c"cgb_fill_long",
+    c"cgb_repeat1",
+    c"cgb_repeat16",
+    c"cgb_gather_16",
+    c"cgb_gather_224",
+];
 
 unsafe extern "C" fn module_function(
     place: *mut CUfunction,
@@ -140,7 +148,7 @@ unsafe fn parameter<T: Copy>(parameters: *mut *mut c_void, number: usize) -> T {
 unsafe extern "C" fn launch(
     function: CUfunction,
     blocks: c_uint,
-    _blocks_y: c_uint,
+    blocks_y: c_uint,
     _blocks_z: c_uint,
     threads: c_uint,
     _threads_y: c_uint,
@@ -193,6 +201,17 @@ unsafe extern "C" fn launch(
                 let head = to.next_multiple_of(16) - to;
                 kernel(to, bytes, &on, move |range| grid.fill(range, head, &period))
             }
+            name @ (b"cgb_gather_16" | b"cgb_gather_224") => {
+                let (to, from) = (word(0), word(1));
+                let pieces = if name == b"cgb_gather_16" {
+                    // SAFETY: as above.
+                    unsafe { parameter::<[[u64; 2]; 16]>(parameters, 2) }.to_vec()
+                } else {
+                    // SAFETY: as above.
+                    unsafe { parameter::<[[u64; 2]; 224]>(parameters, 2) }.to_vec()
+                };
+                gather(to, from, pieces, blocks_y as usize, &on)
+            }
             name => {
                 let width = if name == b"cgb_repeat16" { 16 } else { 1 };
                 let (to, bytes, period) = (word(0), word(1), word(2));
@@ -205,6 +224,33 @@ unsafe extern "C" fn launch(
             }
         }
     })
+}
+
+/// Copies the pieces that the grid has a column for, between device memory and pinned host memory.
+fn gather(to: usize, from: usize, pieces: Vec<[u64; 2]>, columns: usize, on: &Arc<Stream>) -> Result {
+    if !(1..=65_535).contains(&columns) || columns > pieces.len() {
+        return Err(Status::cudaErrorInvalidValue);
+    }
+    let device = on.device;
+    let queued = on.enqueue(move || {
+        for [offset, bytes] in pieces[..columns].iter().map(|piece| piece.map(|word| word as usize)) {
+            let (to, from) = (to + offset, from + offset);
+            let up = memory::is_device(to, bytes);
+            let (host, gpu) = if up { (from, to) } else { (to, from) };
+            // Kernels reach no host memory but what is pinned.
+            if memory::pinned(host, bytes) != memory::Pinned::Whole {
+                return illegal(None, device);
+            }
+            let host = memory::at(host);
+            let done = memory::with_device(gpu, bytes, |gpu| {
+                let (to, from) = if up { (gpu, host) } else { (host, gpu) };
+                // SAFETY: one lies in device memory; the caller of the launch vouches for the other.
+                unsafe { ptr::copy_nonoverlapping(from, to, bytes) };
+            });
+            illegal(done, device);
+        }
+    });
+    queued.map(drop)
 }
 
 /// How a kernel is launched. What its blocks do not cover stays as it is.

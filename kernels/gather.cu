@@ -1,0 +1,46 @@
+// Copies many ranges between mapped host memory and device memory in one launch: see src/gather.rs for the host side.
+//
+// Every range lies at the same offset in both slabs, which are aligned to 256 bytes: so both ends of a range have the
+// same distance to a bound of 16 bytes, and all but its first and last bytes are whole vectors. Exactly the bytes of
+// the ranges are read and written. Loads from the host take microseconds to come back, so each thread makes one at a
+// time, and there are enough threads to keep the link busy.
+
+#include <stdint.h>
+
+struct Piece {
+    uint64_t offset, bytes;
+};
+
+template <int PIECES> struct Pieces {
+    Piece piece[PIECES];
+};
+
+// A column of blocks for each piece.
+__device__ __forceinline__ void gather(unsigned char *to, const unsigned char *from, const Piece piece) {
+    const uint64_t end = piece.offset + piece.bytes;
+    // The first and last bound of a vector within the piece; there may be none.
+    const uint64_t bound = (piece.offset + 15) & ~(uint64_t)15;
+    const uint64_t first = bound < end ? bound : end;
+    const uint64_t last = first + (end - first) / 16 * 16;
+
+    const uint64_t stride = (uint64_t)gridDim.x * blockDim.x * 16;
+    for (uint64_t at = first + ((uint64_t)blockIdx.x * blockDim.x + threadIdx.x) * 16; at < last; at += stride)
+        *(uint4 *)(to + at) = *(const uint4 *)(from + at);
+
+    // Fewer than 16 bytes before the first bound, and fewer than 16 after the last.
+    if (blockIdx.x == 0 && threadIdx.x < 16) {
+        if (piece.offset + threadIdx.x < first) to[piece.offset + threadIdx.x] = from[piece.offset + threadIdx.x];
+        if (last + threadIdx.x < end) to[last + threadIdx.x] = from[last + threadIdx.x];
+    }
+}
+
+// The less a launch has to carry, the less it costs the caller.
+extern "C" __global__ void __launch_bounds__(256)
+cgb_gather_16(unsigned char *to, const unsigned char *from, const __grid_constant__ Pieces<16> pieces) {
+    gather(to, from, pieces.piece[blockIdx.y]);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+cgb_gather_224(unsigned char *to, const unsigned char *from, const __grid_constant__ Pieces<224> pieces) {
+    gather(to, from, pieces.piece[blockIdx.y]);
+}

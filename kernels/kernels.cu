@@ -1,0 +1,3 @@
+// All kernels, as one image.
+#include "fill.cu"
+#include "gather.cu"

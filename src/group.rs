@@ -1,0 +1,332 @@
+//! Groups: buffers of any types and shapes that share one slab for each half and are moved together.
+//!
+//! The ordering model is that of [`members`](crate::members), where the in-flight rule stands. This file turns keys
+//! into elements.
+
+use std::fmt;
+use std::slice;
+
+use bytemuck::Pod;
+
+use crate::buffer::BufferOptions;
+use crate::device::Device;
+use crate::error::Result;
+use crate::layout::{GroupLayout, Key, Member, MemberRows};
+use crate::members::Members;
+use crate::stream::Stream;
+use crate::view::GpuView;
+
+/// Buffers that are moved together: members of one [`GroupLayout`], in one pinned slab and one device slab.
+///
+/// A call moves rows of any of the members, and not a byte of any other, at about the cost of a single copy. Each
+/// member remembers what is in flight of it: an accessor waits for copies that touched that member, and for nothing
+/// else. The device addresses never change.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+///
+/// let mut builder = GroupLayoutBuilder::new();
+/// let ids = builder.add::<i32>(1024);
+/// let positions = builder.add::<i64>(1024);
+/// let layout = builder.finish();
+///
+/// let device = Device::auto();
+/// let stream = Stream::new(device)?;
+/// let mut group = BufferGroup::new(&layout, device)?;
+/// group.cpu_mut(ids)?[..3].copy_from_slice(&[11, 12, 13]);
+/// group.cpu_mut(positions)?[..3].copy_from_slice(&[0, 1, 2]);
+/// group.copy_to_gpu(&[ids.rows(..3), positions.rows(..3)], &stream)?; // returns at once
+///
+/// let view = group.gpu_on(&stream)?; // for kernels: addresses, ordered after the copy
+/// assert_eq!(view.member(positions).shape(), [1024]);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+pub struct BufferGroup(Members);
+
+impl BufferGroup {
+    /// A group with both halves of every member zeroed, its host half pinned where that works.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a layout without members,
+    /// [`Error::InvalidShape`](crate::Error::InvalidShape) where a member's is, or where all together overflow
+    /// `isize`; otherwise as for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
+    pub fn new(layout: &GroupLayout, device: Device) -> Result<BufferGroup> {
+        BufferGroup::with_options(layout, device, BufferOptions::default())
+    }
+
+    /// A group made as `options` say.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning
+    /// is required.
+    pub fn with_options(
+        layout: &GroupLayout,
+        device: Device,
+        options: BufferOptions,
+    ) -> Result<BufferGroup> {
+        Members::new(layout, device, 1, options).map(BufferGroup)
+    }
+
+    // ---- host halves ----
+
+    /// A member's host half, to read. Waits for a pending copy *into* it, and for nothing else.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout, or an error of the driver's,
+    /// which may be that of earlier work on the stream.
+    pub fn cpu<T: Pod>(&self, key: Key<T>) -> Result<&[T]> {
+        host(&self.0, key)
+    }
+
+    /// A member's host half, to write. Waits for any pending copy into or out of it, and for nothing else: not for
+    /// copies of other members.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    pub fn cpu_mut<T: Pod>(&mut self, key: Key<T>) -> Result<&mut [T]> {
+        host_mut(&mut self.0, key)
+    }
+
+    /// Several members' host halves at once, to write, by several threads if need be.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let temperatures = builder.add::<f32>(8);
+    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    ///
+    /// let mut members = group.members_mut();
+    /// let (ids, temperatures) = (members.cpu_mut(ids)?, members.cpu_mut(temperatures)?);
+    /// std::thread::scope(|scope| {
+    ///     scope.spawn(|| ids.fill(7));
+    ///     scope.spawn(|| temperatures.fill(0.8));
+    /// });
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn members_mut(&mut self) -> MembersMut<'_> {
+        MembersMut::new(&mut self.0)
+    }
+
+    // ---- transfers ----
+
+    /// Copies rows of members from the host half to the device half on `stream`, after everything that those members
+    /// have pending on any stream, and moves nothing else; only of members that the host owns
+    /// ([`add_host_owned`](crate::GroupLayoutBuilder::add_host_owned)) more rows may be carried along. Returns as soon
+    /// as the copy is enqueued.
+    ///
+    /// Neighbours go as one copy where nothing lies between their rows. What remains goes by a few copies, or by one
+    /// kernel that reads the pinned slab; a kernel waits for room on the device like any other.
+    ///
+    /// # Errors
+    ///
+    /// With nothing changed: [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout,
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange), [`Error::DuplicateMember`](crate::Error::DuplicateMember),
+    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) where no member is named,
+    /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
+    /// [`Error::StreamCapturing`](crate::Error::StreamCapturing). After an error of the driver's the copy counts as in
+    /// flight, until the driver says otherwise.
+    pub fn copy_to_gpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
+        self.0.copy_to_gpu(members, stream)
+    }
+
+    /// Copies rows of members from the device half to the host half, as [`copy_to_gpu`](Self::copy_to_gpu) does the
+    /// other way, and never more than was asked for.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let sampled = builder.add::<u32>(4);
+    /// let scores = builder.add::<f32>([4, 2]);
+    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// group.copy_to_cpu(&[sampled.rows(..3), scores.rows(1..2)], &stream)?;
+    /// assert_eq!(group.cpu(sampled)?, [0; 4]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn copy_to_cpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
+        self.0.copy_to_cpu(members, stream)
+    }
+
+    /// Whether nothing that this group was used for is still running.
+    ///
+    /// # Errors
+    ///
+    /// As for [`CpuGpuBuffer::is_idle`](crate::CpuGpuBuffer::is_idle).
+    pub fn is_idle(&self) -> Result<bool> {
+        self.0.is_idle()
+    }
+
+    /// Waits until [`is_idle`](Self::is_idle), and for nothing else.
+    ///
+    /// # Errors
+    ///
+    /// As for [`is_idle`](Self::is_idle).
+    pub fn synchronize(&self) -> Result<()> {
+        self.0.wait_for_all()
+    }
+
+    // ---- the device half ----
+
+    /// The device halves of all members, for kernels and libraries on `stream`: orders the stream, once, after
+    /// everything that the group has pending, and remembers that it may use the memory from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
+    /// [`Error::StreamCapturing`](crate::Error::StreamCapturing), or an error of the driver's.
+    pub fn gpu_on(&mut self, stream: &Stream) -> Result<GroupView<'_>> {
+        self.0.use_on(stream)?;
+        Ok(GroupView(&self.0))
+    }
+
+    /// The address of a member's device half, ordered with nothing, not even with its first zeroing: for graph capture,
+    /// where [`gpu_on`](Self::gpu_on) was called before, and for logging. It never changes. Null where the group has
+    /// no bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`](crate::Error::InvalidKey).
+    pub fn device_ptr<T: Pod>(&self, key: Key<T>) -> Result<*mut T> {
+        let (_, member) = self.0.layout().find(key)?;
+        Ok(self.0.gpu_of(member).cast())
+    }
+
+    // ---- what it is ----
+
+    /// The dimensions of a member.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`](crate::Error::InvalidKey).
+    pub fn shape<T: Pod>(&self, key: Key<T>) -> Result<&[usize]> {
+        Ok(self.0.layout().find(key)?.1.shape.dims())
+    }
+
+    /// The layout it was made of.
+    pub fn layout(&self) -> &GroupLayout {
+        self.0.layout()
+    }
+
+    /// The device of the device half.
+    pub fn device(&self) -> Device {
+        self.0.device()
+    }
+
+    /// Whether the host half is pinned.
+    pub fn is_pinned(&self) -> bool {
+        self.0.is_pinned()
+    }
+}
+
+impl fmt::Debug for BufferGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BufferGroup")
+            .field("device", &self.device())
+            .field("pinned", &self.is_pinned())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A member's current host half, to read, once no copy writes it.
+pub(crate) fn host<T: Pod>(members: &Members, key: Key<T>) -> Result<&[T]> {
+    let member = members.wait_to_read(key)?;
+    let (address, len) = members.host_of(member);
+    // SAFETY: the member has `len` elements of `T`, as the key said and the layout checked, aligned and initialised (it
+    // began as zeroes, and any bytes are a `Pod`); no copy writes them, and none can be enqueued while this borrow lives.
+    Ok(unsafe { slice::from_raw_parts(address.cast(), len) })
+}
+
+/// A member's current host half, to write, once no copy touches it.
+pub(crate) fn host_mut<T: Pod>(members: &mut Members, key: Key<T>) -> Result<&mut [T]> {
+    let member = members.wait_to_write(key)?;
+    // SAFETY: no copy touches the member since the wait, and the group is borrowed exclusively.
+    Ok(unsafe { elements(members, member) })
+}
+
+/// # Safety
+///
+/// The member has elements of `T`. No copy touches them while the slice lives, and nobody else looks at them.
+unsafe fn elements<'g, T>(members: &Members, member: &Member) -> &'g mut [T] {
+    let (address, len) = members.host_of(member);
+    // SAFETY: so many elements, aligned and initialised as in `host`; the caller vouches for the rest.
+    unsafe { slice::from_raw_parts_mut(address.cast(), len) }
+}
+
+/// Hands out the host halves of several members at once: [`BufferGroup::members_mut`].
+pub struct MembersMut<'g>(&'g mut Members);
+
+impl<'g> MembersMut<'g> {
+    pub(crate) fn new(members: &'g mut Members) -> MembersMut<'g> {
+        members.name_none();
+        MembersMut(members)
+    }
+
+    /// A member's host half, to write, as [`BufferGroup::cpu_mut`] gives it; each once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::DuplicateMember`](crate::Error::DuplicateMember) the second time; otherwise as for
+    /// [`BufferGroup::cpu`].
+    pub fn cpu_mut<T: Pod>(&mut self, key: Key<T>) -> Result<&'g mut [T]> {
+        self.0.name(key)?;
+        let member = self.0.wait_to_write(key)?;
+        // SAFETY: no copy touches the member since the wait, and none can be enqueued while the group is borrowed for
+        // `'g`; members do not overlap, and this one was not handed out before, as `name` checked.
+        Ok(unsafe { elements(self.0, member) })
+    }
+}
+
+impl fmt::Debug for MembersMut<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MembersMut").finish_non_exhaustive()
+    }
+}
+
+/// The device halves of a group's members, for work on the stream that `gpu_on` was called with: what a
+/// [`GpuView`] is for a single buffer.
+#[derive(Clone, Copy)]
+pub struct GroupView<'a>(pub(crate) &'a Members);
+
+impl<'a> GroupView<'a> {
+    /// The device half of a member.
+    ///
+    /// # Panics
+    ///
+    /// For a key of another layout, as indexing does: [`get`](Self::get) answers with an error.
+    pub fn member<T: Pod>(&self, key: Key<T>) -> GpuView<'a, T> {
+        self.get(key).expect("a key of this group's layout")
+    }
+
+    /// The device half of a member.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout.
+    pub fn get<T: Pod>(&self, key: Key<T>) -> Result<GpuView<'a, T>> {
+        let (_, member) = self.0.layout().find(key)?;
+        let address = self.0.gpu_of(member).cast();
+        Ok(GpuView::new(address, member.shape, member.numel, self.0.device()))
+    }
+
+    /// The device whose memory it is.
+    pub fn device(&self) -> Device {
+        self.0.device()
+    }
+}
+
+impl fmt::Debug for GroupView<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GroupView").field("device", &self.device()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,239 @@
+//! What is in a group of buffers: members of any types and shapes, each at a place of its own in one slab.
+//!
+//! ```text
+//!  offset    0        256      512                                   640      768
+//!            | ids    | lens   | table                             | pad    | temps
+//! ```
+//!
+//! A layout is made once and then frozen. Its keys name its members, and serve all groups of that layout.
+
+use std::alloc::Layout;
+use std::any::{TypeId, type_name};
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::{Bound, Range, RangeBounds};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytemuck::Pod;
+
+use crate::device_memory::DeviceMemory;
+use crate::error::{Error, Result};
+use crate::shape::{Shape, select};
+
+/// Collects the members of a [`GroupLayout`].
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+///
+/// let mut builder = GroupLayoutBuilder::new();
+/// let ids = builder.add::<i32>(1024);
+/// let table = builder.add::<i32>([256, 128]);
+/// let layout = builder.finish();
+///
+/// let group = BufferGroup::new(&layout, Device::auto())?;
+/// assert_eq!(group.cpu(ids)?.len(), 1024);
+/// assert_eq!(group.shape(table)?, [256, 128]);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct GroupLayoutBuilder {
+    id: u64,
+    members: Vec<Asked>,
+}
+
+/// A member that was asked for.
+#[derive(Debug)]
+struct Asked {
+    shape: Shape,
+    /// Of one element.
+    element: Layout,
+    kind: TypeId,
+    host_owned: bool,
+}
+
+impl GroupLayoutBuilder {
+    /// A layout without members.
+    #[allow(clippy::new_without_default)] // Two of them are never equal.
+    pub fn new() -> GroupLayoutBuilder {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        GroupLayoutBuilder { id: NEXT.fetch_add(1, Ordering::Relaxed), members: Vec::new() }
+    }
+
+    /// Adds a member, and gives the key that names it. Whether the shape is valid is checked by the group's
+    /// constructor, as a buffer's constructor checks a [`Shape`].
+    ///
+    /// # Panics
+    ///
+    /// Beyond 2^32 members.
+    pub fn add<T: Pod + Send + Sync>(&mut self, shape: impl Into<Shape>) -> Key<T> {
+        self.ask(shape.into(), false)
+    }
+
+    /// Adds a member that the host owns: its device half only ever mirrors its host half, and nothing on the
+    /// device writes it.
+    ///
+    /// An upload may carry rows of such a member that were not asked for, from the host half as it is then, where
+    /// that makes one copy of several: also of such a member that the call does not name, where it lies between
+    /// two that it names. Those count as being uploaded, so that [`cpu_mut`](crate::BufferGroup::cpu_mut) of that
+    /// member waits for the copy, too. The rows of other members are never carried along.
+    ///
+    /// # Panics
+    ///
+    /// As for [`add`](Self::add).
+    pub fn add_host_owned<T: Pod + Send + Sync>(&mut self, shape: impl Into<Shape>) -> Key<T> {
+        self.ask(shape.into(), true)
+    }
+
+    fn ask<T: Pod>(&mut self, shape: Shape, host_owned: bool) -> Key<T> {
+        let index = u32::try_from(self.members.len()).expect("more members than can be told apart");
+        self.members.push(Asked {
+            shape,
+            element: Layout::new::<T>(),
+            kind: TypeId::of::<T>(),
+            host_owned,
+        });
+        Key { layout: self.id, index, element: PhantomData }
+    }
+
+    /// The layout, which does not change any more.
+    pub fn finish(self) -> GroupLayout {
+        let form = place(&self.members);
+        GroupLayout(Arc::new(Table { id: self.id, form }))
+    }
+}
+
+/// Gives each member its place.
+fn place(asked: &[Asked]) -> Result<Form> {
+    if asked.is_empty() {
+        return Err(Error::InvalidGroup { reason: "it has no members" });
+    }
+    let too_large = || Error::InvalidShape {
+        reason: format!("the {} members of a group overflow isize", asked.len()),
+    };
+    let mut members = Vec::with_capacity(asked.len());
+    let mut whole = Layout::from_size_align(0, DeviceMemory::ALIGN).map_err(|_| too_large())?;
+    for Asked { shape, element, kind, host_owned } in asked {
+        let numel = shape.numel(element.size())?;
+        let align = element.align().max(DeviceMemory::ALIGN);
+        let bytes = numel * element.size();
+        let member = Layout::from_size_align(bytes, align).map_err(|_| too_large())?;
+        let (with, offset) = whole.extend(member).map_err(|_| too_large())?;
+        members.push(Member {
+            bytes: offset..offset + bytes,
+            row: bytes.checked_div(shape.rows()).unwrap_or(0),
+            shape: *shape,
+            numel,
+            kind: *kind,
+            host_owned: *host_owned,
+        });
+        whole = with;
+    }
+    Ok(Form { members, layout: whole })
+}
+
+/// The members of a group, and where each of them lies. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct GroupLayout(Arc<Table>);
+
+#[derive(Debug)]
+struct Table {
+    id: u64,
+    // Why it is not valid is the constructor's answer.
+    form: Result<Form>,
+}
+
+/// Where the members of a valid layout lie.
+#[derive(Debug)]
+pub(crate) struct Form {
+    /// In the order of their places.
+    pub(crate) members: Vec<Member>,
+    /// Of all of them together.
+    pub(crate) layout: Layout,
+}
+
+#[derive(Debug)]
+pub(crate) struct Member {
+    /// Its place in either slab.
+    pub(crate) bytes: Range<usize>,
+    /// The bytes of one row.
+    row: usize,
+    pub(crate) shape: Shape,
+    pub(crate) numel: usize,
+    kind: TypeId,
+    pub(crate) host_owned: bool,
+}
+
+impl GroupLayout {
+    /// The members, where they are valid.
+    pub(crate) fn form(&self) -> Result<&Form> {
+        self.0.form.as_ref().map_err(Error::clone)
+    }
+
+    /// The member that a key names.
+    pub(crate) fn find<T: Pod>(&self, key: Key<T>) -> Result<(usize, &Member)> {
+        let (index, member) = self.at(key.layout, key.index)?;
+        match member.kind == TypeId::of::<T>() {
+            true => Ok((index, member)),
+            false => Err(Error::InvalidKey),
+        }
+    }
+
+    /// The member and the bytes in the slab that rows are of.
+    pub(crate) fn locate(&self, rows: &MemberRows) -> Result<(usize, Range<usize>)> {
+        let (index, member) = self.at(rows.layout, rows.index)?;
+        let selected = select(&rows.bounds, member.shape.rows())?;
+        let start = member.bytes.start;
+        Ok((index, start + selected.start * member.row..start + selected.end * member.row))
+    }
+
+    fn at(&self, layout: u64, index: u32) -> Result<(usize, &Member)> {
+        let index = index as usize;
+        match &self.0.form {
+            Ok(form) if layout == self.0.id => {
+                form.members.get(index).map(|member| (index, member))
+            }
+            _ => None,
+        }
+        .ok_or(Error::InvalidKey)
+    }
+}
+
+/// Names a member of a [`GroupLayout`], with elements of `T`.
+pub struct Key<T> {
+    layout: u64,
+    index: u32,
+    element: PhantomData<fn() -> T>,
+}
+
+impl<T> Clone for Key<T> {
+    fn clone(&self) -> Key<T> {
+        *self
+    }
+}
+
+impl<T> Copy for Key<T> {}
+
+impl<T> fmt::Debug for Key<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Key<{}>({} of layout {})", type_name::<T>(), self.index, self.layout)
+    }
+}
+
+impl<T> Key<T> {
+    /// Rows of the member, to be copied: `..`, `..n`, `a..b`. Whether they are within its shape is checked by
+    /// the copy.
+    pub fn rows(self, rows: impl RangeBounds<usize>) -> MemberRows {
+        // Each bound is read once: `RangeBounds` is a safe trait, and may answer differently the second time.
+        let bounds = (rows.start_bound().cloned(), rows.end_bound().cloned());
+        MemberRows { layout: self.layout, index: self.index, bounds }
+    }
+}
+
+/// Rows of a member of a group, made by [`Key::rows`].
+#[derive(Clone, Copy, Debug)]
+pub struct MemberRows {
+    layout: u64,
+    index: u32,
+    bounds: (Bound<usize>, Bound<usize>),
+}

@@ -1,0 +1,100 @@
+//! How ranges of one slab are best moved to the same places in the other: which go as one, and by what.
+//!
+//! Ranges with nothing but padding between them are one. So are ranges between which lie bytes that may be carried
+//! along, if there are not too many. What is left goes by single copies, or by one kernel that reads or writes mapped
+//! host memory.
+//!
+//! Measured on an H100 (PCIe 5), the caller's time and the time until done, in us, for 16 ranges of 8 KB: one kernel
+//! 4.0 to 4.4 and 14; single copies 38 and 49; `cudaMemcpyBatchAsync` 17 and 49, which never wins and is not used; one
+//! copy of all, where they are one range, 2.3 and 12. Two copies cost the caller 4.4, and are done as soon as the
+//! kernel. With 64 KB each, the kernel is done in 32 and the copies in 62; at about 100 KB each they meet.
+
+use std::ops::Range;
+
+/// So few ranges cost no more by single copies than by a kernel.
+const FEW: usize = 2;
+
+/// Ranges of so many bytes on average, and more, are moved by the copy engines, which leave the multiprocessors
+/// alone: the kernel is no faster.
+const LONG: usize = 96 << 10;
+
+/// So many bytes are carried along rather than make another range: what a copy costs the caller is what they take.
+const CARRY: usize = 96 << 10;
+
+/// Bytes that are moved as one, and the members that they touch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) bytes: Range<usize>,
+    pub(crate) members: Range<usize>,
+}
+
+/// What moves pieces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// One after another, by the copy engines.
+    Copies,
+    /// By one kernel that looks at mapped host memory.
+    Kernel,
+}
+
+/// What is cheapest for so many pieces of so many bytes together, where a kernel can look at the host half or not.
+pub(crate) fn cheapest(pieces: usize, bytes: usize, mapped: bool) -> Way {
+    match mapped && pieces > FEW && bytes < pieces * LONG {
+        true => Way::Kernel,
+        false => Way::Copies,
+    }
+}
+
+/// Joins neighbours among pieces, each of one member, in the order of their places. `between` says how many bytes lie
+/// between one piece and the next that would be moved without having been asked for: `None` where they may not be.
+pub(crate) fn join(pieces: &mut Vec<Piece>, between: impl Fn(&Piece, &Piece) -> Option<usize>) {
+    pieces.dedup_by(|next, piece| {
+        let joined = between(piece, next).is_some_and(|carried| carried <= CARRY);
+        if joined {
+            piece.bytes.end = next.bytes.end;
+            piece.members.end = next.members.end;
+        }
+        joined
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_or_long_pieces_go_by_the_copy_engines_and_many_short_ones_by_a_kernel() {
+        for (pieces, bytes, mapped, expected) in [
+            (1, 4, true, Way::Copies),
+            (FEW, 4096, true, Way::Copies),
+            (FEW + 1, 4096, true, Way::Kernel),
+            (FEW + 1, 4096, false, Way::Copies),
+            (16, 16 * 8192, true, Way::Kernel),
+            (16, 16 * LONG - 1, true, Way::Kernel),
+            (16, 16 * LONG, true, Way::Copies),
+            (0, 0, true, Way::Copies),
+        ] {
+            assert_eq!(cheapest(pieces, bytes, mapped), expected, "{pieces} of {bytes}, {mapped}");
+        }
+    }
+
+    #[test]
+    fn neighbours_are_joined_where_what_lies_between_may_be_moved_and_is_short() {
+        let piece = |bytes: Range<usize>, members| Piece { bytes, members };
+        let all =
+            || vec![piece(0..100, 0..1), piece(256..300, 1..2), piece(600_000..600_004, 4..5)];
+        let gap = |one: &Piece, next: &Piece| next.bytes.start - one.bytes.end;
+
+        let mut none = all();
+        join(&mut none, |_, _| None);
+        assert_eq!(none, all());
+
+        let mut near = all();
+        join(&mut near, |one, next| Some(gap(one, next)));
+        assert_eq!(near, [piece(0..300, 0..2), piece(600_000..600_004, 4..5)]);
+
+        let mut padding = all();
+        join(&mut padding, |_, _| Some(0));
+        assert_eq!(padding, [piece(0..600_004, 0..5)]);
+    }
+}
