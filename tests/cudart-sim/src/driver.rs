@@ -227,13 +227,20 @@ unsafe extern "C" fn launch(
 }
 
 /// Copies the pieces that the grid has a column for, between device memory and pinned host memory.
-fn gather(to: usize, from: usize, pieces: Vec<[u64; 2]>, columns: usize, on: &Arc<Stream>) -> Result {
+fn gather(
+    to: usize,
+    from: usize,
+    pieces: Vec<[u64; 2]>,
+    columns: usize,
+    on: &Arc<Stream>,
+) -> Result {
     if !(1..=65_535).contains(&columns) || columns > pieces.len() {
         return Err(Status::cudaErrorInvalidValue);
     }
     let device = on.device;
     let queued = on.enqueue(move || {
-        for [offset, bytes] in pieces[..columns].iter().map(|piece| piece.map(|word| word as usize)) {
+        for [offset, bytes] in pieces[..columns].iter().map(|piece| piece.map(|word| word as usize))
+        {
             let (to, from) = (to + offset, from + offset);
             let up = memory::is_device(to, bytes);
             let (host, gpu) = if up { (from, to) } else { (to, from) };
