@@ -3,7 +3,9 @@
 mod common;
 
 use common::{Gate, device_bytes};
-use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder, GroupRing, Key, Stream, UploadRing};
+use cpu_gpu_buffer::{
+    BufferGroup, Device, Error, GroupLayoutBuilder, GroupRing, Key, Stream, UploadRing,
+};
 
 #[test]
 fn rows_of_members_arrive_and_nothing_beside_them() {
@@ -21,7 +23,10 @@ fn rows_of_members_arrive_and_nothing_beside_them() {
         group.cpu_mut(words).unwrap().fill(2);
         group.cpu_mut(longs).unwrap().fill([3; 3]);
         group
-            .copy_to_gpu(&[longs.rows(3..7), bytes.rows(5..999), empty.rows(..), words.rows(1..2)], &stream)
+            .copy_to_gpu(
+                &[longs.rows(3..7), bytes.rows(5..999), empty.rows(..), words.rows(1..2)],
+                &stream,
+            )
             .unwrap();
         group.cpu_mut(bytes).unwrap().fill(9);
         group.copy_to_cpu(&[bytes.rows(..), words.rows(..), longs.rows(..)], &stream).unwrap();
@@ -30,6 +35,8 @@ fn rows_of_members_arrive_and_nothing_beside_them() {
         let seen = group.cpu(words).unwrap();
         assert!(seen[..3] == [0; 3] && seen[3..6] == [2; 3] && seen[6..].iter().all(|w| *w == 0));
         let seen = group.cpu(longs).unwrap();
-        assert!(seen[..6].iter().chain(&seen[14..]).all(|l| *l == [0; 3]) && seen[6..14] == [[3; 3]; 8]);
+        assert!(
+            seen[..6].iter().chain(&seen[14..]).all(|l| *l == [0; 3]) && seen[6..14] == [[3; 3]; 8]
+        );
     }
 }
