@@ -4,10 +4,12 @@ mod common;
 
 use std::cell::Cell;
 use std::ops::{Bound, RangeBounds};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use common::Gate;
 use cpu_gpu_buffer::{
-    BufferOptions, CpuGpuBuffer, Device, Error, Pinning, Shape, Side, Stream, StreamOptions, sys,
+    BufferGroup, BufferOptions, CpuGpuBuffer, Device, Error, GroupLayoutBuilder, GroupRing, Key,
+    Pinning, Shape, Side, Stream, StreamOptions, UploadRing, sys,
 };
 
 fn each(run: impl Fn(Device, Stream)) {
@@ -280,6 +282,16 @@ fn everything(device: Device) -> cpu_gpu_buffer::Result<()> {
     stream.is_idle()?;
     stream.synchronize()?;
     device.memory()?;
+    let mut builder = GroupLayoutBuilder::new();
+    let keys = [(); 7].map(|()| builder.add::<u32>(1 << 10));
+    let mut ring = GroupRing::new(&builder.finish(), device, 2)?;
+    for _ in 0..3 {
+        ring.advance()?;
+        ring.cpu_mut(keys[0])?[0] = 1;
+        ring.copy_to_gpu(&keys.map(|key| key.rows(..9)), &stream)?;
+        ring.gpu_on(&other)?;
+    }
+    ring.synchronize()?;
     buffer.synchronize()
 }
 
@@ -337,6 +349,218 @@ fn growing_a_buffer_of_which_nothing_can_be_known_is_refused_and_changes_nothing
     buffer.resize(1 << 20).unwrap();
 }
 
+// ---- groups and rings ----
+
+/// A group of two members whose halves differ, and a key of another layout.
+fn group(device: Device, stream: &Stream) -> (BufferGroup, Key<u8>, Key<u32>, Key<u8>) {
+    let mut builder = GroupLayoutBuilder::new();
+    let (one, two) = (builder.add::<u8>([4, 2]), builder.add::<u32>(5));
+    let mut group = BufferGroup::new(&builder.finish(), device).unwrap();
+    group.cpu_mut(one).unwrap().fill(7);
+    group.cpu_mut(two).unwrap().fill(7);
+    group.copy_to_gpu(&[one.rows(..), two.rows(..)], stream).unwrap();
+    group.cpu_mut(one).unwrap().fill(9);
+    group.cpu_mut(two).unwrap().fill(9);
+    (group, one, two, GroupLayoutBuilder::new().add(8))
+}
+
+/// Neither half has changed.
+#[track_caller]
+fn unchanged(mut group: BufferGroup, one: Key<u8>, two: Key<u32>, stream: &Stream) {
+    assert!(group.cpu(one).unwrap() == [9; 8] && group.cpu(two).unwrap() == [9; 5]);
+    group.copy_to_cpu(&[one.rows(..), two.rows(..)], stream).unwrap();
+    assert!(group.cpu(one).unwrap() == [7; 8] && group.cpu(two).unwrap() == [7; 5]);
+}
+
+#[test]
+fn a_key_of_another_layout_names_no_member() {
+    each(|device, stream| {
+        let (mut group, one, two, foreign) = group(device, &stream);
+        let refused = Err(Error::InvalidKey);
+        assert_eq!(group.cpu(foreign).map(drop), refused);
+        assert_eq!(group.cpu_mut(foreign).map(drop), refused);
+        assert_eq!(group.members_mut().cpu_mut(foreign).map(drop), refused);
+        assert_eq!(group.shape(foreign).map(drop), refused);
+        assert_eq!(group.device_ptr(foreign).map(drop), refused);
+        assert_eq!(group.copy_to_gpu(&[one.rows(..), foreign.rows(..)], &stream), refused);
+        assert_eq!(group.copy_to_cpu(&[foreign.rows(..0)], &stream), refused);
+        let view = group.gpu_on(&stream).unwrap();
+        assert_eq!(view.get(foreign).map(drop), refused);
+        let indexed = catch_unwind(AssertUnwindSafe(|| view.member(foreign).len()));
+        assert!(indexed.is_err(), "a view of no member");
+        unchanged(group, one, two, &stream);
+
+        let mut builder = GroupLayoutBuilder::new();
+        builder.add::<u8>(8);
+        let mut ring = GroupRing::new(&builder.finish(), device, 2).unwrap();
+        assert_eq!(ring.cpu(foreign).map(drop), refused);
+        assert_eq!(ring.cpu_mut(foreign).map(drop), refused);
+        assert_eq!(ring.members_mut().cpu_mut(foreign).map(drop), refused);
+        assert_eq!(ring.copy_to_gpu(&[foreign.rows(..)], &stream), refused);
+        assert_eq!(ring.gpu_on(&stream).unwrap().get(foreign).map(drop), refused);
+    });
+}
+
+#[test]
+fn a_key_is_of_the_elements_that_it_was_made_with() {
+    use std::marker::PhantomData;
+    // The one is a subtype of the other, and so are their keys; they are different types all the same.
+    type Any = PhantomData<for<'a> fn(&'a u8)>;
+    type Static = PhantomData<fn(&'static u8)>;
+    let mut builder = GroupLayoutBuilder::new();
+    let key: Key<Any> = builder.add(3);
+    let group = BufferGroup::new(&builder.finish(), Device::Cpu).unwrap();
+    assert_eq!(group.cpu(key).unwrap().len(), 3);
+    let other: Key<Static> = key;
+    assert_eq!(group.cpu(other).map(drop), Err(Error::InvalidKey));
+}
+
+#[test]
+fn rows_of_members_out_of_range_or_reversed_are_refused() {
+    each(|device, stream| {
+        let (mut group, one, two, _) = group(device, &stream);
+        let reversed = (Bound::Included(3), Bound::Excluded(2));
+        let overflow = (Bound::Excluded(usize::MAX), Bound::Unbounded);
+        let end = (Bound::Unbounded, Bound::Included(usize::MAX));
+        for rows in [
+            one.rows(..5),
+            one.rows(4..5),
+            one.rows(5..),
+            one.rows(reversed),
+            one.rows(overflow),
+            one.rows(end),
+        ] {
+            for result in [
+                group.copy_to_gpu(&[two.rows(..), rows], &stream),
+                group.copy_to_cpu(&[rows, two.rows(..)], &stream),
+            ] {
+                assert!(matches!(result, Err(Error::OutOfRange { rows: 4, .. })), "{result:?}");
+            }
+        }
+        group.copy_to_gpu(&[one.rows(4..), two.rows(2..2)], &stream).unwrap();
+        unchanged(group, one, two, &stream);
+
+        let mut ring = UploadRing::<u8>::new([4, 2], device, 2).unwrap();
+        let sent = ring.copy_to_gpu(..5, &stream);
+        assert!(matches!(sent, Err(Error::OutOfRange { rows: 4, .. })), "{sent:?}");
+    });
+}
+
+#[test]
+fn rows_whose_range_changes_its_answers_are_those_of_the_first() {
+    each(|device, stream| {
+        let (mut group, one, two, _) = group(device, &stream);
+        let outward = one.rows(Shifty::new([1 << 40, 1 << 41], [2, 3]));
+        let sent = group.copy_to_gpu(&[outward], &stream);
+        assert!(matches!(sent, Err(Error::OutOfRange { .. })), "{sent:?}");
+        let inward = one.rows(Shifty::new([2, 3], [1 << 40, 1 << 41]));
+        group.copy_to_cpu(&[inward], &stream).unwrap();
+        assert_eq!(group.cpu(one).unwrap(), [9, 9, 9, 9, 7, 7, 9, 9]);
+        assert_eq!(group.cpu(two).unwrap(), [9; 5]);
+    });
+}
+
+#[test]
+fn a_member_is_named_once_and_a_copy_names_one() {
+    each(|device, stream| {
+        let (mut group, one, two, _) = group(device, &stream);
+        let twice = Err(Error::DuplicateMember { index: 1 });
+        // Rows that do not overlap, and rows of none, too.
+        let rows = [two.rows(..2), one.rows(..), two.rows(3..)];
+        assert_eq!(group.copy_to_gpu(&rows, &stream), twice);
+        assert_eq!(group.copy_to_cpu(&[two.rows(2..2), two.rows(2..2)], &stream), twice);
+        for result in [group.copy_to_gpu(&[], &stream), group.copy_to_cpu(&[], &stream)] {
+            assert!(matches!(result, Err(Error::InvalidGroup { .. })), "{result:?}");
+        }
+        let mut members = group.members_mut();
+        let first = members.cpu_mut(two).unwrap();
+        assert_eq!(members.cpu_mut(two).map(drop), twice);
+        assert_eq!((first.len(), members.cpu_mut(one).unwrap().len()), (5, 8));
+        // The next ones begin anew, whatever was named before, by a copy or here.
+        group.copy_to_gpu(&[two.rows(0..0)], &stream).unwrap();
+        assert_eq!(group.members_mut().cpu_mut(two).unwrap().len(), 5);
+        group.copy_to_gpu(&[two.rows(0..0)], &stream).unwrap();
+        unchanged(group, one, two, &stream);
+    });
+}
+
+#[test]
+fn layouts_without_members_or_of_invalid_or_too_many_bytes_are_refused() {
+    each(|device, _| {
+        let layout = GroupLayoutBuilder::new().finish();
+        let made = BufferGroup::new(&layout, device).map(drop);
+        assert!(matches!(made, Err(Error::InvalidGroup { .. })), "{made:?}");
+        let none: [usize; 0] = [];
+        let half = isize::MAX as usize / 2;
+        for shapes in [
+            vec![Shape::from(none)],
+            vec![Shape::from([1; 9])],
+            vec![Shape::from(3), Shape::from([1 << 40, 1 << 40]), Shape::from(3)],
+            // Each is valid, and all together are not; nor with their padding.
+            vec![Shape::from(half), Shape::from(half), Shape::from(half)],
+            vec![Shape::from(isize::MAX as usize)],
+            vec![Shape::from(isize::MAX as usize - 300), Shape::from(1)],
+        ] {
+            let mut builder = GroupLayoutBuilder::new();
+            let keys: Vec<_> = shapes.iter().map(|shape| builder.add::<u8>(*shape)).collect();
+            let layout = builder.finish();
+            for made in [
+                BufferGroup::new(&layout, device).map(drop),
+                GroupRing::new(&layout, device, 2).map(drop),
+            ] {
+                assert!(matches!(made, Err(Error::InvalidShape { .. })), "{shapes:?}: {made:?}");
+            }
+            drop(keys);
+        }
+        let made = UploadRing::<u64>::new([1 << 40, 1 << 40], device, 2).map(drop);
+        assert!(matches!(made, Err(Error::InvalidShape { .. })), "{made:?}");
+    });
+}
+
+#[test]
+fn a_stream_of_another_device_is_refused_by_a_group() {
+    let test = "a_stream_of_another_device_is_refused_by_a_group";
+    let Some((cuda, _turn)) = common::cuda(test) else { return };
+    for (device, other) in [(cuda, Device::Cpu), (Device::Cpu, cuda)] {
+        let (stream, wrong) = (Stream::new(device).unwrap(), Stream::new(other).unwrap());
+        let (mut group, one, two, _) = group(device, &stream);
+        let mismatch = Err(Error::DeviceMismatch { expected: device, actual: other });
+        assert_eq!(group.copy_to_gpu(&[one.rows(..)], &wrong), mismatch);
+        assert_eq!(group.copy_to_cpu(&[one.rows(..)], &wrong), mismatch);
+        assert_eq!(group.copy_to_cpu(&[one.rows(2..2)], &wrong), mismatch);
+        assert_eq!(group.gpu_on(&wrong).map(drop), mismatch);
+        unchanged(group, one, two, &stream);
+        let mut ring = UploadRing::<u8>::new(0, device, 2).unwrap();
+        assert_eq!(ring.copy_to_gpu(.., &wrong), mismatch);
+        assert_eq!(ring.gpu_on(&wrong).map(drop), mismatch);
+    }
+}
+
+#[test]
+fn a_stream_in_capture_is_refused_by_a_group_and_its_capture_survives() {
+    let test = "a_stream_in_capture_is_refused_by_a_group_and_its_capture_survives";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
+    let (mut group, one, two, _) = group(device, &stream);
+    let mut ring = UploadRing::<u8>::new(100, device, 2).unwrap();
+    group.gpu_on(&stream).unwrap();
+    common::begin_capture(&stream);
+    let refused = Err(Error::StreamCapturing);
+    assert_eq!(group.copy_to_gpu(&[one.rows(..)], &stream), refused);
+    assert_eq!(group.copy_to_cpu(&[one.rows(..1)], &stream), refused);
+    assert_eq!(group.gpu_on(&stream).map(drop), refused);
+    assert_eq!(ring.copy_to_gpu(.., &stream), refused);
+    assert_eq!(ring.gpu_on(&stream).map(drop), refused);
+    // The last use is one of this stream's, of which nothing can be known now.
+    assert_eq!(group.is_idle().map(drop), refused);
+    assert_eq!(group.synchronize(), refused);
+    assert_eq!(group.copy_to_gpu(&[one.rows(..)], &other), refused);
+    // Host halves have nothing to do with it.
+    assert_eq!(group.cpu_mut(one).unwrap()[..], [9; 8]);
+    common::end_capture(&stream);
+    unchanged(group, one, two, &other);
+}
+
 #[test]
 fn an_error_says_in_words_what_is_wrong() {
     let (device, other) = (Device::Cpu, Device::Cuda(3));
@@ -358,6 +582,9 @@ fn an_error_says_in_words_what_is_wrong() {
         (Error::InvalidStream { reason: "for a reason" }, &["for a reason"]),
         (Error::InvalidDevice { text: "gpu".into() }, &["gpu"]),
         (Error::PoolExhausted { max_buffers: 3 }, &["pool", "3 buffers"]),
+        (Error::InvalidKey, &["key", "layout"]),
+        (Error::DuplicateMember { index: 3 }, &["member 3"]),
+        (Error::InvalidGroup { reason: "for a reason" }, &["group", "for a reason"]),
         (Error::EventOrder, &["later"]),
         (Error::Forked, &["fork"]),
     ] {

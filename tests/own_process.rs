@@ -6,7 +6,9 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use common::{Gate, in_own_process, is_own_process};
-use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Shape, Stream, sys};
+use cpu_gpu_buffer::{
+    BufferGroup, CpuGpuBuffer, Device, Error, GroupLayoutBuilder, GroupRing, Shape, Stream, sys,
+};
 
 #[track_caller]
 fn succeeded(output: &Output) {
@@ -334,6 +336,13 @@ fn a_forked_child_neither_uses_nor_frees_what_the_parent_made() {
     let mut buffer = CpuGpuBuffer::<u8>::new(3 << 20, device).unwrap();
     buffer.fill(5, &stream).unwrap();
     buffer.copy_to_gpu(.., &stream).unwrap();
+    let mut builder = GroupLayoutBuilder::new();
+    let key = builder.add::<u8>(1000);
+    let layout = builder.finish();
+    let mut group = BufferGroup::new(&layout, device).unwrap();
+    let mut ring = GroupRing::new(&layout, device, 2).unwrap();
+    group.copy_to_gpu(&[key.rows(..)], &stream).unwrap();
+    ring.copy_to_gpu(&[key.rows(..)], &stream).unwrap();
     let event = stream.record().unwrap();
     let address = buffer.gpu_on(&stream).unwrap().as_mut_ptr();
     // SAFETY: the child calls nothing that another thread of the parent could have left half done, but
@@ -362,6 +371,21 @@ fn a_forked_child_neither_uses_nor_frees_what_the_parent_made() {
                     buffer.resize(1),
                     buffer.resize(9 << 20),
                     buffer.gpu_on(&stream).map(drop),
+                    group.cpu(key).map(drop),
+                    group.cpu_mut(key).map(drop),
+                    group.members_mut().cpu_mut(key).map(drop),
+                    group.is_idle().map(drop),
+                    group.synchronize(),
+                    group.copy_to_gpu(&[key.rows(..)], &stream),
+                    group.copy_to_cpu(&[key.rows(..)], &clone),
+                    group.gpu_on(&stream).map(drop),
+                    ring.advance(),
+                    ring.try_advance().map(drop),
+                    ring.cpu(key).map(drop),
+                    ring.cpu_mut(key).map(drop),
+                    ring.copy_to_gpu(&[key.rows(..)], &stream),
+                    ring.gpu_on(&stream).map(drop),
+                    BufferGroup::new(&layout, device).map(drop),
                     stream.synchronize(),
                     clone.is_idle().map(drop),
                     clone.record().map(drop),
@@ -379,7 +403,7 @@ fn a_forked_child_neither_uses_nor_frees_what_the_parent_made() {
                     assert_eq!(result, Err(Error::Forked));
                 }
             }
-            drop((buffer, event, stream));
+            drop((buffer, group, ring, event, stream));
             // The CPU has nothing to do with it.
             let stream = Stream::new(Device::Cpu).unwrap();
             let mut buffer = CpuGpuBuffer::<u8>::new(100, Device::Cpu).unwrap();

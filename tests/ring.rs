@@ -1,0 +1,483 @@
+//! A ring's host halves are written while others are still being uploaded: never one that a queued upload reads, and
+//! none waits while another is free. What is on the device is what was sent last.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Gate, all, device_words};
+use cpu_gpu_buffer::{
+    BufferOptions, Device, Error, GroupLayout, GroupLayoutBuilder, GroupRing, Key, Pinning, Stream,
+    UploadRing, sys,
+};
+
+const SIZES: [usize; 2] = [1001, (1 << 20) + 1];
+
+/// For each size, with a CUDA device.
+fn each(test: &str, run: impl Fn(usize, Device)) {
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    for words in SIZES {
+        run(words, device);
+    }
+}
+
+/// For each device.
+fn devices(run: impl Fn(Device, &Stream)) {
+    let _turn = common::turn();
+    for device in common::devices() {
+        run(device, &Stream::new(device).unwrap());
+    }
+}
+
+/// Writes the current half and sends it.
+fn send(ring: &mut UploadRing<u32>, value: u32, stream: &Stream) {
+    ring.cpu_mut().unwrap().fill(value);
+    ring.copy_to_gpu(.., stream).unwrap();
+}
+
+fn gpu(ring: &UploadRing<u32>) -> Vec<u32> {
+    ring.synchronize().unwrap();
+    device_words(ring.device(), ring.device_ptr(), ring.shape()[0])
+}
+
+// ---- what waits ----
+
+#[test]
+fn advancing_does_not_wait_while_a_half_is_free() {
+    each("advancing_does_not_wait_while_a_half_is_free", |words, device| {
+        for halves in 2..=4 {
+            let stream = Stream::new(device).unwrap();
+            let mut ring = UploadRing::<u32>::new(words, device, halves).unwrap();
+            let gate = Gate::close(&stream);
+            gate.passes(|| {
+                for step in 1..=halves as u32 {
+                    ring.advance().unwrap().fill(step);
+                    ring.copy_to_gpu(.., &stream).unwrap();
+                }
+                // All are in flight.
+                assert!(ring.try_advance().unwrap().is_none());
+                all(ring.cpu().unwrap(), halves as u32);
+                assert!(!ring.is_idle().unwrap());
+            });
+            all(&gpu(&ring), halves as u32);
+            assert!(ring.is_idle().unwrap());
+            assert!(ring.try_advance().unwrap().is_some());
+        }
+    });
+}
+
+#[test]
+fn advancing_waits_for_the_half_that_was_sent_first_where_all_are_in_flight() {
+    let test = "advancing_waits_for_the_half_that_was_sent_first_where_all_are_in_flight";
+    each(test, |words, device| {
+        for halves in 1..=4 {
+            let stream = Stream::new(device).unwrap();
+            let mut ring = UploadRing::<u32>::new(words, device, halves).unwrap();
+            let first = Gate::close(&stream);
+            send(&mut ring, 1, &stream);
+            // What is sent after the first upload is held by a gate of its own.
+            let later = Gate::close(&stream);
+            for half in 2..=halves as u32 {
+                ring.advance().unwrap();
+                send(&mut ring, half, &stream);
+            }
+            let half = first.waits(|| {
+                assert!(ring.try_advance().unwrap().is_none());
+                let half = ring.advance().unwrap();
+                half.iter_mut().for_each(|word| *word = !*word);
+                half[0]
+            });
+            // It was the first, and it alone has arrived.
+            assert_eq!(half, !1);
+            assert!(!later.is_open());
+            all(&device_words_of(&ring), 1);
+            drop(later);
+            all(&gpu(&ring), halves as u32);
+        }
+    });
+}
+
+/// What the device half holds now, while others wait.
+fn device_words_of(ring: &UploadRing<u32>) -> Vec<u32> {
+    device_words(ring.device(), ring.device_ptr(), ring.shape()[0])
+}
+
+#[test]
+fn writing_the_current_half_waits_for_its_upload_and_reading_does_not() {
+    let test = "writing_the_current_half_waits_for_its_upload_and_reading_does_not";
+    each(test, |words, device| {
+        let stream = Stream::new(device).unwrap();
+        let mut ring = UploadRing::<u32>::new(words, device, 2).unwrap();
+        let gate = Gate::close(&stream);
+        send(&mut ring, 1, &stream);
+        all(ring.cpu().unwrap(), 1);
+        assert!(!gate.is_open());
+        gate.waits(|| ring.cpu_mut().unwrap().fill(2));
+        all(&gpu(&ring), 1);
+        all(ring.cpu().unwrap(), 2);
+    });
+}
+
+#[test]
+fn a_half_is_free_only_when_none_of_its_members_is_being_uploaded() {
+    let test = "a_half_is_free_only_when_none_of_its_members_is_being_uploaded";
+    each(test, |words, device| {
+        let (keys, layout) = members(words, false);
+        let streams = [(); 2].map(|()| Stream::new(device).unwrap());
+        let mut ring = GroupRing::new(&layout, device, 2).unwrap();
+        ring.gpu_on(&streams[0]).unwrap();
+        ring.synchronize().unwrap();
+        // One member of the half has arrived, and another has not.
+        let gate = Gate::close(&streams[0]);
+        ring.cpu_mut(keys[2]).unwrap().fill(1);
+        ring.copy_to_gpu(&[keys[2].rows(..)], &streams[0]).unwrap();
+        for step in 0..2 {
+            ring.copy_to_gpu(&[keys[0].rows(..)], &streams[1]).unwrap();
+            streams[1].synchronize().unwrap();
+            if step == 0 {
+                ring.advance().unwrap();
+                ring.cpu_mut(keys[2]).unwrap().fill(2);
+                ring.copy_to_gpu(&[keys[2].rows(..)], &streams[0]).unwrap();
+            }
+        }
+        assert!(!ring.try_advance().unwrap());
+        assert!(!gate.is_open());
+        gate.waits(|| {
+            ring.advance().unwrap();
+            let mut members = ring.members_mut();
+            members.cpu_mut(keys[2]).unwrap().fill(3);
+            // Free since long.
+            members.cpu_mut(keys[0]).unwrap().fill(3);
+        });
+        all(&words_of(&mut ring, keys[2]), 2);
+    });
+}
+
+#[test]
+fn a_half_that_the_driver_says_is_free_is_taken() {
+    let test = "a_half_that_the_driver_says_is_free_is_taken";
+    each(test, |words, device| {
+        let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
+        let mut ring = UploadRing::<u32>::new(words, device, 2).unwrap();
+        send(&mut ring, 1, &stream);
+        // It finishes, and the ring's own bookkeeping does not come to know.
+        // SAFETY: the stream is live.
+        let status = unsafe { sys::cudaStreamSynchronize(stream.as_raw()) };
+        assert_eq!(status, sys::cudaError::cudaSuccess);
+        ring.advance().unwrap();
+        let gate = Gate::close(&other);
+        send(&mut ring, 2, &other);
+        gate.passes(|| {
+            all(ring.try_advance().unwrap().unwrap(), 1);
+        });
+    });
+}
+
+// ---- the order of streams ----
+
+/// Members with others between them, that the host owns or not.
+fn members(words: usize, host_owned: bool) -> ([Key<u32>; 5], GroupLayout) {
+    let mut builder = GroupLayoutBuilder::new();
+    let keys = [(); 5].map(|()| match host_owned {
+        true => builder.add_host_owned(words),
+        false => builder.add(words),
+    });
+    (keys, builder.finish())
+}
+
+fn words_of(ring: &mut GroupRing, key: Key<u32>) -> Vec<u32> {
+    let stream = Stream::new(ring.device()).unwrap();
+    let view = ring.gpu_on(&stream).unwrap().member(key);
+    stream.synchronize().unwrap();
+    device_words(view.device(), view.as_ptr(), view.len())
+}
+
+#[test]
+fn uploads_from_different_halves_on_different_streams_arrive_in_the_order_of_the_calls() {
+    let test =
+        "uploads_from_different_halves_on_different_streams_arrive_in_the_order_of_the_calls";
+    each(test, |words, device| {
+        let streams = [(); 3].map(|()| Stream::new(device).unwrap());
+        let mut ring = UploadRing::<u32>::new(words, device, 3).unwrap();
+        let gate = Gate::close(&streams[0]);
+        gate.waits(|| {
+            for (step, stream) in streams.iter().enumerate() {
+                ring.advance().unwrap().fill(step as u32);
+                ring.copy_to_gpu(.., stream).unwrap();
+            }
+            streams[2].synchronize().unwrap();
+        });
+        all(&gpu(&ring), 2);
+        for stream in &streams {
+            stream.synchronize().unwrap();
+        }
+        all(&gpu(&ring), 2);
+    });
+}
+
+#[test]
+fn members_are_uploaded_from_different_halves_in_the_order_of_the_calls() {
+    let test = "members_are_uploaded_from_different_halves_in_the_order_of_the_calls";
+    each(test, |words, device| {
+        let (keys, layout) = members(words, false);
+        let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
+        let mut ring = GroupRing::new(&layout, device, 2).unwrap();
+        let named = [keys[0], keys[2], keys[4]];
+        let gate = Gate::close(&stream);
+        named.iter().for_each(|key| ring.cpu_mut(*key).unwrap().fill(1));
+        ring.copy_to_gpu(&named.map(|key| key.rows(..)), &stream).unwrap();
+        gate.waits(|| {
+            ring.advance().unwrap();
+            ring.cpu_mut(keys[2]).unwrap().fill(2);
+            ring.copy_to_gpu(&[keys[1].rows(..), keys[2].rows(..)], &other).unwrap();
+            other.synchronize().unwrap();
+        });
+        stream.synchronize().unwrap();
+        assert_eq!(keys.map(|key| words_of(&mut ring, key)[words - 1]), [1, 0, 2, 0, 1]);
+    });
+}
+
+#[test]
+fn a_kernel_and_an_upload_on_another_stream_come_one_after_the_other() {
+    let test = "a_kernel_and_an_upload_on_another_stream_come_one_after_the_other";
+    each(test, |words, device| {
+        let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
+        let mut ring = UploadRing::<u32>::new(words, device, 2).unwrap();
+        let view = ring.gpu_on(&stream).unwrap();
+        let gate = Gate::close(&stream);
+        common::store(view.as_mut_ptr(), view.len(), 5, &stream);
+        gate.waits(|| {
+            send(&mut ring, 1, &other);
+            other.synchronize().unwrap();
+        });
+        all(&gpu(&ring), 1);
+        let gate = Gate::close(&stream);
+        send(&mut ring, 2, &stream);
+        gate.waits(|| {
+            let view = ring.gpu_on(&other).unwrap();
+            common::store(view.as_mut_ptr(), view.len(), 6, &other);
+            other.synchronize().unwrap();
+        });
+        stream.synchronize().unwrap();
+        all(&gpu(&ring), 6);
+    });
+}
+
+// ---- members that are carried along ----
+
+#[test]
+fn writing_a_member_that_is_carried_along_waits_for_the_copy() {
+    let test = "writing_a_member_that_is_carried_along_waits_for_the_copy";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let (keys, layout) = members(1001, true);
+    let stream = Stream::new(device).unwrap();
+    let mut ring = GroupRing::new(&layout, device, 1).unwrap();
+    ring.cpu_mut(keys[2]).unwrap().fill(1);
+    let gate = Gate::close(&stream);
+    ring.copy_to_gpu(&[keys[1].rows(..), keys[3].rows(..)], &stream).unwrap();
+    // Not one that lies beside the two.
+    ring.cpu_mut(keys[0]).unwrap().fill(7);
+    ring.cpu_mut(keys[4]).unwrap().fill(7);
+    assert!(!gate.is_open());
+    gate.waits(|| ring.cpu_mut(keys[2]).unwrap().fill(2));
+    all(&words_of(&mut ring, keys[2]), 1);
+}
+
+#[test]
+fn a_member_that_is_carried_along_is_so_in_the_order_of_the_calls() {
+    let test = "a_member_that_is_carried_along_is_so_in_the_order_of_the_calls";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
+    for carried_first in [true, false] {
+        let (keys, layout) = members(1001, true);
+        let mut ring = GroupRing::new(&layout, device, 2).unwrap();
+        let carried = [keys[1].rows(..), keys[3].rows(..)];
+        let named = [keys[2].rows(..)];
+        let calls: [&[_]; 2] = if carried_first { [&carried, &named] } else { [&named, &carried] };
+        let gate = Gate::close(&stream);
+        ring.cpu_mut(keys[2]).unwrap().fill(1);
+        ring.copy_to_gpu(calls[0], &stream).unwrap();
+        gate.waits(|| {
+            ring.advance().unwrap();
+            ring.cpu_mut(keys[2]).unwrap().fill(2);
+            ring.copy_to_gpu(calls[1], &other).unwrap();
+            other.synchronize().unwrap();
+        });
+        stream.synchronize().unwrap();
+        all(&words_of(&mut ring, keys[2]), 2);
+    }
+}
+
+// ---- what it is ----
+
+#[test]
+fn the_device_address_never_changes_and_every_step_arrives() {
+    devices(|device, stream| {
+        for pinning in [Pinning::Preferred, Pinning::Never] {
+            let options = BufferOptions { pinning, ..Default::default() };
+            let mut ring = UploadRing::<u64>::with_options([100, 3], device, 3, options).unwrap();
+            let (address, mut seen) = (ring.device_ptr(), Vec::new());
+            for step in 0..500 {
+                let host = ring.advance().unwrap();
+                assert!(host.as_ptr().addr().is_multiple_of(256));
+                seen.push(host.as_ptr());
+                host.fill(step);
+                ring.copy_to_gpu(..10, stream).unwrap();
+                assert_eq!(ring.gpu_on(stream).unwrap().as_mut_ptr(), address);
+                assert_eq!(ring.device_ptr(), address);
+            }
+            stream.synchronize().unwrap();
+            let words = common::device_bytes(device, address.cast(), 2400);
+            let words: Vec<_> =
+                words.chunks(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect();
+            assert!(words[..30].iter().all(|word| *word == 499), "{words:?}");
+            assert!(words[30..].iter().all(|word| *word == 0), "{words:?}");
+            seen.sort_unstable();
+            seen.dedup();
+            assert_eq!(seen.len(), ring.halves());
+        }
+    });
+}
+
+#[test]
+fn steps_that_differ_in_their_members_all_arrive() {
+    devices(|device, stream| {
+        let (keys, layout) = members(300, false);
+        let other = Stream::new(device).unwrap();
+        let mut ring = GroupRing::new(&layout, device, 2).unwrap();
+        let mut expected = [0; 5];
+        let addresses = |ring: &mut GroupRing| {
+            let view = ring.gpu_on(stream).unwrap();
+            keys.map(|key| view.member(key).as_ptr())
+        };
+        let before = addresses(&mut ring);
+        for step in 1..200 {
+            ring.advance().unwrap();
+            let named: Vec<_> = (0..5).filter(|member| step * 7 >> member & 1 == 1).collect();
+            for member in &named {
+                ring.cpu_mut(keys[*member]).unwrap().fill(step);
+                expected[*member] = step;
+            }
+            let rows: Vec<_> = named.iter().map(|member| keys[*member].rows(..)).collect();
+            if !rows.is_empty() {
+                let stream = if step % 3 == 0 { &other } else { stream };
+                ring.copy_to_gpu(&rows, stream).unwrap();
+            }
+        }
+        for (key, value) in keys.into_iter().zip(expected) {
+            all(&words_of(&mut ring, key), value);
+        }
+        assert_eq!(addresses(&mut ring), before);
+    });
+}
+
+#[test]
+fn what_was_written_to_a_half_is_still_there_when_it_comes_again() {
+    devices(|device, stream| {
+        let mut ring = UploadRing::<u32>::new(9, device, 3).unwrap();
+        for step in 0..20 {
+            let host = ring.advance().unwrap();
+            let before = if step < 3 { 0 } else { step - 3 };
+            all(host, before);
+            host.fill(step);
+            ring.copy_to_gpu(.., stream).unwrap();
+            // The halves that are known to be free come in turn.
+            stream.synchronize().unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_ring_of_one_half_works_and_a_ring_of_none_is_an_error() {
+    devices(|device, stream| {
+        let mut ring = UploadRing::<u32>::new(100, device, 1).unwrap();
+        for step in 0..50 {
+            ring.advance().unwrap().fill(step);
+            ring.copy_to_gpu(.., stream).unwrap();
+        }
+        all(&gpu(&ring), 49);
+        let none = UploadRing::<u32>::new(100, device, 0).map(drop);
+        assert!(matches!(none, Err(Error::InvalidGroup { .. })), "{none:?}");
+        let (_, layout) = members(100, false);
+        let none = GroupRing::new(&layout, device, 0).map(drop);
+        assert!(matches!(none, Err(Error::InvalidGroup { .. })), "{none:?}");
+        let many = UploadRing::<u32>::new(1 << 20, device, usize::MAX / 4096).map(drop);
+        assert!(matches!(many, Err(Error::InvalidShape { .. })), "{many:?}");
+    });
+}
+
+#[test]
+fn a_ring_without_bytes_works() {
+    devices(|device, stream| {
+        let mut ring = UploadRing::<u32>::new([0, 3], device, 2).unwrap();
+        for _ in 0..5 {
+            assert!(ring.advance().unwrap().is_empty());
+            ring.copy_to_gpu(.., stream).unwrap();
+            assert!(ring.gpu_on(stream).unwrap().is_empty());
+        }
+        assert!(ring.device_ptr().is_null() && ring.is_idle().unwrap());
+    });
+}
+
+#[test]
+fn a_ring_tells_what_it_is() {
+    devices(|device, _| {
+        let options = BufferOptions { pinning: Pinning::Never, ..Default::default() };
+        let ring = UploadRing::<u16>::with_options([4, 3], device, 3, options).unwrap();
+        assert_eq!((ring.shape(), ring.halves(), ring.device()), (&[4, 3][..], 3, device));
+        assert!(!ring.is_pinned() && format!("{ring:?}").contains("[4, 3]"), "{ring:?}");
+        let (keys, layout) = members(10, false);
+        let ring = GroupRing::with_options(&layout, device, 2, options).unwrap();
+        assert_eq!((ring.halves(), ring.device(), ring.is_pinned()), (2, device, false));
+        assert!(format!("{ring:?}").contains("halves: 2"), "{ring:?}");
+        // Its layout is the one that it was made of.
+        let again = GroupRing::new(ring.layout(), device, 1).unwrap();
+        assert_eq!(again.cpu(keys[0]).unwrap().len(), 10);
+    });
+}
+
+// ---- what goes wrong ----
+
+#[test]
+#[cfg(target_os = "linux")]
+fn the_current_half_stays_where_advancing_is_an_error() {
+    let test = "the_current_half_stays_where_advancing_is_an_error";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if !common::is_simulated() {
+        return common::left_out(test, "faults need the simulated runtime");
+    }
+    let stream = Stream::new(device).unwrap();
+    let mut ring = UploadRing::<u32>::new(100, device, 2).unwrap();
+    for (fails, value) in [(c"cuEventQuery", 10), (c"cuEventSynchronize", 20)] {
+        ring.synchronize().unwrap();
+        let gate = Gate::close(&stream);
+        ring.advance().unwrap();
+        send(&mut ring, value, &stream);
+        ring.advance().unwrap();
+        send(&mut ring, value + 1, &stream);
+        common::sim::reset();
+        common::sim::fail_function(fails, 700);
+        let advanced = ring.advance().map(drop);
+        common::sim::heal();
+        assert!(matches!(advanced, Err(Error::Cuda { .. })), "{fails:?}: {advanced:?}");
+        all(ring.cpu().unwrap(), value + 1);
+        // And is guarded as before.
+        assert!(ring.try_advance().unwrap().is_none());
+        assert!(!gate.is_open());
+        gate.waits(|| ring.cpu_mut().unwrap().fill(9));
+        all(&gpu(&ring), value + 1);
+    }
+}
+
+#[test]
+fn dropping_waits_for_the_uploads_of_every_half() {
+    each("dropping_waits_for_the_uploads_of_every_half", |words, device| {
+        let stream = Stream::new(device).unwrap();
+        let mut ring = UploadRing::<u32>::new(words, device, 2).unwrap();
+        let gate = Gate::close(&stream);
+        send(&mut ring, 1, &stream);
+        ring.advance().unwrap();
+        let (_, early) = gate.during(Duration::from_millis(50), || drop(ring));
+        assert!(!early, "memory was given back that an upload reads");
+    });
+}
