@@ -14,8 +14,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use common::{Gate, sim};
 use cpu_gpu_buffer::{
-    BufferOptions, BufferPool, CpuGpuBuffer, Device, Error, Event, Pinning, PoolOptions, Result,
-    Stream, StreamOptions, WaitPolicy, is_pinned_memory_available, sys,
+    BufferGroup, BufferOptions, BufferPool, CpuGpuBuffer, Device, Error, Event, GroupLayout,
+    GroupLayoutBuilder, GroupRing, Key, MemberRows, Pinning, PoolOptions, Result, Stream,
+    StreamOptions, UploadRing, WaitPolicy, is_pinned_memory_available, sys,
 };
 
 const DEVICE: Device = Device::Cuda(0);
@@ -31,10 +32,88 @@ struct Bench {
     foreign: CpuGpuBuffer<u32>,
     /// Of few buffers; the busy one's were given back in flight.
     pool: BufferPool<u32>,
+    /// Only where the operation has to do with them.
+    groups: Option<Groups>,
+}
+
+/// A group and rings, all of whose halves are in flight on a busy bench.
+struct Groups {
+    layout: GroupLayout,
+    keys: [Key<u32>; 7],
+    group: BufferGroup,
+    ring: GroupRing,
+    slots: UploadRing<u32>,
+}
+
+impl Groups {
+    fn new() -> Groups {
+        let mut builder = GroupLayoutBuilder::new();
+        let keys = [(); 7].map(|()| builder.add(WORDS));
+        let layout = builder.finish();
+        let group = BufferGroup::new(&layout, DEVICE).unwrap();
+        let ring = GroupRing::new(&layout, DEVICE, 2).unwrap();
+        let slots = UploadRing::new(WORDS, DEVICE, 2).unwrap();
+        Groups { layout, keys, group, ring, slots }
+    }
+
+    /// Rows that one kernel moves, or two copies.
+    fn rows(&self, members: &[usize]) -> Vec<MemberRows> {
+        members.iter().map(|member| self.keys[*member].rows(1..WORDS - 1)).collect()
+    }
+
+    fn busy(&mut self, stream: &Stream, other: &Stream) {
+        let (some, many) = (self.rows(&[0, 3]), self.rows(&[1, 2, 3, 5]));
+        self.group.copy_to_gpu(&many, other).unwrap();
+        self.group.copy_to_cpu(&some, stream).unwrap();
+        self.group.gpu_on(other).unwrap();
+        for stream in [stream, other] {
+            self.ring.advance().unwrap();
+            self.ring.copy_to_gpu(&many, stream).unwrap();
+            self.slots.advance().unwrap();
+            self.slots.copy_to_gpu(.., stream).unwrap();
+        }
+        self.ring.gpu_on(stream).unwrap();
+    }
+
+    /// Rows go to the device and back in every member, and steps of the rings arrive.
+    fn verify(&mut self, stream: &Stream, value: u32) {
+        let rows = self.keys.map(|key| key.rows(1..WORDS - 1));
+        let write = |group: &mut BufferGroup, value: u32| {
+            let mut members = group.members_mut();
+            self.keys.iter().for_each(|key| members.cpu_mut(*key).unwrap().fill(value));
+        };
+        write(&mut self.group, value);
+        self.group.copy_to_gpu(&rows, stream).unwrap();
+        write(&mut self.group, 0);
+        self.group.copy_to_cpu(&rows, stream).unwrap();
+        for key in self.keys {
+            common::all(&self.group.cpu(key).unwrap()[1..WORDS - 1], value);
+        }
+        for step in 0..5 {
+            self.ring.advance().unwrap();
+            for key in self.keys {
+                self.ring.cpu_mut(key).unwrap().fill(value + step);
+            }
+            self.ring.copy_to_gpu(&rows, stream).unwrap();
+            self.slots.advance().unwrap().fill(value + step);
+            self.slots.copy_to_gpu(.., stream).unwrap();
+        }
+        self.group.synchronize().unwrap();
+        self.ring.synchronize().unwrap();
+        self.slots.synchronize().unwrap();
+        assert!(self.group.is_idle().unwrap() && self.ring.is_idle().unwrap());
+        let words = |at, count| common::device_words(DEVICE, at, count);
+        common::all(&words(self.slots.device_ptr(), WORDS), value + 4);
+        let view = self.ring.gpu_on(stream).unwrap();
+        for key in self.keys {
+            let rows = view.member(key).rows(1..WORDS - 1).unwrap();
+            common::all(&words(rows.as_ptr(), WORDS - 2), value + 4);
+        }
+    }
 }
 
 impl Bench {
-    fn new(state: State, wait: WaitPolicy, pooled: usize) -> Bench {
+    fn new(state: State, wait: WaitPolicy, pooled: usize, grouped: bool) -> Bench {
         let options = StreamOptions { wait, ..Default::default() };
         let stream = Stream::with_options(DEVICE, options).unwrap();
         let other = Stream::with_options(DEVICE, options).unwrap();
@@ -51,8 +130,12 @@ impl Bench {
                 buffer.gpu_on(&other).unwrap();
             }
         }
+        let mut groups = grouped.then(Groups::new);
+        if let (State::Busy, Some(groups)) = (state, &mut groups) {
+            groups.busy(&stream, &other);
+        }
         let event = stream.record().unwrap();
-        Bench { stream, other, event, buffer, foreign, pool }
+        Bench { stream, other, event, buffer, foreign, pool, groups }
     }
 
     /// Everything still works, once calls succeed again.
@@ -75,7 +158,19 @@ impl Bench {
             buffer.synchronize().unwrap();
             assert!(buffer.is_idle().unwrap());
         }
+        for (value, stream) in [(7, &self.stream), (8, &self.other)] {
+            if let Some(groups) = &mut self.groups {
+                groups.verify(stream, value);
+            }
+        }
         self.event.synchronize().unwrap();
+    }
+
+    fn groups(&mut self) -> (&mut Groups, &Stream) {
+        (
+            self.groups.as_mut().expect("the operation's name says that it has to do with them"),
+            &self.stream,
+        )
     }
 }
 
@@ -176,6 +271,108 @@ const OPERATIONS: &[(&str, Operation)] = &[
         // The only reason that there can be.
         bench.pool.try_acquire().map(drop).ok_or(Error::Forked)
     }),
+    ("BufferGroup::new", |bench| BufferGroup::new(&bench.groups().0.layout, DEVICE).map(drop)),
+    ("BufferGroup::with_options", |bench| {
+        let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
+        BufferGroup::with_options(&bench.groups().0.layout, DEVICE, options).map(drop)
+    }),
+    ("BufferGroup::cpu", |bench| {
+        let (groups, _) = bench.groups();
+        groups.group.cpu(groups.keys[3]).map(drop)
+    }),
+    ("BufferGroup::cpu_mut", |bench| {
+        let (groups, _) = bench.groups();
+        groups.group.cpu_mut(groups.keys[3]).map(drop)
+    }),
+    ("MembersMut::cpu_mut", |bench| {
+        let (groups, _) = bench.groups();
+        let mut members = groups.group.members_mut();
+        groups.keys.iter().try_for_each(|key| members.cpu_mut(*key).map(drop))
+    }),
+    ("BufferGroup::copy_to_gpu", |bench| {
+        let (groups, stream) = bench.groups();
+        groups.group.copy_to_gpu(&groups.rows(&[1, 2, 4, 6]), stream)
+    }),
+    ("BufferGroup::copy_to_gpu/copies", |bench| {
+        let (groups, stream) = bench.groups();
+        groups.group.copy_to_gpu(&groups.rows(&[3, 1]), stream)
+    }),
+    ("BufferGroup::copy_to_cpu", |bench| {
+        let (groups, stream) = bench.groups();
+        groups.group.copy_to_cpu(&groups.rows(&[1, 2, 4, 6]), stream)
+    }),
+    ("BufferGroup::copy_to_cpu/copies", |bench| {
+        let (groups, stream) = bench.groups();
+        groups.group.copy_to_cpu(&groups.rows(&[3, 1]), stream)
+    }),
+    ("BufferGroup::is_idle", |bench| bench.groups().0.group.is_idle().map(drop)),
+    ("BufferGroup::synchronize", |bench| bench.groups().0.group.synchronize()),
+    ("BufferGroup::gpu_on", |bench| {
+        let (groups, stream) = bench.groups();
+        groups.group.gpu_on(stream).map(drop)
+    }),
+    ("BufferGroup::drop", |bench| {
+        let (groups, stream) = bench.groups();
+        let mut group = BufferGroup::new(&groups.layout, DEVICE)?;
+        group.copy_to_gpu(&groups.rows(&[1, 2, 4, 6]), stream)?;
+        group.copy_to_cpu(&groups.rows(&[3, 1]), stream)
+    }),
+    ("GroupRing::new", |bench| GroupRing::new(&bench.groups().0.layout, DEVICE, 3).map(drop)),
+    ("GroupRing::with_options", |bench| {
+        let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
+        GroupRing::with_options(&bench.groups().0.layout, DEVICE, 3, options).map(drop)
+    }),
+    ("GroupRing::advance", |bench| bench.groups().0.ring.advance()),
+    ("GroupRing::try_advance", |bench| bench.groups().0.ring.try_advance().map(drop)),
+    ("GroupRing::cpu", |bench| {
+        let (groups, _) = bench.groups();
+        groups.ring.cpu(groups.keys[3]).map(drop)
+    }),
+    ("GroupRing::cpu_mut", |bench| {
+        let (groups, _) = bench.groups();
+        groups.ring.cpu_mut(groups.keys[3]).map(drop)
+    }),
+    ("MembersMut::cpu_mut/of a ring", |bench| {
+        let (groups, _) = bench.groups();
+        let mut members = groups.ring.members_mut();
+        groups.keys.iter().try_for_each(|key| members.cpu_mut(*key).map(drop))
+    }),
+    ("GroupRing::copy_to_gpu", |bench| {
+        let (groups, stream) = bench.groups();
+        groups.ring.copy_to_gpu(&groups.rows(&[1, 2, 4, 6]), stream)
+    }),
+    ("GroupRing::gpu_on", |bench| {
+        let (groups, stream) = bench.groups();
+        groups.ring.gpu_on(stream).map(drop)
+    }),
+    ("GroupRing::is_idle", |bench| bench.groups().0.ring.is_idle().map(drop)),
+    ("GroupRing::synchronize", |bench| bench.groups().0.ring.synchronize()),
+    ("GroupRing::drop", |bench| {
+        let (groups, stream) = bench.groups();
+        let mut ring = GroupRing::new(&groups.layout, DEVICE, 2)?;
+        ring.copy_to_gpu(&groups.rows(&[1, 2, 4, 6]), stream)?;
+        ring.advance()?;
+        ring.gpu_on(stream).map(drop)
+    }),
+    ("UploadRing::new", |_| UploadRing::<u8>::new(100, DEVICE, 2).map(drop)),
+    ("UploadRing::with_options", |_| {
+        let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
+        UploadRing::<u8>::with_options(100, DEVICE, 2, options).map(drop)
+    }),
+    ("UploadRing::advance", |bench| bench.groups().0.slots.advance().map(drop)),
+    ("UploadRing::try_advance", |bench| bench.groups().0.slots.try_advance().map(drop)),
+    ("UploadRing::cpu", |bench| bench.groups().0.slots.cpu().map(drop)),
+    ("UploadRing::cpu_mut", |bench| bench.groups().0.slots.cpu_mut().map(drop)),
+    ("UploadRing::copy_to_gpu", |bench| {
+        let (groups, stream) = bench.groups();
+        groups.slots.copy_to_gpu(1..9, stream)
+    }),
+    ("UploadRing::gpu_on", |bench| {
+        let (groups, stream) = bench.groups();
+        groups.slots.gpu_on(stream).map(drop)
+    }),
+    ("UploadRing::is_idle", |bench| bench.groups().0.slots.is_idle().map(drop)),
+    ("UploadRing::synchronize", |bench| bench.groups().0.slots.synchronize()),
     ("Stream::new", |_| Stream::new(DEVICE).map(drop)),
     ("Stream::with_options", |_| Stream::with_options(DEVICE, Default::default()).map(drop)),
     ("Stream::from_raw", |_| {
@@ -222,6 +419,30 @@ const SILENT: &[&str] = &[
     "BufferPool::stats",
     "BufferPool::shape",
     "BufferPool::device",
+    "BufferGroup::members_mut",
+    "BufferGroup::device_ptr",
+    "BufferGroup::shape",
+    "BufferGroup::layout",
+    "BufferGroup::device",
+    "BufferGroup::is_pinned",
+    "GroupRing::members_mut",
+    "GroupRing::halves",
+    "GroupRing::layout",
+    "GroupRing::device",
+    "GroupRing::is_pinned",
+    "UploadRing::device_ptr",
+    "UploadRing::shape",
+    "UploadRing::halves",
+    "UploadRing::device",
+    "UploadRing::is_pinned",
+    "GroupView::member",
+    "GroupView::get",
+    "GroupView::device",
+    "GroupLayoutBuilder::new",
+    "GroupLayoutBuilder::add",
+    "GroupLayoutBuilder::add_host_owned",
+    "GroupLayoutBuilder::finish",
+    "Key::rows",
     "Stream::as_raw",
     "Stream::device",
     "Event::device",
@@ -230,15 +451,27 @@ const SILENT: &[&str] = &[
 #[test]
 fn every_public_function_is_an_operation_here_or_known_to_be_silent() {
     let sources = [
-        (include_str!("../src/buffer.rs"), "CpuGpuBuffer::"),
-        (include_str!("../src/pool.rs"), "BufferPool::"),
-        (include_str!("../src/stream.rs"), "Stream::"),
-        (include_str!("../src/event.rs"), "Event::"),
-        (include_str!("../src/device.rs"), "Device::"),
-        (include_str!("../src/host.rs"), ""),
+        include_str!("../src/buffer.rs"),
+        include_str!("../src/pool.rs"),
+        include_str!("../src/group.rs"),
+        include_str!("../src/ring.rs"),
+        include_str!("../src/layout.rs"),
+        include_str!("../src/stream.rs"),
+        include_str!("../src/event.rs"),
+        include_str!("../src/device.rs"),
+        include_str!("../src/host.rs"),
     ];
-    for (source, owner) in sources {
+    let mut found = 0;
+    for source in sources {
+        // `impl<T: Pod> Owner<T> {` at the beginning of a line, to its brace at the beginning of another.
+        let mut owner = String::new();
         for line in source.lines() {
+            if line.starts_with("impl") {
+                let words = line.strip_suffix(" {").unwrap_or(line).rsplit(' ').next().unwrap();
+                owner = format!("{}::", words.split('<').next().unwrap());
+            } else if line == "}" {
+                owner.clear();
+            }
             let line = line.trim_start();
             let Some(rest) =
                 line.strip_prefix("pub fn ").or_else(|| line.strip_prefix("pub unsafe fn "))
@@ -250,8 +483,12 @@ fn every_public_function_is_an_operation_here_or_known_to_be_silent() {
             let covered =
                 OPERATIONS.iter().any(|(known, _)| known.split('/').next() == Some(&name));
             assert!(covered || SILENT.contains(&name.as_str()), "{name} is in neither list");
+            found += 1;
         }
     }
+    let named = |name: &&str| !name.contains('/') && !name.ends_with("::drop");
+    let known = OPERATIONS.iter().map(|(name, _)| *name).filter(named).count() + SILENT.len();
+    assert!(found >= known, "{found} functions were found, and {known} are known");
 }
 
 /// Whether the next sweep is to run. All do, unless `CPU_GPU_BUFFER_TEST_FAULTS` asks for every so many of them:
@@ -336,6 +573,11 @@ fn pooled(what: &str) -> usize {
     if what.starts_with("BufferPool") { 2 } else { 0 }
 }
 
+/// Whether the operation has to do with groups and rings.
+fn grouped(what: &str) -> bool {
+    ["BufferGroup", "MembersMut", "GroupRing", "UploadRing"].iter().any(|it| what.starts_with(it))
+}
+
 /// Makes the operation's calls fail, one after the other; the answer is how many there were.
 fn sweep(
     what: &str,
@@ -345,7 +587,7 @@ fn sweep(
 ) -> u64 {
     for number in 1.. {
         let before = sim::live();
-        let mut bench = Bench::new(state, wait, pooled(what));
+        let mut bench = Bench::new(state, wait, pooled(what), grouped(what));
         sim::reset();
         sim::fail(number, code, once, effect);
         let what = format!("{what}, call {number}");
@@ -425,7 +667,7 @@ fn break_each(
 ) -> u64 {
     for number in 1.. {
         let before = sim::live();
-        let mut bench = Bench::new(state, wait, pooled(what));
+        let mut bench = Bench::new(state, wait, pooled(what), grouped(what));
         sim::reset();
         sim::break_at(number, ILLEGAL);
         let what = format!("{what}, call {number}");
@@ -445,11 +687,12 @@ fn break_each(
         }
         drop(bench);
         // Releases that a broken context refused leave their things behind. What was in flight is not even asked to
-        // be released: both halves of the bench's buffers and its pool, and of the operation's.
+        // be released: both halves of the bench's buffers and its pool, of its group and rings, and of the operation's.
         let refused = sim::injected_releases() as i64;
         let unknown = match (mended, drops(&what)) {
             (true, true) => 2,
             (true, false) => 0,
+            (false, _) if grouped(&what) => 14,
             (false, _) => 8,
         };
         // Looks at all that is pinned still being there.
@@ -557,7 +800,7 @@ fn every_operation_is_refused_in_a_forked_child_and_makes_no_call() {
     let answers = ["Device::auto", "Device::cuda_count", "is_pinned_memory_available"];
     assert_eq!(Device::auto(), DEVICE);
     for state in [State::Fresh, State::Busy] {
-        let mut bench = Bench::new(state, WaitPolicy::Spin, 2);
+        let mut bench = Bench::new(state, WaitPolicy::Spin, 2, true);
         let view = bench.buffer.gpu_on(&bench.stream).unwrap();
         let (address, rows) = (view.as_mut_ptr(), view.len());
         let calls = sim::calls();

@@ -244,8 +244,8 @@ fn gather(
             let (to, from) = (to + offset, from + offset);
             let up = memory::is_device(to, bytes);
             let (host, gpu) = if up { (from, to) } else { (to, from) };
-            // Kernels reach no host memory but what is pinned.
-            if memory::pinned(host, bytes) != memory::Pinned::Whole {
+            // Kernels reach no host memory but what is pinned; all of it, whatever registrations it is of.
+            if !memory::reached(host, bytes) {
                 return illegal(None, device);
             }
             let host = memory::at(host);

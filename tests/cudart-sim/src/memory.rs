@@ -288,6 +288,21 @@ pub(crate) enum Pinned {
     Partly,
 }
 
+/// Whether kernels reach all of a range of host memory: each byte is pinned, by one piece or another. Unlike copies,
+/// they look at addresses ("CUDA C++ Programming Guide, Mapped Memory", "Unified Virtual Address Space").
+pub(crate) fn reached(address: usize, bytes: usize) -> bool {
+    memory(|memory| {
+        let (mut at, end) = (address, address + bytes);
+        while at < end {
+            match memory.pinned.range(..=at).next_back() {
+                Some((base, (length, _))) if base + length > at => at = base + length,
+                _ => return false,
+            }
+        }
+        true
+    })
+}
+
 pub(crate) fn pinned(address: usize, bytes: usize) -> Pinned {
     memory(|memory| {
         let end = address + bytes;
