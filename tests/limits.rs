@@ -7,7 +7,10 @@ mod common;
 
 use common::sim::{self, Limits};
 use common::{Foreign, Gate, all};
-use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Error, Pinning, Result, Side, Stream};
+use cpu_gpu_buffer::{
+    BufferGroup, BufferOptions, CpuGpuBuffer, Device, Error, GroupLayout, GroupLayoutBuilder,
+    GroupRing, Key, Pinning, Result, Side, Stream,
+};
 
 const WORDS: usize = 100_000;
 const BYTES: usize = WORDS * 4;
@@ -191,5 +194,84 @@ fn where_the_device_is_full_the_error_says_so_and_nothing_stays_behind() {
         drop(third);
         buffer.resize(3 * WORDS / 2).unwrap();
         all(buffer.cpu().unwrap(), 0);
+    }
+}
+
+// ---- groups ----
+
+/// Members of so many bytes together.
+fn members() -> (Vec<Key<u32>>, GroupLayout) {
+    let mut builder = GroupLayoutBuilder::new();
+    let keys = (0..4).map(|_| builder.add(WORDS / 4)).collect();
+    (keys, builder.finish())
+}
+
+fn grouped(layout: &GroupLayout, pinning: Pinning, device: Device) -> Result<BufferGroup> {
+    let options = BufferOptions { pinning, ..Default::default() };
+    BufferGroup::with_options(layout, device, options)
+}
+
+#[test]
+fn a_group_that_cannot_be_pinned_is_pageable_and_guarded_or_an_error() {
+    let test = "a_group_that_cannot_be_pinned_is_pageable_and_guarded_or_an_error";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    let (keys, layout) = members();
+    assert!(grouped(&layout, Pinning::Required, device).unwrap().is_pinned());
+    limits.pin(BYTES / 2);
+    let before = sim::live();
+    let required = grouped(&layout, Pinning::Required, device).map(drop);
+    assert!(matches!(required, Err(Error::PinningUnavailable { .. })), "{required:?}");
+    assert_eq!(sim::live(), before, "the device half was not given back");
+    let mut group = grouped(&layout, Pinning::Preferred, device).unwrap();
+    assert!(!group.is_pinned() && sim::live()[1] == before[1]);
+    let stream = Stream::new(device).unwrap();
+    group.gpu_on(&stream).unwrap();
+    group.synchronize().unwrap();
+    // Rows between which lie others.
+    let rows: Vec<_> = keys.iter().map(|key| key.rows(1..)).collect();
+    let write = |group: &mut BufferGroup, value| {
+        keys.iter().for_each(|key| group.cpu_mut(*key).unwrap().fill(value));
+    };
+    write(&mut group, OLD);
+    let gate = Gate::close(&stream);
+    // CUDA may read pageable memory at once, or wait for the gate.
+    gate.waits(|| {
+        group.copy_to_gpu(&rows, &stream).unwrap();
+        write(&mut group, NEW);
+    });
+    let gate = Gate::close(&stream);
+    let seen = gate.waits(|| {
+        group.copy_to_cpu(&rows, &stream).unwrap();
+        keys.iter().map(|key| group.cpu(*key).unwrap().to_vec()).collect::<Vec<_>>()
+    });
+    for words in seen {
+        assert_eq!(words[0], NEW);
+        all(&words[1..], OLD);
+    }
+    // Exhaustion of the pinned kind passes with its holder, and a ring takes its own share.
+    limits.pin(2 * BYTES);
+    assert!(GroupRing::new(&layout, device, 2).is_ok_and(|ring| !ring.is_pinned()));
+    assert!(GroupRing::new(&layout, device, 1).is_ok_and(|ring| ring.is_pinned()));
+}
+
+#[test]
+fn a_group_for_which_the_device_is_too_full_leaves_nothing_behind() {
+    let test = "a_group_for_which_the_device_is_too_full_leaves_nothing_behind";
+    let Some((device, limits)) = Limits::of(test) else { return };
+    let (keys, layout) = members();
+    // The last member needs no padding.
+    let bytes = 3 * (BYTES / 4).next_multiple_of(256) + BYTES / 4;
+    let full = Error::OutOfMemory { side: Side::Device, bytes, device };
+    for pinning in [Pinning::Required, Pinning::Preferred, Pinning::Never] {
+        limits.allocate(3 * BYTES / 2, device);
+        let group = grouped(&layout, pinning, device).unwrap();
+        let before = sim::live();
+        assert_eq!(grouped(&layout, pinning, device).map(drop), Err(full.clone()));
+        assert_eq!(GroupRing::new(&layout, device, 3).map(drop), Err(full.clone()));
+        assert_eq!(sim::live(), before, "{pinning:?}");
+        all(group.cpu(keys[3]).unwrap(), 0);
+        drop(group);
+        // One device half, however many host halves.
+        drop(GroupRing::new(&layout, device, 3).unwrap());
     }
 }

@@ -1,5 +1,5 @@
 // compiles
-use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+use cpu_gpu_buffer::{BufferGroup, CpuGpuBuffer, Device, GroupLayoutBuilder, Stream};
 fn shared<T: Send + Sync>(_: &T) {}
 fn main() -> cpu_gpu_buffer::Result<()> {
     let stream = Stream::new(Device::Cpu)?;
@@ -13,5 +13,15 @@ fn main() -> cpu_gpu_buffer::Result<()> {
     shared(&buffer);
     shared(&stream);
     shared(&stream.record()?);
+    let mut builder = GroupLayoutBuilder::new();
+    let (key, other) = (builder.add::<u8>(8), builder.add::<u32>(8));
+    let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    let mut members = group.members_mut();
+    let (one, two) = (members.cpu_mut(key)?, members.cpu_mut(other)?);
+    (one[0], two[0]) = (1, 2);
+    group.copy_to_gpu(&[key.rows(..), other.rows(..)], &stream)?;
+    let view = group.gpu_on(&stream)?;
+    assert_eq!(view.member(key).len(), view.member(other).len());
+    shared(&group);
     Ok(())
 }

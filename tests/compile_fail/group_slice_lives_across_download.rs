@@ -1,0 +1,12 @@
+// error[E0502]
+use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+fn main() -> cpu_gpu_buffer::Result<()> {
+    let stream = Stream::new(Device::Cpu)?;
+    let mut builder = GroupLayoutBuilder::new();
+    let key = builder.add::<u8>(8);
+    let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    let slice = group.cpu(key)?;
+    group.copy_to_cpu(&[key.rows(..)], &stream)?;
+    println!("{}", slice[0]);
+    Ok(())
+}
