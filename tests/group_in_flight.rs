@@ -506,6 +506,60 @@ fn a_group_that_is_sent_elsewhere_takes_its_records_along() {
     });
 }
 
+/// Makes one function fail for the time of an action, where that can be done.
+#[cfg(target_os = "linux")]
+fn failing<R>(function: &std::ffi::CStr, number: u64, action: impl FnOnce() -> R) -> R {
+    common::sim::reset();
+    // cudaErrorInvalidValue.
+    common::sim::fail_call(function, number, 1, true, false);
+    let result = action();
+    assert_eq!(common::sim::injected(), 1);
+    common::sim::heal();
+    result
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_copy_that_was_refused_leaves_the_members_guarded_by_the_one_before() {
+    let test = "a_copy_that_was_refused_leaves_the_members_guarded_by_the_one_before";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if !common::is_simulated() {
+        return common::left_out(test, "faults need the simulated runtime");
+    }
+    let mut it = Fixture::new(SIZES[0], device, OLD, 0);
+    let (one, both) = (it.rows(&[1]), it.rows(&[1, 3]));
+    let (first, others) = (it.rows(&[0]), it.rows(&[0, 2, 3, 4, 5, 6, 7, 8]));
+    it.group.copy_to_gpu(&others, &it.stream).unwrap();
+    let gate = Gate::close(&it.stream);
+    it.group.copy_to_gpu(&one, &it.stream).unwrap();
+    // Some member refers to each call by now, so that the next needs an event that there is not.
+    it.group.copy_to_gpu(&first, &it.stream).unwrap();
+    let sent = failing(c"cudaEventCreateWithFlags", 1, || it.group.copy_to_gpu(&both, &it.other));
+    assert!(matches!(sent, Err(cpu_gpu_buffer::Error::Cuda { .. })), "{sent:?}");
+    gate.waits(|| it.write([1], NEW));
+    all(&it.gpu(1), OLD);
+    all(&it.read(1), NEW);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_copy_of_which_a_part_was_refused_counts_as_in_flight() {
+    let test = "a_copy_of_which_a_part_was_refused_counts_as_in_flight";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if !common::is_simulated() {
+        return common::left_out(test, "faults need the simulated runtime");
+    }
+    let mut it = Fixture::new(SIZES[0], device, OLD, 0);
+    let rows = it.rows(&[1, 3]);
+    let gate = Gate::close(&it.stream);
+    let sent = failing(c"cuMemcpyHtoDAsync", 2, || it.group.copy_to_gpu(&rows, &it.stream));
+    assert!(matches!(sent, Err(cpu_gpu_buffer::Error::Cuda { .. })), "{sent:?}");
+    gate.waits(|| it.write([1, 3], NEW));
+    all(&it.gpu(1), OLD);
+    all(&it.gpu(3), 0);
+    all(&it.read(1), NEW);
+}
+
 #[test]
 #[cfg(target_os = "linux")]
 fn records_of_copies_serve_again() {

@@ -144,6 +144,7 @@ fn a_half_is_free_only_when_none_of_its_members_is_being_uploaded() {
         assert!(!gate.is_open());
         gate.waits(|| {
             ring.advance().unwrap();
+            assert!(gate.is_open(), "it did not wait");
             let mut members = ring.members_mut();
             members.cpu_mut(keys[2]).unwrap().fill(3);
             // Free since long.
@@ -199,6 +200,9 @@ fn uploads_from_different_halves_on_different_streams_arrive_in_the_order_of_the
     each(test, |words, device| {
         let streams = [(); 3].map(|()| Stream::new(device).unwrap());
         let mut ring = UploadRing::<u32>::new(words, device, 3).unwrap();
+        // The first zeroing is not to put the streams in order.
+        ring.gpu_on(&streams[0]).unwrap();
+        ring.synchronize().unwrap();
         let gate = Gate::close(&streams[0]);
         gate.waits(|| {
             for (step, stream) in streams.iter().enumerate() {
@@ -223,6 +227,9 @@ fn members_are_uploaded_from_different_halves_in_the_order_of_the_calls() {
         let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
         let mut ring = GroupRing::new(&layout, device, 2).unwrap();
         let named = [keys[0], keys[2], keys[4]];
+        // The first zeroing is not to put the streams in order.
+        ring.gpu_on(&stream).unwrap();
+        ring.synchronize().unwrap();
         let gate = Gate::close(&stream);
         named.iter().for_each(|key| ring.cpu_mut(*key).unwrap().fill(1));
         ring.copy_to_gpu(&named.map(|key| key.rows(..)), &stream).unwrap();
@@ -294,6 +301,9 @@ fn a_member_that_is_carried_along_is_so_in_the_order_of_the_calls() {
         let carried = [keys[1].rows(..), keys[3].rows(..)];
         let named = [keys[2].rows(..)];
         let calls: [&[_]; 2] = if carried_first { [&carried, &named] } else { [&named, &carried] };
+        // The first zeroing is not to put the streams in order.
+        ring.gpu_on(&stream).unwrap();
+        ring.synchronize().unwrap();
         let gate = Gate::close(&stream);
         ring.cpu_mut(keys[2]).unwrap().fill(1);
         ring.copy_to_gpu(calls[0], &stream).unwrap();
