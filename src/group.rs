@@ -279,10 +279,10 @@ impl<'g> MembersMut<'g> {
     /// [`Error::DuplicateMember`](crate::Error::DuplicateMember) the second time; otherwise as for
     /// [`BufferGroup::cpu`].
     pub fn cpu_mut<T: Pod>(&mut self, key: Key<T>) -> Result<&'g mut [T]> {
-        self.0.name(key)?;
-        let member = self.0.wait_to_write(key)?;
+        self.0.wait_and_name(key)?;
+        let (_, member) = self.0.layout().find(key)?;
         // SAFETY: no copy touches the member since the wait, and none can be enqueued while the group is borrowed for
-        // `'g`; members do not overlap, and this one was not handed out before, as `name` checked.
+        // `'g`; members do not overlap, and this one was not handed out before, as `wait_and_name` checked.
         Ok(unsafe { elements(self.0, member) })
     }
 }

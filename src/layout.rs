@@ -76,7 +76,8 @@ impl GroupLayoutBuilder {
     /// An upload may carry rows of such a member that were not asked for, from the host half as it is then, where
     /// that makes one copy of several: also of such a member that the call does not name, where it lies between
     /// two that it names. Those count as being uploaded, so that [`cpu_mut`](crate::BufferGroup::cpu_mut) of that
-    /// member waits for the copy, too. The rows of other members are never carried along.
+    /// member waits for the copy, too. The rows of other members are never carried along, and a ring with several host
+    /// halves carries nothing along: what another half holds is some steps old.
     ///
     /// # Panics
     ///

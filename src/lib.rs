@@ -53,6 +53,7 @@ mod pages;
 mod pool;
 mod raw;
 mod record;
+#[cfg(unix)]
 mod registered;
 mod ring;
 /// The unit tests choose their runtime as the others do.

@@ -45,7 +45,8 @@ pub(crate) struct Members {
     /// From one host half to the next.
     stride: usize,
     halves: Vec<Half>,
-    current: usize,
+    /// The halves by age: the one that was current longest ago first, and the current one last.
+    ages: Vec<usize>,
     calls: Vec<Call>,
     /// Of each member.
     latest: Vec<Option<usize>>,
@@ -61,6 +62,9 @@ pub(crate) struct Members {
     /// Last: the events go before the memory, as they were made after it.
     slab: Slab,
 }
+
+/// Nobody needs so many; each has a few words of its own, even where its members have no bytes.
+const MOST_HALVES: usize = 1 << 16;
 
 /// What is in flight from and to one host half: of each member, a call.
 struct Half {
@@ -99,6 +103,9 @@ impl Members {
         let stride = one.pad_to_align().size();
         let before = halves.checked_sub(1);
         let before = before.ok_or(Error::InvalidGroup { reason: "it has no host half" })?;
+        if halves > MOST_HALVES {
+            return Err(Error::InvalidGroup { reason: "it has more than 65,536 host halves" });
+        }
         // The last one needs no padding.
         let host = stride.checked_mul(before).and_then(|before| before.checked_add(one.size()));
         let host = host.and_then(|bytes| Layout::from_size_align(bytes, one.align()).ok());
@@ -127,7 +134,7 @@ impl Members {
             gpu: slab.gpu_ptr(),
             stride,
             halves: (0..halves).map(half).collect(),
-            current: 0,
+            ages: (1..halves).chain([0]).collect(),
             calls: Vec::new(),
             latest: vec![None; count],
             device_use: Record::idle(),
@@ -166,7 +173,7 @@ impl Members {
 
     /// The first byte of the current host half.
     fn host(&self) -> *mut u8 {
-        self.host.wrapping_add(self.current * self.stride)
+        self.host.wrapping_add(self.current() * self.stride)
     }
 
     /// The address of a member's current host half, and its elements.
@@ -188,7 +195,7 @@ impl Members {
     pub(crate) fn wait_to_read<T: Pod>(&self, key: Key<T>) -> Result<&Member> {
         let (index, member) = self.layout.find(key)?;
         self.refuse_child()?;
-        self.wait_for(self.halves[self.current].download[index])?;
+        self.wait_for(self.halves[self.current()].download[index])?;
         Ok(member)
     }
 
@@ -196,7 +203,7 @@ impl Members {
     pub(crate) fn wait_to_write<T: Pod>(&self, key: Key<T>) -> Result<&Member> {
         let member = self.wait_to_read(key)?;
         let (index, _) = self.layout.find(key)?;
-        self.wait_for(self.halves[self.current].upload[index])?;
+        self.wait_for(self.halves[self.current()].upload[index])?;
         Ok(member)
     }
 
@@ -225,29 +232,33 @@ impl Members {
         self.device_use.is_finished()
     }
 
+    fn current(&self) -> usize {
+        self.ages[self.ages.len() - 1]
+    }
+
     /// Makes a host half the current one that no upload reads: the one that was current longest ago, if there are
     /// several; one that the driver says is free, if none is known to be. `false` where all are in flight.
     pub(crate) fn try_advance(&mut self) -> Result<bool> {
         self.refuse_child()?;
-        let count = self.halves.len();
-        let others = || (1..=count).map(|steps| (self.current + steps) % count);
         let known = |half: &usize| {
             self.uploads(*half).all(|call| self.calls[call].record.is_known_finished())
         };
-        let mut free = others().find(known);
+        let mut free = self.ages.iter().position(known);
         if free.is_none() {
-            for half in others() {
+            for (age, half) in self.ages.iter().enumerate() {
                 let mut finished = true;
-                for call in self.uploads(half) {
+                for call in self.uploads(*half) {
                     finished = finished && self.calls[call].record.is_finished()?;
                 }
                 if finished {
-                    free = Some(half);
+                    free = Some(age);
                     break;
                 }
             }
         }
-        self.current = free.unwrap_or(self.current);
+        if let Some(age) = free {
+            self.ages[age..].rotate_left(1);
+        }
         Ok(free.is_some())
     }
 
@@ -255,9 +266,8 @@ impl Members {
     /// flight.
     pub(crate) fn advance(&mut self) -> Result<()> {
         if !self.try_advance()? {
-            let oldest = (self.current + 1) % self.halves.len();
-            self.uploads(oldest).try_for_each(|call| self.calls[call].record.wait())?;
-            self.current = oldest;
+            self.uploads(self.ages[0]).try_for_each(|call| self.calls[call].record.wait())?;
+            self.ages.rotate_left(1);
         }
         Ok(())
     }
@@ -274,10 +284,15 @@ impl Members {
         self.named.fill(false);
     }
 
-    /// Names a member, once.
-    pub(crate) fn name<T: Pod>(&mut self, key: Key<T>) -> Result<()> {
+    /// Waits until the current host half of a member that is not named yet may be written, and names it.
+    pub(crate) fn wait_and_name<T: Pod>(&mut self, key: Key<T>) -> Result<()> {
         let (index, _) = self.layout.find(key)?;
-        name(&mut self.named, index)
+        if self.named[index] {
+            return Err(Error::DuplicateMember { index });
+        }
+        self.wait_to_write(key)?;
+        self.named[index] = true;
+        Ok(())
     }
 
     // ---- what streams do ----
@@ -314,6 +329,8 @@ impl Members {
         self.join(direction);
         self.order(entered)?;
         self.define(entered)?;
+        // What the stream of `gpu_on` is sent from now on has nothing to do with this group.
+        self.device_use.close();
         let call = self.begin(direction, entered)?;
         let (pieces, memory) = (&self.pieces, self.slab.host());
         let bytes = pieces.iter().map(|piece| piece.bytes.len()).sum();
@@ -356,14 +373,16 @@ impl Members {
     /// Joins pieces between which lies nothing, or what may be carried along.
     fn join(&mut self, direction: Direction) {
         let form = self.layout.form().expect("a group is made of a valid layout");
+        // A download would write what the host did not ask for; and another half than the last one may hold what the
+        // device half held some steps ago.
+        let carries = direction == Direction::Up && self.halves.len() == 1;
         join(&mut self.pieces, |piece, next| {
             let gap = piece.bytes.end..next.bytes.start;
             let mut carried = 0;
             // The rest of the last member, what is between, and what comes before in the next one.
             for member in &form.members[piece.members.end - 1..=next.members.start] {
                 let within = overlap(&member.bytes, &gap);
-                // A download would write what the host did not ask for.
-                if within > 0 && !(member.host_owned && direction == Direction::Up) {
+                if within > 0 && !(member.host_owned && carries) {
                     return None;
                 }
                 carried += within;
@@ -412,17 +431,22 @@ impl Members {
         });
         // Before anything refers to it, since this may fail.
         self.calls[number].record.stand_for(entered)?;
-        let half = &mut self.halves[self.current];
+        let current = self.current();
+        let half = &mut self.halves[current];
         let transfers = match direction {
             Direction::Up => &mut half.upload,
             Direction::Down => &mut half.download,
         };
         for index in self.pieces.iter().flat_map(|piece| piece.members.clone()) {
             for place in [&mut transfers[index], &mut self.latest[index]] {
-                if let Some(before) = place.replace(number) {
-                    self.calls[before].references -= 1;
-                }
                 self.calls[number].references += 1;
+                if let Some(before) = place.replace(number) {
+                    let before = &mut self.calls[before];
+                    before.references -= 1;
+                    if before.references == 0 {
+                        before.record.cover();
+                    }
+                }
             }
         }
         Ok(number)

@@ -72,8 +72,9 @@ impl GroupRing {
         Members::new(layout, device, halves, options).map(GroupRing)
     }
 
-    /// Makes another host half the current one, whose uploads have finished. Waits only where all are in flight. What
-    /// was written to that half last is still there, from as many steps ago as there are halves.
+    /// Makes the host half the current one that was so longest ago, of those whose uploads have finished: this one again
+    /// only where all others are in flight. Waits only where all are, for the one that was current longest ago. What was
+    /// written to it last is still there.
     ///
     /// # Errors
     ///
@@ -237,8 +238,9 @@ impl<T: Pod + Send + Sync> UploadRing<T> {
 }
 
 impl<T: Pod> UploadRing<T> {
-    /// Makes another host half the current one, whose upload has finished, and gives it, to write. Waits only where
-    /// all are in flight. What was written to that half last is still there, from as many steps ago as there are halves.
+    /// Makes the host half the current one that was so longest ago, of those whose uploads have finished, and gives it, to
+    /// write: this one again only where all others are in flight. Waits only where all are, for the one that was current
+    /// longest ago. What was written to it last is still there.
     ///
     /// # Errors
     ///

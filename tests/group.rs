@@ -25,14 +25,17 @@ struct Quad([u32; 4]);
 #[repr(C)]
 struct Nothing([u64; 0]);
 
+type Read = Box<dyn Fn(&BufferGroup) -> Vec<u8>>;
+type Write = Box<dyn Fn(&mut BufferGroup, &[u8])>;
+
 /// A member as bytes, whatever its elements are.
 struct Member {
     rows: usize,
     row: usize,
     host_owned: bool,
     select: Box<dyn Fn(Range<usize>) -> MemberRows>,
-    read: Box<dyn Fn(&BufferGroup) -> Vec<u8>>,
-    write: Box<dyn Fn(&mut BufferGroup, &[u8])>,
+    read: Read,
+    write: Write,
     gpu: Box<dyn Fn(&BufferGroup) -> *mut u8>,
 }
 
@@ -173,7 +176,8 @@ fn same(seen: &[u8], expected: &[u8], what: &str, index: usize) {
 
 /// A layout of members of any types and sizes.
 fn any_layout(random: &mut Random, host_owned: bool) -> (Vec<Member>, GroupLayout) {
-    const KINDS: [fn(&mut GroupLayoutBuilder, [usize; 2], bool) -> Member; 10] = [
+    type Add = fn(&mut GroupLayoutBuilder, [usize; 2], bool) -> Member;
+    const KINDS: [Add; 10] = [
         Member::add::<u8>,
         Member::add::<[u8; 3]>,
         Member::add::<u16>,

@@ -256,6 +256,51 @@ fn the_first_copy_of_one_member_does_not_make_another_wait_for_all_of_its_stream
 }
 
 #[test]
+fn what_the_stream_of_gpu_on_is_sent_after_the_next_copy_is_not_waited_for() {
+    let test = "what_the_stream_of_gpu_on_is_sent_after_the_next_copy_is_not_waited_for";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
+    let mut builder = GroupLayoutBuilder::new();
+    let (one, two) = (builder.add::<u32>(64), builder.add::<u32>(64));
+    let mut group = BufferGroup::new(&builder.finish(), device).unwrap();
+    group.gpu_on(&stream).unwrap();
+    group.copy_to_gpu(&[one.rows(..)], &stream).unwrap();
+    stream.synchronize().unwrap();
+    let gate = Gate::close(&stream);
+    gate.passes(|| group.synchronize().unwrap());
+    stream.synchronize().unwrap();
+    group.gpu_on(&stream).unwrap();
+    group.copy_to_gpu(&[one.rows(..)], &stream).unwrap();
+    stream.synchronize().unwrap();
+    let gate = Gate::close(&stream);
+    group.copy_to_gpu(&[two.rows(..)], &other).unwrap();
+    gate.passes(|| group.cpu_mut(two).unwrap().fill(1));
+}
+
+#[test]
+fn a_stream_that_is_captured_after_the_last_copy_leaves_the_group_idle_and_nothing_behind() {
+    let test =
+        "a_stream_that_is_captured_after_the_last_copy_leaves_the_group_idle_and_nothing_behind";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let stream = Stream::new(device).unwrap();
+    let mut builder = GroupLayoutBuilder::new();
+    let one = builder.add::<u32>(64);
+    let layout = builder.finish();
+    let live = || common::is_simulated().then(common::sim::live);
+    let before = live();
+    let mut group = BufferGroup::new(&layout, device).unwrap();
+    group.gpu_on(&stream).unwrap();
+    group.copy_to_gpu(&[one.rows(..)], &stream).unwrap();
+    stream.synchronize().unwrap();
+    common::begin_capture(&stream);
+    let idle = group.is_idle();
+    drop(group);
+    common::end_capture(&stream);
+    assert_eq!(idle, Ok(true));
+    assert_eq!(live(), before);
+}
+
+#[test]
 fn a_kernel_in_flight_does_not_make_a_member_wait() {
     each("a_kernel_in_flight_does_not_make_a_member_wait", |words, device| {
         let mut it = Fixture::new(words, device, OLD, 0);

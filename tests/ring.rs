@@ -291,31 +291,47 @@ fn writing_a_member_that_is_carried_along_waits_for_the_copy() {
 }
 
 #[test]
-fn a_member_that_is_carried_along_is_so_in_the_order_of_the_calls() {
-    let test = "a_member_that_is_carried_along_is_so_in_the_order_of_the_calls";
+fn a_ring_carries_nothing_along_from_a_half_that_may_be_old() {
+    let test = "a_ring_carries_nothing_along_from_a_half_that_may_be_old";
     let Some((device, _turn)) = common::cuda(test) else { return };
-    let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
-    for carried_first in [true, false] {
-        let (keys, layout) = members(1001, true);
-        let mut ring = GroupRing::new(&layout, device, 2).unwrap();
-        let carried = [keys[1].rows(..), keys[3].rows(..)];
-        let named = [keys[2].rows(..)];
-        let calls: [&[_]; 2] = if carried_first { [&carried, &named] } else { [&named, &carried] };
-        // The first zeroing is not to put the streams in order.
-        ring.gpu_on(&stream).unwrap();
-        ring.synchronize().unwrap();
-        let gate = Gate::close(&stream);
-        ring.cpu_mut(keys[2]).unwrap().fill(1);
-        ring.copy_to_gpu(calls[0], &stream).unwrap();
-        gate.waits(|| {
-            ring.advance().unwrap();
-            ring.cpu_mut(keys[2]).unwrap().fill(2);
-            ring.copy_to_gpu(calls[1], &other).unwrap();
-            other.synchronize().unwrap();
-        });
-        stream.synchronize().unwrap();
-        all(&words_of(&mut ring, keys[2]), 2);
+    let stream = Stream::new(device).unwrap();
+    let (keys, layout) = members(1001, true);
+    let mut ring = GroupRing::new(&layout, device, 2).unwrap();
+    for key in &keys[1..4] {
+        ring.cpu_mut(*key).unwrap().fill(7);
     }
+    ring.copy_to_gpu(&[keys[1].rows(..), keys[2].rows(..), keys[3].rows(..)], &stream).unwrap();
+    // The other half has zeroes.
+    ring.advance().unwrap();
+    ring.cpu_mut(keys[1]).unwrap()[0] = 1;
+    ring.copy_to_gpu(&[keys[1].rows(..1), keys[3].rows(1..)], &stream).unwrap();
+    stream.synchronize().unwrap();
+    assert_eq!(words_of(&mut ring, keys[1])[..2], [1, 7]);
+    all(&words_of(&mut ring, keys[2]), 7);
+    assert_eq!(words_of(&mut ring, keys[3])[..2], [7, 0]);
+}
+
+#[test]
+fn the_half_that_was_current_longest_ago_comes_next_whichever_were_passed_over() {
+    let test = "the_half_that_was_current_longest_ago_comes_next_whichever_were_passed_over";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let stream = Stream::new(device).unwrap();
+    let mut ring = UploadRing::<u32>::new(64, device, 3).unwrap();
+    ring.gpu_on(&stream).unwrap();
+    ring.synchronize().unwrap();
+    // What is in a half is the step that wrote it.
+    ring.cpu_mut().unwrap()[0] = 1;
+    ring.advance().unwrap()[0] = 2;
+    let gate = Gate::close(&stream);
+    ring.copy_to_gpu(.., &stream).unwrap();
+    for (step, expected) in [(3, 0), (4, 1), (5, 3), (6, 4)] {
+        let half = ring.advance().unwrap();
+        assert_eq!(half[0], expected);
+        half[0] = step;
+    }
+    gate.open();
+    ring.synchronize().unwrap();
+    assert_eq!(ring.advance().unwrap()[0], 2);
 }
 
 // ---- what it is ----
@@ -411,8 +427,10 @@ fn a_ring_of_one_half_works_and_a_ring_of_none_is_an_error() {
         let (_, layout) = members(100, false);
         let none = GroupRing::new(&layout, device, 0).map(drop);
         assert!(matches!(none, Err(Error::InvalidGroup { .. })), "{none:?}");
-        let many = UploadRing::<u32>::new(1 << 20, device, usize::MAX / 4096).map(drop);
-        assert!(matches!(many, Err(Error::InvalidShape { .. })), "{many:?}");
+        let many = UploadRing::<u32>::new(0, device, usize::MAX).map(drop);
+        assert!(matches!(many, Err(Error::InvalidGroup { .. })), "{many:?}");
+        let large = UploadRing::<u32>::new(1 << 50, device, 1 << 16).map(drop);
+        assert!(matches!(large, Err(Error::InvalidShape { .. })), "{large:?}");
     });
 }
 
