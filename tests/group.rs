@@ -25,8 +25,9 @@ struct Quad([u32; 4]);
 #[repr(C)]
 struct Nothing([u64; 0]);
 
-type Read = Box<dyn Fn(&BufferGroup) -> Vec<u8>>;
-type Write = Box<dyn Fn(&mut BufferGroup, &[u8])>;
+type Read = dyn Fn(&BufferGroup) -> Vec<u8>;
+type Write = dyn Fn(&mut BufferGroup, &[u8]);
+type Add = fn(&mut GroupLayoutBuilder, [usize; 2], bool) -> Member;
 
 /// A member as bytes, whatever its elements are.
 struct Member {
@@ -34,8 +35,8 @@ struct Member {
     row: usize,
     host_owned: bool,
     select: Box<dyn Fn(Range<usize>) -> MemberRows>,
-    read: Read,
-    write: Write,
+    read: Box<Read>,
+    write: Box<Write>,
     gpu: Box<dyn Fn(&BufferGroup) -> *mut u8>,
 }
 
@@ -176,7 +177,6 @@ fn same(seen: &[u8], expected: &[u8], what: &str, index: usize) {
 
 /// A layout of members of any types and sizes.
 fn any_layout(random: &mut Random, host_owned: bool) -> (Vec<Member>, GroupLayout) {
-    type Add = fn(&mut GroupLayoutBuilder, [usize; 2], bool) -> Member;
     const KINDS: [Add; 10] = [
         Member::add::<u8>,
         Member::add::<[u8; 3]>,

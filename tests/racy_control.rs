@@ -7,6 +7,8 @@
 #[path = "common/runtime.rs"]
 mod runtime;
 
+use std::ffi::{CStr, c_void};
+
 use cudart_sys as sys;
 use runtime::{in_own_process, is_own_process};
 
@@ -57,6 +59,24 @@ impl Racer {
         assert_eq!(status, SUCCESS);
     }
 
+    /// As [`copy`](Self::copy) up, by the kernel that moves several ranges: all but the first byte in one.
+    fn gather(&self) {
+        let function = gather();
+        let (mut to, mut from) = (self.gpu, self.host);
+        let mut pieces = [[0u64; 2]; 16];
+        pieces[0] = [0, 1];
+        pieces[1] = [1, BYTES as u64 - 1];
+        let mut parameters: [*mut c_void; 3] =
+            [(&raw mut to).cast(), (&raw mut from).cast(), (&raw mut pieces).cast()];
+        let launch: sys::PFN_cuLaunchKernel_v4000 = entry(c"cuLaunchKernel");
+        let (launch, parameters) = (launch.unwrap(), parameters.as_mut_ptr());
+        let none = std::ptr::null_mut();
+        // SAFETY: the parameters are those of `cgb_gather_16`, as many bytes on both sides.
+        let status =
+            unsafe { launch(function, 1, 2, 1, 256, 1, 1, 0, self.stream, parameters, none) };
+        assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
+    }
+
     fn wait(&self) {
         // SAFETY: the stream is live.
         assert_eq!(unsafe { sys::cudaStreamSynchronize(self.stream) }, SUCCESS);
@@ -66,6 +86,17 @@ impl Racer {
     fn upload_arrives_wrong(&self, round: u8) -> bool {
         self.write(round);
         self.copy(UP);
+        self.write(0xff);
+        self.wait();
+        self.copy(DOWN);
+        self.wait();
+        !self.reads(round)
+    }
+
+    /// The same with the kernel.
+    fn gathered_upload_arrives_wrong(&self, round: u8) -> bool {
+        self.write(round);
+        self.gather();
         self.write(0xff);
         self.wait();
         self.copy(DOWN);
@@ -88,6 +119,34 @@ impl Racer {
     }
 }
 
+fn entry<F>(name: &CStr) -> F {
+    let mut address = std::ptr::null_mut();
+    let mut found = sys::cudaDriverEntryPointQueryResult(0);
+    // SAFETY: the places are valid.
+    let status = unsafe {
+        sys::cudaGetDriverEntryPointByVersion(name.as_ptr(), &mut address, 12000, 0, &mut found)
+    };
+    assert_eq!(status, SUCCESS);
+    assert_eq!(size_of::<F>(), size_of::<*mut c_void>());
+    // SAFETY: the callers name the type that belongs to the name.
+    unsafe { std::mem::transmute_copy(&address) }
+}
+
+/// The kernel, of the committed image.
+fn gather() -> sys::CUfunction {
+    let load: sys::PFN_cuModuleLoadData_v2000 = entry(c"cuModuleLoadData");
+    let get: sys::PFN_cuModuleGetFunction_v2000 = entry(c"cuModuleGetFunction");
+    let image = concat!(include_str!("../kernels/kernels.ptx"), "\0");
+    let (mut module, mut function) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: PTX that ends with a NUL.
+    let status = unsafe { load.unwrap()(&mut module, image.as_ptr().cast()) };
+    assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
+    // SAFETY: the module was just loaded.
+    let status = unsafe { get.unwrap()(&mut function, module, c"cgb_gather_16".as_ptr()) };
+    assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
+    function
+}
+
 #[test]
 fn a_racy_program_gets_wrong_bytes_with_every_seed() {
     let test = "a_racy_program_gets_wrong_bytes_with_every_seed";
@@ -102,8 +161,11 @@ fn a_racy_program_gets_wrong_bytes_with_every_seed() {
         let count =
             |race: fn(&Racer, u8) -> bool| (0..ROUNDS).filter(|round| race(&racer, *round)).count();
         let (up, down) = (count(Racer::upload_arrives_wrong), count(Racer::download_is_read_wrong));
-        println!("wrong bytes in {up} uploads and {down} downloads of {ROUNDS}");
-        return assert!(up > 0 && down > 0, "a race was won every time");
+        let gathered = count(Racer::gathered_upload_arrives_wrong);
+        println!(
+            "wrong bytes in {up} uploads, {gathered} by a kernel and {down} downloads of {ROUNDS}"
+        );
+        return assert!(up > 0 && gathered > 0 && down > 0, "a race was won every time");
     }
     for seed in 1..=24 {
         let output = in_own_process(test, &[("CUDART_SIM_SEED", &seed.to_string())]);

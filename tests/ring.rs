@@ -379,7 +379,7 @@ fn steps_that_differ_in_their_members_all_arrive() {
         let before = addresses(&mut ring);
         for step in 1..200 {
             ring.advance().unwrap();
-            let named: Vec<_> = (0..5).filter(|member| step * 7 >> member & 1 == 1).collect();
+            let named: Vec<_> = (0..5).filter(|member| (step * 7) >> member & 1 == 1).collect();
             for member in &named {
                 ring.cpu_mut(keys[*member]).unwrap().fill(step);
                 expected[*member] = step;
@@ -403,7 +403,7 @@ fn what_was_written_to_a_half_is_still_there_when_it_comes_again() {
         let mut ring = UploadRing::<u32>::new(9, device, 3).unwrap();
         for step in 0..20 {
             let host = ring.advance().unwrap();
-            let before = if step < 3 { 0 } else { step - 3 };
+            let before = u32::saturating_sub(step, 3);
             all(host, before);
             host.fill(step);
             ring.copy_to_gpu(.., stream).unwrap();

@@ -25,12 +25,14 @@ fn program(name: &str) -> Option<PathBuf> {
 
 /// Programs, and those of their tests that are run again; all of them where none is named. The others of
 /// `in_flight` go the same ways with more memory.
-const PROGRAMS: [(&str, &[&str]); 7] = [
+const PROGRAMS: [(&str, &[&str]); 9] = [
     ("round_trip", &[]),
     ("streams", &[]),
     ("bad_use", &[]),
     ("fill", &[]),
     ("limits", &[]),
+    ("group", &["any_number", "neighbours", "long_ranges"]),
+    ("ring", &[]),
     ("random_operations", &[]),
     (
         "in_flight",
