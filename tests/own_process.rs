@@ -546,3 +546,40 @@ fn producers_feed_one_device_through_a_pool() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(1) && !text.contains("panicked"), "{text}");
 }
+
+#[test]
+fn a_serving_loop_samples_the_same_in_each_way_to_keep_its_input() {
+    for arguments in [
+        vec!["--steps", "40", "--requests", "20", "--kernel-us", "50"],
+        vec!["--steps", "30", "--requests", "6", "--halves", "3", "--host-owned"],
+        vec!["--steps", "60", "--device", "cpu"],
+        vec!["--steps", "1", "--halves", "1"],
+    ] {
+        let output = example("decode_loop", &arguments);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(text.contains("every step of every way sampled what it must"), "{text}");
+        let device = if arguments.contains(&"cpu") { Device::Cpu } else { Device::auto() };
+        assert!(text.contains(&device.to_string()), "{text}");
+        // The kernel itself runs where there is a GPU.
+        let on_gpu = device != Device::Cpu && !common::is_simulated();
+        assert_eq!(text.contains("left out"), !on_gpu, "{text}");
+    }
+    for arguments in [vec!["--requests", "1025"], vec!["--steps", "0"], vec!["--halves", "0"]] {
+        let output = example("decode_loop", &arguments);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && !text.contains("panicked"), "{text}");
+    }
+}
+
+#[test]
+#[cfg(unix)]
+fn a_serving_loop_in_python_that_fails_is_an_error() {
+    for python in ["/no/such/python", "/bin/false", "/bin/true"] {
+        let output =
+            example("decode_loop", &["--device", "cpu", "--steps", "5", "--torch", python]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains(python), "{text}");
+    }
+}

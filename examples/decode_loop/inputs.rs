@@ -1,0 +1,531 @@
+//! The arrays of a step's input, and three ways to keep them: as buffers of their own, as a group, as a group with
+//! several host halves.
+
+use std::ops::RangeTo;
+use std::time::{Duration, Instant};
+
+use bytemuck::Pod;
+use cpu_gpu_buffer::{
+    BufferGroup, CpuGpuBuffer, Device, GpuView, GroupLayout, GroupLayoutBuilder, GroupRing,
+    GroupView, Key, MemberRows, MembersMut, Result, Shape, Stream,
+};
+
+use crate::engine::{BLOCK, BLOCKS, Engine, MAX_REQUESTS, MAX_TOKENS};
+
+/// The number of arrays.
+pub const ARRAYS: usize = 16;
+
+/// How an array's rows belong to requests.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub enum By {
+    /// One each.
+    Request = 0,
+    /// One for each of its tokens.
+    Token = 1,
+    /// One each, and one more in the end.
+    Bound = 2,
+}
+
+/// What there is of each array: its shape, a key, a slice.
+pub trait Form {
+    type Of<T: Pod>;
+}
+
+/// The arrays, in the order in which `sample.ptx` reads them.
+pub struct Inputs<F: Form> {
+    query_starts: F::Of<i32>,
+    ids: F::Of<i32>,
+    positions: F::Of<i64>,
+    slots: F::Of<i64>,
+    sequence_lengths: F::Of<i32>,
+    computed: F::Of<i32>,
+    logits: F::Of<i32>,
+    temperatures: F::Of<f32>,
+    top_p: F::Of<f32>,
+    min_p: F::Of<f32>,
+    top_k: F::Of<i32>,
+    seeds: F::Of<i64>,
+    presence: F::Of<f32>,
+    frequency: F::Of<f32>,
+    repetition: F::Of<f32>,
+    /// The largest one last: what members that the host owns lie between is carried along.
+    table: F::Of<i32>,
+}
+
+/// Makes one form of another.
+trait Map<F: Form, G: Form> {
+    fn one<T: Pod + Send + Sync>(&mut self, of: F::Of<T>, by: By) -> Result<G::Of<T>>;
+}
+
+impl<F: Form> Inputs<F> {
+    fn map<G: Form>(self, map: &mut impl Map<F, G>) -> Result<Inputs<G>> {
+        Ok(Inputs {
+            query_starts: map.one(self.query_starts, By::Bound)?,
+            ids: map.one(self.ids, By::Token)?,
+            positions: map.one(self.positions, By::Token)?,
+            slots: map.one(self.slots, By::Token)?,
+            sequence_lengths: map.one(self.sequence_lengths, By::Request)?,
+            computed: map.one(self.computed, By::Request)?,
+            logits: map.one(self.logits, By::Request)?,
+            temperatures: map.one(self.temperatures, By::Request)?,
+            top_p: map.one(self.top_p, By::Request)?,
+            min_p: map.one(self.min_p, By::Request)?,
+            top_k: map.one(self.top_k, By::Request)?,
+            seeds: map.one(self.seeds, By::Request)?,
+            presence: map.one(self.presence, By::Request)?,
+            frequency: map.one(self.frequency, By::Request)?,
+            repetition: map.one(self.repetition, By::Request)?,
+            table: map.one(self.table, By::Request)?,
+        })
+    }
+}
+
+struct Shapes;
+impl Form for Shapes {
+    type Of<T: Pod> = Shape;
+}
+
+fn shapes() -> Inputs<Shapes> {
+    let of = |rows: usize| Shape::from(rows);
+    Inputs {
+        query_starts: of(MAX_REQUESTS + 1),
+        ids: of(MAX_TOKENS),
+        positions: of(MAX_TOKENS),
+        slots: of(MAX_TOKENS),
+        sequence_lengths: of(MAX_REQUESTS),
+        computed: of(MAX_REQUESTS),
+        logits: of(MAX_REQUESTS),
+        temperatures: of(MAX_REQUESTS),
+        top_p: of(MAX_REQUESTS),
+        min_p: of(MAX_REQUESTS),
+        top_k: of(MAX_REQUESTS),
+        seeds: of(MAX_REQUESTS),
+        presence: of(MAX_REQUESTS),
+        frequency: of(MAX_REQUESTS),
+        repetition: of(MAX_REQUESTS),
+        table: Shape::from([MAX_REQUESTS, BLOCKS]),
+    }
+}
+
+// ---- what a step writes ----
+
+/// Host halves, to write.
+pub struct Slices<'a>(std::marker::PhantomData<&'a mut ()>);
+impl<'a> Form for Slices<'a> {
+    type Of<T: Pod> = &'a mut [T];
+}
+
+/// The rows that a step uses.
+#[derive(Clone, Copy)]
+pub struct Counts {
+    pub requests: usize,
+    pub tokens: usize,
+}
+
+impl Counts {
+    fn rows(self, by: By) -> RangeTo<usize> {
+        match by {
+            By::Request => ..self.requests,
+            By::Token => ..self.tokens,
+            By::Bound => ..self.requests + 1,
+        }
+    }
+}
+
+impl Inputs<Slices<'_>> {
+    /// Writes a step's input. What a request keeps for many steps is written only where it is not what the halves
+    /// hold: they were written last in step `since`. With a ring that is some steps ago, and not always as many.
+    ///
+    /// Rows behind the last request's are not looked at: whoever comes there changes them.
+    pub fn write(self, engine: &Engine, sampled: &[u32], since: u64) -> Counts {
+        let mut at = 0;
+        self.query_starts[0] = 0;
+        for (row, request) in engine.live.iter().enumerate() {
+            let blocks = engine.blocks(row);
+            for (token, position) in request.tokens(sampled) {
+                self.ids[at] = token;
+                self.positions[at] = position.into();
+                let block = i64::from(blocks[(position / BLOCK) as usize]);
+                self.slots[at] = block * i64::from(BLOCK) + i64::from(position % BLOCK);
+                at += 1;
+            }
+            self.query_starts[row + 1] = at as i32;
+            self.sequence_lengths[row] = (request.computed + request.scheduled) as i32;
+            self.computed[row] = request.computed as i32;
+            self.logits[row] = at as i32 - 1;
+            if engine.has_changed(row, since) {
+                self.temperatures[row] = request.parameter(0) / 128.0;
+                self.top_p[row] = request.parameter(1) / 256.0;
+                self.min_p[row] = request.parameter(2) / 1024.0;
+                self.top_k[row] = request.parameter(3) as i32;
+                self.seeds[row] = request.seed as i64;
+                self.presence[row] = request.parameter(4) / 256.0;
+                self.frequency[row] = request.parameter(5) / 256.0;
+                self.repetition[row] = 1.0 + request.parameter(6) / 256.0;
+                self.table[row * BLOCKS..(row + 1) * BLOCKS].copy_from_slice(blocks);
+            }
+        }
+        Counts { requests: engine.live.len(), tokens: at }
+    }
+}
+
+// ---- what a kernel reads ----
+
+/// An array in the device half, as words.
+#[derive(Clone, Copy)]
+pub struct Column<'a> {
+    pub words: *const u32,
+    pub len: usize,
+    /// Words of a row.
+    pub width: usize,
+    pub by: By,
+    /// On the CPU.
+    pub host: Option<&'a [u32]>,
+}
+
+/// For forms of which nothing is left.
+struct Nothing;
+impl Form for Nothing {
+    type Of<T: Pod> = ();
+}
+
+/// Collects columns, and allocates nothing.
+struct Columns<'a> {
+    all: [Column<'a>; ARRAYS],
+    count: usize,
+}
+
+impl<'a> Columns<'a> {
+    fn new() -> Columns<'a> {
+        let none =
+            Column { words: std::ptr::null(), len: 0, width: 0, by: By::Request, host: None };
+        Columns { all: [none; ARRAYS], count: 0 }
+    }
+
+    fn push<T: Pod>(&mut self, view: GpuView<'a, T>, by: By) {
+        let words = size_of::<T>() / 4;
+        let row: usize = view.shape()[1..].iter().product();
+        self.all[self.count] = Column {
+            words: view.as_ptr().cast(),
+            len: view.len() * words,
+            width: row * words,
+            by,
+            host: view.as_host_slice().map(bytemuck::cast_slice),
+        };
+        self.count += 1;
+    }
+}
+
+// ---- the ways ----
+
+/// What was waited for before host halves could be written.
+#[derive(Default)]
+pub struct Stalls {
+    pub count: usize,
+    pub time: Duration,
+}
+
+impl Stalls {
+    fn since(&mut self, start: Instant) {
+        self.count += 1;
+        self.time += start.elapsed();
+    }
+}
+
+/// A way to keep the arrays.
+pub trait Way {
+    /// Writes a step's input into host halves: all of it, or what has changed since they were written last.
+    fn write(
+        &mut self,
+        engine: &Engine,
+        sampled: &[u32],
+        all: bool,
+        stalls: &mut Stalls,
+    ) -> Result<Counts>;
+
+    /// Sends the rows that the step uses.
+    fn upload(&mut self, counts: Counts, stream: &Stream) -> Result<()>;
+
+    /// The device halves, for the kernel.
+    fn columns(&mut self, stream: &Stream) -> Result<[Column<'_>; ARRAYS]>;
+}
+
+struct Buffers;
+impl Form for Buffers {
+    type Of<T: Pod> = CpuGpuBuffer<T>;
+}
+
+struct BuffersMut<'a>(std::marker::PhantomData<&'a mut ()>);
+impl<'a> Form for BuffersMut<'a> {
+    type Of<T: Pod> = &'a mut CpuGpuBuffer<T>;
+}
+
+impl Inputs<Buffers> {
+    fn each_mut(&mut self) -> Inputs<BuffersMut<'_>> {
+        Inputs {
+            query_starts: &mut self.query_starts,
+            ids: &mut self.ids,
+            positions: &mut self.positions,
+            slots: &mut self.slots,
+            sequence_lengths: &mut self.sequence_lengths,
+            computed: &mut self.computed,
+            logits: &mut self.logits,
+            temperatures: &mut self.temperatures,
+            top_p: &mut self.top_p,
+            min_p: &mut self.min_p,
+            top_k: &mut self.top_k,
+            seeds: &mut self.seeds,
+            presence: &mut self.presence,
+            frequency: &mut self.frequency,
+            repetition: &mut self.repetition,
+            table: &mut self.table,
+        }
+    }
+}
+
+/// Each array is a buffer of its own, and goes by a copy of its own.
+pub struct Single {
+    inputs: Inputs<Buffers>,
+    /// The step in which they were written last.
+    written: u64,
+}
+
+impl Single {
+    pub fn new(device: Device) -> Result<Single> {
+        Ok(Single { inputs: shapes().map(&mut Make(device))?, written: 0 })
+    }
+}
+
+struct Make(Device);
+impl Map<Shapes, Buffers> for Make {
+    fn one<T: Pod + Send + Sync>(&mut self, shape: Shape, _: By) -> Result<CpuGpuBuffer<T>> {
+        CpuGpuBuffer::new(shape, self.0)
+    }
+}
+
+impl<'a> Map<BuffersMut<'a>, Slices<'a>> for Stalls {
+    fn one<T: Pod>(&mut self, buffer: &'a mut CpuGpuBuffer<T>, _: By) -> Result<&'a mut [T]> {
+        if buffer.try_cpu_mut()?.is_none() {
+            let start = Instant::now();
+            buffer.cpu_mut()?;
+            self.since(start);
+        }
+        buffer.cpu_mut()
+    }
+}
+
+struct Upload<'a>(Counts, &'a Stream);
+impl<'a> Map<BuffersMut<'a>, Nothing> for Upload<'_> {
+    fn one<T: Pod>(&mut self, buffer: &'a mut CpuGpuBuffer<T>, by: By) -> Result<()> {
+        buffer.copy_to_gpu(self.0.rows(by), self.1)
+    }
+}
+
+struct Use<'a, 's>(Columns<'a>, &'s Stream);
+impl<'a> Map<BuffersMut<'a>, Nothing> for Use<'a, '_> {
+    fn one<T: Pod>(&mut self, buffer: &'a mut CpuGpuBuffer<T>, by: By) -> Result<()> {
+        self.0.push(buffer.gpu_on(self.1)?, by);
+        Ok(())
+    }
+}
+
+impl Way for Single {
+    fn write(
+        &mut self,
+        engine: &Engine,
+        sampled: &[u32],
+        all: bool,
+        stalls: &mut Stalls,
+    ) -> Result<Counts> {
+        let since = std::mem::replace(&mut self.written, engine.step);
+        let slices = self.inputs.each_mut().map(stalls)?;
+        Ok(slices.write(engine, sampled, if all { 0 } else { since }))
+    }
+
+    fn upload(&mut self, counts: Counts, stream: &Stream) -> Result<()> {
+        self.inputs.each_mut().map(&mut Upload(counts, stream)).map(drop)
+    }
+
+    fn columns(&mut self, stream: &Stream) -> Result<[Column<'_>; ARRAYS]> {
+        let mut views = Use(Columns::new(), stream);
+        self.inputs.each_mut().map(&mut views)?;
+        Ok(views.0.all)
+    }
+}
+
+struct Keys;
+impl Form for Keys {
+    type Of<T: Pod> = Key<T>;
+}
+
+impl Clone for Inputs<Keys> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl Copy for Inputs<Keys> {}
+
+/// The members of a group.
+#[derive(Clone, Copy)]
+struct Members {
+    inputs: Inputs<Keys>,
+    /// The step in which the host half was written last. It stays on the host: each half of a ring has its own, which
+    /// says what that half has yet to catch up with, whichever half comes next.
+    written: Key<u64>,
+}
+
+struct Add {
+    builder: GroupLayoutBuilder,
+    host_owned: bool,
+}
+impl Map<Shapes, Keys> for Add {
+    fn one<T: Pod + Send + Sync>(&mut self, shape: Shape, _: By) -> Result<Key<T>> {
+        Ok(match self.host_owned {
+            true => self.builder.add_host_owned(shape),
+            false => self.builder.add(shape),
+        })
+    }
+}
+
+struct Access<'g>(MembersMut<'g>);
+impl<'g> Map<Keys, Slices<'g>> for Access<'g> {
+    fn one<T: Pod>(&mut self, key: Key<T>, _: By) -> Result<&'g mut [T]> {
+        self.0.cpu_mut(key)
+    }
+}
+
+struct Rows {
+    counts: Counts,
+    all: [MemberRows; ARRAYS],
+    count: usize,
+}
+impl Map<Keys, Nothing> for Rows {
+    fn one<T: Pod>(&mut self, key: Key<T>, by: By) -> Result<()> {
+        self.all[self.count] = key.rows(self.counts.rows(by));
+        self.count += 1;
+        Ok(())
+    }
+}
+
+struct Views<'a>(GroupView<'a>, Columns<'a>);
+impl<'a> Map<Keys, Nothing> for Views<'a> {
+    fn one<T: Pod>(&mut self, key: Key<T>, by: By) -> Result<()> {
+        self.1.push(self.0.get(key)?, by);
+        Ok(())
+    }
+}
+
+impl Members {
+    /// `host_owned` lets an upload carry along what lies between, and go as one copy: the kernel writes no array.
+    fn new(host_owned: bool) -> Result<(Members, GroupLayout)> {
+        let mut add = Add { builder: GroupLayoutBuilder::new(), host_owned };
+        let inputs = shapes().map(&mut add)?;
+        let written = add.builder.add(1);
+        Ok((Members { inputs, written }, add.builder.finish()))
+    }
+
+    /// The host halves, and the step in which they were written last.
+    fn access<'g>(&self, members: MembersMut<'g>) -> Result<(Inputs<Slices<'g>>, &'g mut u64)> {
+        let mut access = Access(members);
+        let slices = self.inputs.map(&mut access)?;
+        Ok((slices, &mut access.0.cpu_mut(self.written)?[0]))
+    }
+
+    fn rows(&self, counts: Counts) -> Result<[MemberRows; ARRAYS]> {
+        let none = self.written.rows(..0);
+        let mut rows = Rows { counts, all: [none; ARRAYS], count: 0 };
+        self.inputs.map(&mut rows)?;
+        Ok(rows.all)
+    }
+
+    fn columns<'a>(&self, view: GroupView<'a>) -> Result<[Column<'a>; ARRAYS]> {
+        let mut views = Views(view, Columns::new());
+        self.inputs.map(&mut views)?;
+        Ok(views.1.all)
+    }
+}
+
+/// The arrays are members of a group.
+pub struct Group {
+    group: BufferGroup,
+    members: Members,
+}
+
+impl Group {
+    pub fn new(device: Device, host_owned: bool) -> Result<Group> {
+        let (members, layout) = Members::new(host_owned)?;
+        Ok(Group { group: BufferGroup::new(&layout, device)?, members })
+    }
+}
+
+/// Asking the driver whether a copy has finished takes less than this, for all arrays together.
+const ASKING: Duration = Duration::from_micros(5);
+
+impl Way for Group {
+    fn write(
+        &mut self,
+        engine: &Engine,
+        sampled: &[u32],
+        all: bool,
+        stalls: &mut Stalls,
+    ) -> Result<Counts> {
+        let start = Instant::now();
+        let (slices, written) = self.members.access(self.group.members_mut())?;
+        // A group does not say whether it waited.
+        if start.elapsed() > ASKING {
+            stalls.since(start);
+        }
+        let since = std::mem::replace(written, engine.step);
+        Ok(slices.write(engine, sampled, if all { 0 } else { since }))
+    }
+
+    fn upload(&mut self, counts: Counts, stream: &Stream) -> Result<()> {
+        self.group.copy_to_gpu(&self.members.rows(counts)?, stream)
+    }
+
+    fn columns(&mut self, stream: &Stream) -> Result<[Column<'_>; ARRAYS]> {
+        self.members.columns(self.group.gpu_on(stream)?)
+    }
+}
+
+/// The arrays are members of a group with several host halves.
+pub struct Ring {
+    ring: GroupRing,
+    members: Members,
+}
+
+impl Ring {
+    pub fn new(device: Device, halves: usize, host_owned: bool) -> Result<Ring> {
+        let (members, layout) = Members::new(host_owned)?;
+        Ok(Ring { ring: GroupRing::new(&layout, device, halves)?, members })
+    }
+}
+
+impl Way for Ring {
+    fn write(
+        &mut self,
+        engine: &Engine,
+        sampled: &[u32],
+        all: bool,
+        stalls: &mut Stalls,
+    ) -> Result<Counts> {
+        if !self.ring.try_advance()? {
+            let start = Instant::now();
+            self.ring.advance()?;
+            stalls.since(start);
+        }
+        let (slices, written) = self.members.access(self.ring.members_mut())?;
+        let since = std::mem::replace(written, engine.step);
+        Ok(slices.write(engine, sampled, if all { 0 } else { since }))
+    }
+
+    fn upload(&mut self, counts: Counts, stream: &Stream) -> Result<()> {
+        self.ring.copy_to_gpu(&self.members.rows(counts)?, stream)
+    }
+
+    fn columns(&mut self, stream: &Stream) -> Result<[Column<'_>; ARRAYS]> {
+        self.members.columns(self.ring.gpu_on(stream)?)
+    }
+}

@@ -1,0 +1,180 @@
+//! What stands in for the model: the kernel of `sample.ptx`, which takes as long as it is told, or the same sums on the
+//! host.
+
+use std::borrow::Cow;
+use std::ffi::{CStr, c_void};
+use std::ptr;
+use std::time::Duration;
+
+use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream, sys};
+
+use crate::Failure;
+use crate::engine::mix;
+use crate::inputs::{ARRAYS, By, Column};
+
+pub enum Model {
+    Kernel {
+        launch: Launch,
+        function: sys::CUfunction,
+        time: Duration,
+    },
+    /// The sums are made on the host, of what is in the device half.
+    Host,
+}
+
+type Launch = unsafe extern "C" fn(
+    sys::CUfunction,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    u32,
+    sys::CUstream,
+    *mut *mut c_void,
+    *mut *mut c_void,
+) -> sys::CUresult;
+
+/// As in `sample.ptx`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Entry {
+    words: *const u32,
+    width: u32,
+    by: u32,
+}
+
+const THREADS: u32 = 128;
+
+impl Model {
+    /// Loads the kernel, where the runtime has a driver that takes kernels. Without one, as on the CPU, the host makes
+    /// the sums.
+    pub fn load(device: Device, time: Duration) -> Result<Model, Failure> {
+        let Device::Cuda(ordinal) = device else { return Ok(Model::Host) };
+        // A launch wants the device's context to be current.
+        // SAFETY: an ordinal that does not exist is a status.
+        checked(unsafe { sys::cudaSetDevice(ordinal as i32) })?;
+        let load: sys::PFN_cuModuleLoadData_v2000 = entry(c"cuModuleLoadData")?;
+        let get: sys::PFN_cuModuleGetFunction_v2000 = entry(c"cuModuleGetFunction")?;
+        let launch: sys::PFN_cuLaunchKernel_v4000 = entry(c"cuLaunchKernel")?;
+        let (load, get, launch) =
+            (load.expect("found"), get.expect("found"), launch.expect("found"));
+        let text = concat!(include_str!("sample.ptx"), "\0");
+        let (mut module, mut function) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: PTX that ends with a NUL. The module stays loaded as long as the process lives.
+        done(unsafe { load(&mut module, text.as_ptr().cast()) })?;
+        // SAFETY: the module was just loaded.
+        match unsafe { get(&mut function, module, c"sample".as_ptr()) } {
+            // A driver that takes a module and does not have its kernels only simulates one.
+            sys::CUresult::CUDA_ERROR_NOT_FOUND => Ok(Model::Host),
+            status => done(status).map(|()| Model::Kernel { launch, function, time }),
+        }
+    }
+
+    /// Makes the sums of so many requests in stream order, into a buffer's device half.
+    pub fn run(
+        &self,
+        requests: usize,
+        columns: &[Column<'_>; ARRAYS],
+        results: &mut CpuGpuBuffer<u32>,
+        stream: &Stream,
+    ) -> Result<(), Failure> {
+        let Model::Kernel { launch, function, time } = self else {
+            sums(columns, &mut results.cpu_mut()?[..requests], stream)?;
+            return Ok(results.copy_to_gpu(..requests, stream)?);
+        };
+        let mut entries = columns.map(|Column { words, width, by, .. }| Entry {
+            words,
+            width: width as u32,
+            by: by as u32,
+        });
+        let mut to = results.gpu_on(stream)?.as_mut_ptr();
+        let mut nanoseconds = time.as_nanos() as u64;
+        let mut parameters: [*mut c_void; 3] =
+            [(&raw mut entries).cast(), (&raw mut to).cast(), (&raw mut nanoseconds).cast()];
+        let (blocks, parameters, none) =
+            (requests as u32, parameters.as_mut_ptr(), ptr::null_mut());
+        // SAFETY: the parameters are those of `sample`: it reads rows of arrays that were given to this stream with
+        // these addresses, and writes a word for each block, of which the buffer has as many. A live stream.
+        done(unsafe {
+            let raw = stream.as_raw();
+            launch(*function, blocks, 1, 1, THREADS, 1, 1, 0, raw, parameters, none)
+        })
+    }
+}
+
+/// What the kernel computes.
+fn sums(columns: &[Column<'_>; ARRAYS], sums: &mut [u32], stream: &Stream) -> Result<(), Failure> {
+    let all = columns.iter().map(|column| words(column, stream));
+    let all = all.collect::<Result<Vec<_>, _>>()?;
+    let starts = &all[0];
+    for (row, sum) in sums.iter_mut().enumerate() {
+        *sum = 0;
+        for (number, (column, words)) in columns.iter().zip(&all).enumerate() {
+            let rows = match column.by {
+                By::Request => row..row + 1,
+                By::Token => starts[row] as usize..starts[row + 1] as usize,
+                By::Bound => row..row + 2,
+            };
+            let salt = (number as u32).wrapping_mul(0x85eb_ca6b);
+            let first = rows.start * column.width;
+            for (at, word) in (first..).zip(&words[first..rows.end * column.width]) {
+                let word = word.wrapping_add((at as u32).wrapping_mul(0x9e37_79b9));
+                *sum = sum.wrapping_add(mix(word.wrapping_add(salt)));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What the device half holds.
+fn words<'a>(column: &Column<'a>, stream: &Stream) -> Result<Cow<'a, [u32]>, Failure> {
+    if let Some(host) = column.host {
+        return Ok(Cow::Borrowed(host));
+    }
+    let mut words = vec![0u32; column.len];
+    let (to, from) = (words.as_mut_ptr().cast(), column.words.cast());
+    let kind = sys::cudaMemcpyKind::cudaMemcpyDeviceToHost;
+    // SAFETY: both are as many bytes, and the copy is waited for while the column lives.
+    checked(unsafe { sys::cudaMemcpyAsync(to, from, column.len * 4, kind, stream.as_raw()) })?;
+    stream.synchronize()?;
+    Ok(Cow::Owned(words))
+}
+
+fn checked(status: sys::cudaError_t) -> Result<(), Failure> {
+    match status {
+        sys::cudaError::cudaSuccess => Ok(()),
+        status => Err(status.to_string().into()),
+    }
+}
+
+fn done(status: sys::CUresult) -> Result<(), Failure> {
+    match status {
+        sys::CUresult::CUDA_SUCCESS => Ok(()),
+        status => Err(format!("the driver answers {status:?}").into()),
+    }
+}
+
+/// A driver function, by the runtime. `F` is the type that belongs to the name.
+fn entry<F>(name: &CStr) -> Result<F, Failure> {
+    let mut address = ptr::null_mut();
+    let mut found = sys::cudaDriverEntryPointQueryResult(0);
+    // SAFETY: the places are valid.
+    let mut status = unsafe {
+        sys::cudaGetDriverEntryPointByVersion(name.as_ptr(), &mut address, 12000, 0, &mut found)
+    };
+    if status == sys::cudaError::SYMBOL_NOT_FOUND {
+        // Runtimes before 12.5.
+        // SAFETY: as above.
+        status =
+            unsafe { sys::cudaGetDriverEntryPoint(name.as_ptr(), &mut address, 0, &mut found) };
+    }
+    checked(status)?;
+    if address.is_null() {
+        return Err(format!("the driver has no {name:?}").into());
+    }
+    const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
+    // SAFETY: the callers name the type that belongs to the name, a function's address.
+    Ok(unsafe { std::mem::transmute_copy(&address) })
+}
