@@ -349,6 +349,38 @@ class Bench:
 
         self.compare(("access", "finished, first asked", 4096), "ns", self.rounds(200), [("PyTorch Event.query", one)])
 
+    def group(self):
+        yield self.group_of_prefixes
+
+    def group_of_prefixes(self):
+        members, room = 16, 16 * KB
+        stream = self.stream()
+        buffers = [CpuGpuBuffer(room, self.device) for _ in range(members)]
+        prefixes = [4352 + 512 * member for member in range(members)]
+        for buffer in buffers:
+            randomise(buffer.np)
+
+        def upload():
+            for buffer, n in zip(buffers, prefixes):
+                buffer.gpu[:n].copy_(buffer.cpu[:n], non_blocking=True)
+
+        def enqueued():
+            cost = each(BATCH // members, upload) * 1e-3
+            self.wait(stream)
+            return cost
+
+        def done():
+            start = time.perf_counter_ns()
+            upload()
+            self.wait(stream)
+            return (time.perf_counter_ns() - start) * 1e-3
+
+        with self.on(stream):
+            for case, one in [("enqueue", enqueued), ("until done", done)]:
+                self.compare(("group", case, sum(prefixes)), "µs", self.rounds(500), [("PyTorch, 16 `[:n]`", one)])
+            for buffer, n in zip(buffers, prefixes):
+                self.verify(buffer, n, stream)
+
     # ---- the end ----
 
     def verify(self, buffer, size, stream):
@@ -402,7 +434,7 @@ def each(calls, call):
     return (time.perf_counter_ns() - start) / calls
 
 
-SUBJECTS = ["enqueue", "latency", "bandwidth", "fill", "pinned", "access"]
+SUBJECTS = ["enqueue", "latency", "bandwidth", "fill", "pinned", "access", "group"]
 
 
 def arguments():

@@ -2,7 +2,7 @@
 
 use crate::figures::Run;
 use crate::lanes::{OURS, OURS_PREFIX, RAW, RAW_EVENT};
-use crate::subjects::{access, fill, latency, pinned};
+use crate::subjects::{access, fill, group, latency, pinned};
 
 pub struct Goal {
     pub what: &'static str,
@@ -139,6 +139,18 @@ pub fn goals(run: &Run) -> Vec<Goal> {
             RAW_EVENT,
             Bound::AtMost(1.10),
             one("threads", "H2D of 4 KB", 16, OURS, RAW_EVENT),
+        ),
+        goal(
+            "prefixes of 16 members of a group, 128 KB in all, enqueue",
+            group::RAW_EACH,
+            Bound::AtMost(0.15),
+            one("group", group::CASES[0], group::BYTES, group::GROUP, group::RAW_EACH),
+        ),
+        goal(
+            "the same",
+            "PyTorch, 16 `[:n].copy_`",
+            Bound::AtMost(0.025),
+            one("group", group::CASES[0], group::BYTES, group::GROUP, group::TORCH),
         ),
     ]
 }

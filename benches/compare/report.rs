@@ -166,6 +166,7 @@ fn goal_table(goals: &[Goal], short: bool) -> String {
     let mut table = "| what | against | goal | measured | |\n|---|---|---|---|---|\n".to_string();
     for goal in goals {
         let bound = match goal.bound {
+            Bound::AtMost(bound) if bound < 0.1 => format!("at most {bound}"),
             Bound::AtMost(bound) => format!("at most {bound:.2}"),
             Bound::AtLeast(bound) => format!("at least {bound:.2}"),
             Bound::TimesFaster(bound) => format!("at least {bound:.0} times faster"),

@@ -8,7 +8,8 @@ use crate::figures::Run;
 /// It travels within the program.
 const SCRIPT: &str = include_str!("../compare.py");
 
-pub const SUBJECTS: [&str; 6] = ["enqueue", "latency", "bandwidth", "fill", "pinned", "access"];
+pub const SUBJECTS: [&str; 7] =
+    ["enqueue", "latency", "bandwidth", "fill", "pinned", "access", "group"];
 
 pub struct Torch {
     child: Child,

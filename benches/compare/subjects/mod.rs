@@ -4,6 +4,7 @@ pub mod access;
 mod bandwidth;
 mod enqueue;
 pub mod fill;
+pub mod group;
 pub mod latency;
 pub mod pinned;
 pub mod pool;
@@ -17,7 +18,7 @@ pub type Job = Box<dyn FnOnce(&Setup, &mut Run)>;
 
 type Plan = fn(&Setup) -> Vec<Job>;
 
-pub const ALL: [(&str, Plan); 8] = [
+pub const ALL: [(&str, Plan); 9] = [
     ("enqueue", enqueue::plan),
     ("latency", latency::plan),
     ("bandwidth", bandwidth::plan),
@@ -26,6 +27,7 @@ pub const ALL: [(&str, Plan); 8] = [
     ("access", access::plan),
     ("pool", pool::plan),
     ("threads", threads::plan),
+    ("group", group::plan),
 ];
 
 /// Calls that are timed together: few enough for the driver's queue to take them without a wait.
