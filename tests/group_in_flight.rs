@@ -256,6 +256,28 @@ fn the_first_copy_of_one_member_does_not_make_another_wait_for_all_of_its_stream
 }
 
 #[test]
+fn a_member_that_is_carried_along_is_so_after_its_download() {
+    let test = "a_member_that_is_carried_along_is_so_after_its_download";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
+    let mut builder = GroupLayoutBuilder::new();
+    let [first, carried, third] = [(); 3].map(|()| builder.add_host_owned::<u32>(1001));
+    let mut group = BufferGroup::new(&builder.finish(), device).unwrap();
+    group.cpu_mut(carried).unwrap().fill(1);
+    group.copy_to_gpu(&[carried.rows(..)], &stream).unwrap();
+    group.cpu_mut(carried).unwrap().fill(2);
+    stream.synchronize().unwrap();
+    let gate = Gate::close(&stream);
+    group.copy_to_cpu(&[carried.rows(..)], &stream).unwrap();
+    gate.waits(|| {
+        group.copy_to_gpu(&[first.rows(..), third.rows(..)], &other).unwrap();
+        other.synchronize().unwrap();
+    });
+    stream.synchronize().unwrap();
+    all(&device_words(device, group.device_ptr(carried).unwrap(), 1001), 1);
+}
+
+#[test]
 fn what_the_stream_of_gpu_on_is_sent_after_the_next_copy_is_not_waited_for() {
     let test = "what_the_stream_of_gpu_on_is_sent_after_the_next_copy_is_not_waited_for";
     let Some((device, _turn)) = common::cuda(test) else { return };
