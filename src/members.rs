@@ -412,12 +412,10 @@ impl Members {
         if self.defined {
             return Ok(());
         }
-        let (gpu, bytes) = (self.gpu, self.bytes());
-        // With an event of its own: members that are copied later need not wait for all that the stream was sent by then.
-        self.device_use.submit(entered, || {
-            // SAFETY: the device half is this value's, nothing was sent to it yet, and `device_use` keeps others from it.
-            unsafe { fill::enqueue(gpu, bytes, &[0], entered) }
-        })?;
+        self.device_use.stand_for(entered)?;
+        let bytes = self.bytes();
+        // SAFETY: the device half is this value's, nothing was sent to it yet, and `device_use` keeps others from it.
+        unsafe { fill::enqueue(self.gpu, bytes, &[0], entered) }?;
         self.defined = true;
         Ok(())
     }
