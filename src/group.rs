@@ -11,7 +11,7 @@ use bytemuck::Pod;
 use crate::buffer::BufferOptions;
 use crate::device::Device;
 use crate::error::Result;
-use crate::layout::{GroupLayout, Key, Member, MemberRows};
+use crate::layout::{GroupLayout, Key, MemberRows};
 use crate::members::Members;
 use crate::stream::Stream;
 use crate::view::GpuView;
@@ -120,8 +120,8 @@ impl BufferGroup {
     /// ([`add_host_owned`](crate::GroupLayoutBuilder::add_host_owned)) more rows may be carried along. Returns as soon
     /// as the copy is enqueued.
     ///
-    /// Neighbours go as one copy where nothing lies between their rows. What remains goes by a few copies, or by one
-    /// kernel that reads the pinned slab; a kernel waits for room on the device like any other.
+    /// Neighbours go as one copy where nothing lies between their rows. What remains goes by one kernel that reads the
+    /// pinned slab, or by copies where the rows are many; a kernel waits for room on the device like any other.
     ///
     /// # Errors
     ///
@@ -240,8 +240,7 @@ impl fmt::Debug for BufferGroup {
 
 /// A member's current host half, to read, once no copy writes it.
 pub(crate) fn host<T: Pod>(members: &Members, key: Key<T>) -> Result<&[T]> {
-    let member = members.wait_to_read(key)?;
-    let (address, len) = members.host_of(member);
+    let (address, len) = members.wait_to_read(key)?;
     // SAFETY: the member has `len` elements of `T`, as the key said and the layout checked, aligned and initialised (it
     // began as zeroes, and any bytes are a `Pod`); no copy writes them, and none can be enqueued while this borrow lives.
     Ok(unsafe { slice::from_raw_parts(address.cast(), len) })
@@ -249,18 +248,10 @@ pub(crate) fn host<T: Pod>(members: &Members, key: Key<T>) -> Result<&[T]> {
 
 /// A member's current host half, to write, once no copy touches it.
 pub(crate) fn host_mut<T: Pod>(members: &mut Members, key: Key<T>) -> Result<&mut [T]> {
-    let member = members.wait_to_write(key)?;
-    // SAFETY: no copy touches the member since the wait, and the group is borrowed exclusively.
-    Ok(unsafe { elements(members, member) })
-}
-
-/// # Safety
-///
-/// The member has elements of `T`. No copy touches them while the slice lives, and nobody else looks at them.
-unsafe fn elements<'g, T>(members: &Members, member: &Member) -> &'g mut [T] {
-    let (address, len) = members.host_of(member);
-    // SAFETY: so many elements, aligned and initialised as in `host`; the caller vouches for the rest.
-    unsafe { slice::from_raw_parts_mut(address.cast(), len) }
+    let (address, len) = members.wait_to_write(key)?;
+    // SAFETY: so many elements, aligned and initialised as in `host`; no copy touches them since the wait, and the group
+    // is borrowed exclusively.
+    Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
 }
 
 /// Hands out the host halves of several members at once: [`BufferGroup::members_mut`].
@@ -279,11 +270,10 @@ impl<'g> MembersMut<'g> {
     /// [`Error::DuplicateMember`](crate::Error::DuplicateMember) the second time; otherwise as for
     /// [`BufferGroup::cpu`].
     pub fn cpu_mut<T: Pod>(&mut self, key: Key<T>) -> Result<&'g mut [T]> {
-        self.0.wait_and_name(key)?;
-        let (_, member) = self.0.layout().find(key)?;
-        // SAFETY: no copy touches the member since the wait, and none can be enqueued while the group is borrowed for
+        let (address, len) = self.0.wait_and_name(key)?;
+        // SAFETY: so many elements, aligned and initialised as in `host`. No copy touches the member since the wait, and none can be enqueued while the group is borrowed for
         // `'g`; members do not overlap, and this one was not handed out before, as `wait_and_name` checked.
-        Ok(unsafe { elements(self.0, member) })
+        Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
     }
 }
 

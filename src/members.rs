@@ -177,7 +177,7 @@ impl Members {
     }
 
     /// The address of a member's current host half, and its elements.
-    pub(crate) fn host_of(&self, member: &Member) -> (*mut u8, usize) {
+    fn host_of(&self, member: &Member) -> (*mut u8, usize) {
         (self.host().wrapping_add(member.bytes.start), member.numel)
     }
 
@@ -191,20 +191,26 @@ impl Members {
 
     // ---- what the host waits for ----
 
-    /// Waits until a member's current host half may be read.
-    pub(crate) fn wait_to_read<T: Pod>(&self, key: Key<T>) -> Result<&Member> {
+    /// Waits until a member's current host half may be read; the answer is its address, and its elements.
+    pub(crate) fn wait_to_read<T: Pod>(&self, key: Key<T>) -> Result<(*mut u8, usize)> {
         let (index, member) = self.layout.find(key)?;
         self.refuse_child()?;
         self.wait_for(self.halves[self.current()].download[index])?;
-        Ok(member)
+        Ok(self.host_of(member))
     }
 
-    /// Waits until a member's current host half may be written.
-    pub(crate) fn wait_to_write<T: Pod>(&self, key: Key<T>) -> Result<&Member> {
-        let member = self.wait_to_read(key)?;
-        let (index, _) = self.layout.find(key)?;
-        self.wait_for(self.halves[self.current()].upload[index])?;
-        Ok(member)
+    /// Waits until a member's current host half may be written; the answer is as for [`wait_to_read`](Self::wait_to_read).
+    pub(crate) fn wait_to_write<T: Pod>(&self, key: Key<T>) -> Result<(*mut u8, usize)> {
+        let (index, member) = self.layout.find(key)?;
+        self.wait_for_transfers(index)?;
+        Ok(self.host_of(member))
+    }
+
+    fn wait_for_transfers(&self, index: usize) -> Result<()> {
+        self.refuse_child()?;
+        let half = &self.halves[self.current()];
+        self.wait_for(half.download[index])?;
+        self.wait_for(half.upload[index])
     }
 
     fn wait_for(&self, call: Option<usize>) -> Result<()> {
@@ -284,15 +290,17 @@ impl Members {
         self.named.fill(false);
     }
 
-    /// Waits until the current host half of a member that is not named yet may be written, and names it.
-    pub(crate) fn wait_and_name<T: Pod>(&mut self, key: Key<T>) -> Result<()> {
-        let (index, _) = self.layout.find(key)?;
+    /// Waits until the current host half of a member that is not named yet may be written, and names it; the answer is
+    /// as for [`wait_to_read`](Self::wait_to_read).
+    pub(crate) fn wait_and_name<T: Pod>(&mut self, key: Key<T>) -> Result<(*mut u8, usize)> {
+        let (index, member) = self.layout.find(key)?;
         if self.named[index] {
             return Err(Error::DuplicateMember { index });
         }
-        self.wait_to_write(key)?;
+        self.wait_for_transfers(index)?;
+        let place = self.host_of(member);
         self.named[index] = true;
-        Ok(())
+        Ok(place)
     }
 
     // ---- what streams do ----
