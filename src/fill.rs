@@ -72,9 +72,7 @@ pub(crate) unsafe fn enqueue(
             unsafe { raw::memset_d32(to, value, bytes / 4, raw) }
         }
         Way::Kernel(unit) => {
-            // A launch wants the kernel's own context, not just any.
-            let _current = entered.context().enter_unless_current()?;
-            // SAFETY: the caller vouches for the range, and the context is current.
+            // SAFETY: the caller vouches for the range, and the entry has the kernel's context current.
             unsafe { launch(&entered.context().kernels, to, bytes, unit, raw) }
         }
     }
