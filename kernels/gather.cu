@@ -15,7 +15,7 @@ template <int PIECES> struct Pieces {
     Piece piece[PIECES];
 };
 
-// A column of blocks for each piece.
+// A column of blocks for each piece; a column of none has nothing to do.
 __device__ __forceinline__ void gather(unsigned char *to, const unsigned char *from, const Piece piece) {
     const uint64_t end = piece.offset + piece.bytes;
     // The first and last bound of a vector within the piece; there may be none.
@@ -34,9 +34,9 @@ __device__ __forceinline__ void gather(unsigned char *to, const unsigned char *f
     }
 }
 
-// The less a launch has to carry, the less it costs the caller.
+// What a launch has to carry costs the caller little, and filling it in a bit more.
 extern "C" __global__ void __launch_bounds__(256)
-cgb_gather_16(unsigned char *to, const unsigned char *from, const __grid_constant__ Pieces<16> pieces) {
+cgb_gather_32(unsigned char *to, const unsigned char *from, const __grid_constant__ Pieces<32> pieces) {
     gather(to, from, pieces.piece[blockIdx.y]);
 }
 

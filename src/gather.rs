@@ -3,21 +3,24 @@
 use std::ffi::c_void;
 
 use crate::error::Result;
+use crate::graph::KernelGraph;
 use crate::moves::Piece;
 use crate::raw;
 use crate::stream::EnteredStream;
-use crate::sys;
 
 /// Pieces in the parameter of each kernel, as in `kernels/gather.cu`. The larger one is within the 4,096 bytes that
 /// every driver takes ("CUDA C++ Programming Guide, `__global__` Function Parameters").
-const SHORT: usize = 16;
+const SHORT: usize = 32;
 const LONG: usize = 224;
 
-const THREADS: usize = 256;
+const THREADS: u32 = 256;
 
 /// So many blocks for each piece, at most: with one load of 16 bytes under way in each thread, 32 blocks keep
 /// PCIe 5 busy, and a few multiprocessors.
 const MOST_BLOCKS: usize = 32;
+
+/// For shorter pieces so many, whatever their length: a graph whose grid changes costs what a launch costs.
+const FEW_BLOCKS: usize = 8;
 
 /// As in `kernels/gather.cu`.
 #[repr(C)]
@@ -25,6 +28,18 @@ const MOST_BLOCKS: usize = 32;
 struct Entry {
     offset: u64,
     bytes: u64,
+}
+
+impl Entry {
+    /// Fills entries in; the answer is how many blocks the longest piece takes.
+    fn fill_in(entries: &mut [Entry], pieces: &[Piece]) -> usize {
+        let mut longest = 0;
+        for (entry, Piece { bytes, .. }) in entries.iter_mut().zip(pieces) {
+            *entry = Entry { offset: bytes.start as u64, bytes: bytes.len() as u64 };
+            longest = longest.max(bytes.len());
+        }
+        longest.div_ceil(THREADS as usize * 16)
+    }
 }
 
 /// Enqueues copies of the pieces from one slab to the same places of the other.
@@ -40,43 +55,67 @@ pub(crate) unsafe fn enqueue(
     pieces: &[Piece],
     entered: &EnteredStream<'_>,
 ) -> Result<()> {
-    // A launch wants the kernel's own context, not just any.
-    let _current = entered.context().enter_unless_current()?;
-    let kernels = &entered.context().kernels;
     for pieces in pieces.chunks(LONG) {
-        // What a launch carries is what it costs the caller.
         if pieces.len() <= SHORT {
-            // SAFETY: the caller vouches for the pieces; this kernel takes so many, and its context is current.
-            unsafe { launch::<SHORT>(kernels.gather_16, to, from, pieces, entered) }?;
+            // SAFETY: the caller vouches for the pieces, which are so few.
+            unsafe { enqueue_short(to, from, pieces, entered) }?;
         } else {
             // SAFETY: as above.
-            unsafe { launch::<LONG>(kernels.gather_224, to, from, pieces, entered) }?;
+            unsafe { enqueue_long(to, from, pieces, entered) }?;
         }
     }
     Ok(())
 }
 
+/// By the stream's graph, unless it has none, or another thread is at it just now.
+///
 /// # Safety
 ///
-/// As for [`enqueue`]; `kernel` takes `MOST` pieces, which these are no more than, and its context is current.
-unsafe fn launch<const MOST: usize>(
-    kernel: sys::CUfunction,
+/// As for [`enqueue`]; there are no more than `SHORT` pieces.
+unsafe fn enqueue_short(
     mut to: *mut u8,
     mut from: *const u8,
     pieces: &[Piece],
     entered: &EnteredStream<'_>,
 ) -> Result<()> {
-    let mut entries = [Entry { offset: 0, bytes: 0 }; MOST];
-    let mut longest = 0;
-    for (entry, Piece { bytes, .. }) in entries.iter_mut().zip(pieces) {
-        *entry = Entry { offset: bytes.start as u64, bytes: bytes.len() as u64 };
-        longest = longest.max(bytes.len());
+    let mut entries = [Entry { offset: 0, bytes: 0 }; SHORT];
+    // A graph whose grid is another one than before costs as much as a launch: there are two.
+    let blocks = match Entry::fill_in(&mut entries, pieces) {
+        0..=FEW_BLOCKS => FEW_BLOCKS,
+        _ => MOST_BLOCKS,
+    };
+    let kernel = entered.context().kernels.gather_32;
+    let grid = [blocks as u32, SHORT as u32];
+    let parameters: &mut [*mut c_void] =
+        &mut [(&raw mut to).cast(), (&raw mut from).cast(), (&raw mut entries).cast()];
+    let graph = entered.gather_graph(|| {
+        // SAFETY: the parameters are those of `cgb_gather_32`.
+        unsafe { KernelGraph::new(kernel, grid, THREADS, parameters, entered) }
+    });
+    match graph {
+        // SAFETY: as above; the kernel copies the entries that have bytes, for which the caller vouches.
+        Some(mut graph) => unsafe { graph.launch(grid, THREADS, parameters, entered) },
+        // SAFETY: as above, and the entry has the kernel's context current.
+        None => unsafe { raw::launch(kernel, grid, THREADS, parameters, entered.raw()) },
     }
-    let blocks = longest.div_ceil(THREADS * 16).clamp(1, MOST_BLOCKS);
+}
+
+/// # Safety
+///
+/// As for [`enqueue`]; there are no more than `LONG` pieces.
+unsafe fn enqueue_long(
+    mut to: *mut u8,
+    mut from: *const u8,
+    pieces: &[Piece],
+    entered: &EnteredStream<'_>,
+) -> Result<()> {
+    let mut entries = [Entry { offset: 0, bytes: 0 }; LONG];
+    let blocks = Entry::fill_in(&mut entries, pieces).clamp(1, MOST_BLOCKS);
+    let kernel = entered.context().kernels.gather_224;
     let grid = [blocks as u32, pieces.len() as u32];
-    let mut parameters: [*mut c_void; 3] =
-        [(&raw mut to).cast(), (&raw mut from).cast(), (&raw mut entries).cast()];
-    // SAFETY: the parameters are those of `cgb_gather_16` and `cgb_gather_224`, which copy the first entries, as many
-    // as the grid has columns; the caller vouches for them and for the context.
-    unsafe { raw::launch(kernel, grid, THREADS as u32, &mut parameters, entered.raw()) }
+    let parameters: &mut [*mut c_void] =
+        &mut [(&raw mut to).cast(), (&raw mut from).cast(), (&raw mut entries).cast()];
+    // SAFETY: the parameters are those of `cgb_gather_224`, which copies the first entries, as many as the grid has
+    // columns; the caller vouches for them, and the entry has the kernel's context current.
+    unsafe { raw::launch(kernel, grid, THREADS, parameters, entered.raw()) }
 }

@@ -22,7 +22,7 @@ pub(crate) struct Kernels {
     pub(crate) long: sys::CUfunction,
     pub(crate) repeat1: sys::CUfunction,
     pub(crate) repeat16: sys::CUfunction,
-    pub(crate) gather_16: sys::CUfunction,
+    pub(crate) gather_32: sys::CUfunction,
     pub(crate) gather_224: sys::CUfunction,
 }
 
@@ -50,7 +50,7 @@ impl Kernels {
                 long: function(c"cgb_fill_long")?,
                 repeat1: function(c"cgb_repeat1")?,
                 repeat16: function(c"cgb_repeat16")?,
-                gather_16: function(c"cgb_gather_16")?,
+                gather_32: function(c"cgb_gather_32")?,
                 gather_224: function(c"cgb_gather_224")?,
             })
         };

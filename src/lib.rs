@@ -42,6 +42,7 @@ mod event;
 mod fill;
 mod fork;
 mod gather;
+mod graph;
 mod group;
 mod host;
 mod kernels;

@@ -113,6 +113,14 @@ struct Driver {
     event_record: unsafe extern "C" fn(sys::CUevent, sys::CUstream) -> sys::CUresult,
     event_query: unsafe extern "C" fn(sys::CUevent) -> sys::CUresult,
     event_synchronize: unsafe extern "C" fn(sys::CUevent) -> sys::CUresult,
+    graph_create: unsafe extern "C" fn(*mut sys::CUgraph, u32) -> sys::CUresult,
+    graph_destroy: unsafe extern "C" fn(sys::CUgraph) -> sys::CUresult,
+    graph_add_kernel: GraphAddKernel,
+    graph_instantiate:
+        unsafe extern "C" fn(*mut sys::CUgraphExec, sys::CUgraph, u64) -> sys::CUresult,
+    graph_exec_destroy: unsafe extern "C" fn(sys::CUgraphExec) -> sys::CUresult,
+    graph_set_kernel: GraphSetKernel,
+    graph_launch: unsafe extern "C" fn(sys::CUgraphExec, sys::CUstream) -> sys::CUresult,
 }
 
 type ModuleGetFunction = unsafe extern "C" fn(
@@ -132,6 +140,18 @@ type LaunchKernel = unsafe extern "C" fn(
     sys::CUstream,
     *mut *mut c_void,
     *mut *mut c_void,
+) -> sys::CUresult;
+type GraphAddKernel = unsafe extern "C" fn(
+    *mut sys::CUgraphNode,
+    sys::CUgraph,
+    *const sys::CUgraphNode,
+    usize,
+    *const sys::CUDA_KERNEL_NODE_PARAMS_v2,
+) -> sys::CUresult;
+type GraphSetKernel = unsafe extern "C" fn(
+    sys::CUgraphExec,
+    sys::CUgraphNode,
+    *const sys::CUDA_KERNEL_NODE_PARAMS_v2,
 ) -> sys::CUresult;
 type MemcpyH2D =
     unsafe extern "C" fn(sys::CUdeviceptr_v2, *const c_void, usize, sys::CUstream) -> sys::CUresult;
@@ -177,6 +197,17 @@ fn load_driver() -> Result<&'static Driver> {
     let event_record: sys::PFN_cuEventRecord_v2000 = entry(c"cuEventRecord", 2000)?;
     let event_query: sys::PFN_cuEventQuery_v2000 = entry(c"cuEventQuery", 2000)?;
     let event_synchronize: sys::PFN_cuEventSynchronize_v2000 = entry(c"cuEventSynchronize", 2000)?;
+    let graph_create: sys::PFN_cuGraphCreate_v10000 = entry(c"cuGraphCreate", 10000)?;
+    let graph_destroy: sys::PFN_cuGraphDestroy_v10000 = entry(c"cuGraphDestroy", 10000)?;
+    let graph_add_kernel: sys::PFN_cuGraphAddKernelNode_v12000 =
+        entry(c"cuGraphAddKernelNode", 12000)?;
+    let graph_instantiate: sys::PFN_cuGraphInstantiateWithFlags_v11040 =
+        entry(c"cuGraphInstantiateWithFlags", 11040)?;
+    let graph_exec_destroy: sys::PFN_cuGraphExecDestroy_v10000 =
+        entry(c"cuGraphExecDestroy", 10000)?;
+    let graph_set_kernel: sys::PFN_cuGraphExecKernelNodeSetParams_v12000 =
+        entry(c"cuGraphExecKernelNodeSetParams", 12000)?;
+    let graph_launch: sys::PFN_cuGraphLaunch_v10000 = entry(c"cuGraphLaunch", 10000)?;
     let all = (|| {
         Some(Driver {
             device_get: device_get?,
@@ -198,6 +229,13 @@ fn load_driver() -> Result<&'static Driver> {
             event_record: event_record?,
             event_query: event_query?,
             event_synchronize: event_synchronize?,
+            graph_create: graph_create?,
+            graph_destroy: graph_destroy?,
+            graph_add_kernel: graph_add_kernel?,
+            graph_instantiate: graph_instantiate?,
+            graph_exec_destroy: graph_exec_destroy?,
+            graph_set_kernel: graph_set_kernel?,
+            graph_launch: graph_launch?,
         })
     })();
     let driver = all.ok_or_else(|| Error::Unavailable {
@@ -439,6 +477,17 @@ pub(crate) unsafe fn refuse_capture(stream: sys::cudaStream_t) -> Result<()> {
 /// # Safety
 ///
 /// As for [`refuse_capture`].
+pub(crate) unsafe fn stream_priority(stream: sys::cudaStream_t) -> Result<i32> {
+    let mut priority = 0;
+    // SAFETY: the caller vouches for the stream, and `priority` is a valid place.
+    let status = unsafe { sys::cudaStreamGetPriority(stream, &mut priority) };
+    check(status, "cudaStreamGetPriority")?;
+    Ok(priority)
+}
+
+/// # Safety
+///
+/// As for [`refuse_capture`].
 pub(crate) unsafe fn stream_synchronize(stream: sys::cudaStream_t) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
     // SAFETY: the caller vouches for the stream.
@@ -672,4 +721,114 @@ pub(crate) unsafe fn launch(
     let status =
         unsafe { launch(function, x, y, 1, threads, 1, 1, 0, stream, parameters, ptr::null_mut()) };
     check_driver(status, "cuLaunchKernel")
+}
+
+// ---- graphs of one kernel -------------------------------------------------------------------------
+
+/// A kernel of one-dimensional blocks in a grid of two dimensions, as the node of a graph.
+pub(crate) fn kernel_node(
+    function: sys::CUfunction,
+    [x, y]: [u32; 2],
+    threads: u32,
+    parameters: &mut [*mut c_void],
+) -> sys::CUDA_KERNEL_NODE_PARAMS_v2 {
+    sys::CUDA_KERNEL_NODE_PARAMS_v2 {
+        func: function,
+        gridDimX: x,
+        gridDimY: y,
+        gridDimZ: 1,
+        blockDimX: threads,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: 0,
+        kernelParams: parameters.as_mut_ptr(),
+        extra: ptr::null_mut(),
+        kern: ptr::null_mut(),
+        // The current one.
+        ctx: ptr::null_mut(),
+    }
+}
+
+/// A new graph without nodes.
+pub(crate) fn graph_create() -> Result<sys::CUgraph> {
+    let create = driver()?.graph_create;
+    let mut graph = ptr::null_mut();
+    // SAFETY: `graph` is a valid place.
+    check_driver(unsafe { create(&mut graph, 0) }, "cuGraphCreate")?;
+    Ok(graph)
+}
+
+/// # Safety
+///
+/// `graph` is one that [`graph_create`] gave, and is not used again, nor are its nodes.
+pub(crate) unsafe fn graph_destroy(graph: sys::CUgraph) -> Result<()> {
+    let destroy = driver()?.graph_destroy;
+    // SAFETY: the caller vouches for the graph.
+    check_driver(unsafe { destroy(graph) }, "cuGraphDestroy")
+}
+
+/// # Safety
+///
+/// `graph` is live and used by no other thread. `kernel`'s function is of the current context, and its parameters are
+/// each a valid address of a value of its type; they are copied ("CUDA Driver API, `cuGraphAddKernelNode`").
+pub(crate) unsafe fn graph_add_kernel(
+    graph: sys::CUgraph,
+    kernel: &sys::CUDA_KERNEL_NODE_PARAMS_v2,
+) -> Result<sys::CUgraphNode> {
+    let add = driver()?.graph_add_kernel;
+    let mut node = ptr::null_mut();
+    // SAFETY: `node` is a valid place, and no dependencies are none; the caller vouches for the rest.
+    let status = unsafe { add(&mut node, graph, ptr::null(), 0, kernel) };
+    check_driver(status, "cuGraphAddKernelNode")?;
+    Ok(node)
+}
+
+/// # Safety
+///
+/// `graph` is live and used by no other thread.
+pub(crate) unsafe fn graph_instantiate(graph: sys::CUgraph) -> Result<sys::CUgraphExec> {
+    let _relaxed = RelaxedCapture::begin();
+    let instantiate = driver()?.graph_instantiate;
+    let mut exec = ptr::null_mut();
+    // SAFETY: `exec` is a valid place, and the caller vouches for the graph.
+    check_driver(unsafe { instantiate(&mut exec, graph, 0) }, "cuGraphInstantiateWithFlags")?;
+    Ok(exec)
+}
+
+/// # Safety
+///
+/// `exec` is one that [`graph_instantiate`] gave, and is not used again. It may still be running: its memory goes when
+/// that is over ("CUDA Driver API, `cuGraphExecDestroy`").
+pub(crate) unsafe fn graph_exec_destroy(exec: sys::CUgraphExec) -> Result<()> {
+    let _relaxed = RelaxedCapture::begin();
+    let destroy = driver()?.graph_exec_destroy;
+    // SAFETY: the caller vouches for the graph.
+    check_driver(unsafe { destroy(exec) }, "cuGraphExecDestroy")
+}
+
+/// Sets what the next launches of a graph do; what was launched before stays as it was ("CUDA Driver API,
+/// `cuGraphExecKernelNodeSetParams`").
+///
+/// # Safety
+///
+/// `exec` is live, used by no other thread, and made of a graph that is live and has `node`; `kernel` is as for
+/// [`graph_add_kernel`].
+pub(crate) unsafe fn graph_set_kernel(
+    exec: sys::CUgraphExec,
+    node: sys::CUgraphNode,
+    kernel: &sys::CUDA_KERNEL_NODE_PARAMS_v2,
+) -> Result<()> {
+    let set = driver()?.graph_set_kernel;
+    // SAFETY: the caller vouches for everything.
+    check_driver(unsafe { set(exec, node, kernel) }, "cuGraphExecKernelNodeSetParams")
+}
+
+/// # Safety
+///
+/// `exec` is live and used by no other thread, `stream` is one of its context, and what its kernel does is as for
+/// [`memcpy`].
+pub(crate) unsafe fn graph_launch(exec: sys::CUgraphExec, stream: sys::cudaStream_t) -> Result<()> {
+    let launch = driver()?.graph_launch;
+    // SAFETY: the caller vouches for both.
+    check_driver(unsafe { launch(exec, stream) }, "cuGraphLaunch")
 }

@@ -9,7 +9,7 @@ use std::any::Any;
 use std::fmt;
 use std::mem;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
 
 use bitflags::bitflags;
 
@@ -17,6 +17,7 @@ use crate::device::{Context, Device, context};
 use crate::error::{Error, Result};
 use crate::event::{Event, EventFlags, EventHandle};
 use crate::fork;
+use crate::graph::KernelGraph;
 use crate::raw;
 use crate::sys;
 use crate::ticket::Tickets;
@@ -92,6 +93,8 @@ struct Inner {
 struct CudaStream {
     raw: sys::cudaStream_t,
     context: &'static Context,
+    /// Made by the first gather; `None` where the stream has to do without.
+    gather: OnceLock<Option<Mutex<KernelGraph>>>,
     ownership: Ownership,
 }
 
@@ -169,6 +172,7 @@ impl Stream {
                 Some(CudaStream {
                     raw: raw::stream_create(flags.bits(), options.priority)?,
                     context,
+                    gather: OnceLock::new(),
                     ownership: Ownership::Owned,
                 })
             }
@@ -207,8 +211,12 @@ impl Stream {
                 reason: "the per-thread stream is a different stream on each thread",
             });
         }
-        let cuda =
-            CudaStream { raw, context: context(ordinal)?, ownership: Ownership::Borrowed(owner) };
+        let cuda = CudaStream {
+            raw,
+            context: context(ordinal)?,
+            gather: OnceLock::new(),
+            ownership: Ownership::Borrowed(owner),
+        };
         Ok(Stream::of(device, Some(cuda), WaitPolicy::Spin))
     }
 
@@ -352,6 +360,22 @@ impl<'a> EnteredStream<'a> {
 
     pub(crate) fn raw(&self) -> sys::cudaStream_t {
         self.raw
+    }
+
+    /// The graph by which this stream's gathers are launched; `make` makes it, for the first one. `None` where the
+    /// stream has none, and where another thread is at it.
+    pub(crate) fn gather_graph(
+        &self,
+        make: impl FnOnce() -> Result<Option<KernelGraph>>,
+    ) -> Option<MutexGuard<'a, KernelGraph>> {
+        let place = &self.stream.0.cuda.as_ref()?.gather;
+        // It only makes launches cheaper: where it cannot be made, the launch does without.
+        let graph = place.get_or_init(|| make().ok().flatten().map(Mutex::new)).as_ref()?;
+        match graph.try_lock() {
+            Ok(graph) => Some(graph),
+            Err(TryLockError::Poisoned(poison)) => Some(poison.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// An error where what is sent to the stream would go into a graph instead of running.

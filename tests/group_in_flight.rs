@@ -616,7 +616,8 @@ fn a_copy_of_which_a_part_was_refused_counts_as_in_flight() {
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
     }
-    let mut it = Fixture::new(SIZES[0], device, OLD, 0);
+    // By copies.
+    let mut it = Fixture::new(SIZES[1], device, OLD, 0);
     let rows = it.rows(&[1, 3]);
     let gate = Gate::close(&it.stream);
     let sent = failing(c"cuMemcpyHtoDAsync", 2, || it.group.copy_to_gpu(&rows, &it.stream));

@@ -12,8 +12,8 @@ use std::ptr;
 use common::sim::{self, Limits};
 use common::{Foreign, Gate, all, device_bytes};
 use cpu_gpu_buffer::{
-    BufferGroup, BufferOptions, BufferPool, CpuGpuBuffer, Device, Error, GroupLayoutBuilder, Key,
-    Pinning, Result, Stream, sys,
+    BufferGroup, BufferOptions, BufferPool, CpuGpuBuffer, Device, Error, GroupLayoutBuilder,
+    HostFlags, Key, Pinning, Result, Stream, sys,
 };
 
 /// The smallest size of pieces.
@@ -248,43 +248,59 @@ fn members_of_a_group_may_lie_across_the_bounds_of_pieces() {
     // The fourth and the last lie across bounds.
     let sizes = [100, 3000, PIECE - 20_000, 50_000, 700, PIECE - 50_000, 40_000];
     let keys: [Key<u8>; 7] = sizes.map(|size| builder.add(size));
-    let mut group = BufferGroup::new(&builder.finish(), device).unwrap();
-    assert!(group.is_pinned() && sim::live()[1] == before[1] + 3);
+    let layout = builder.finish();
     let stream = Stream::new(device).unwrap();
-    group.gpu_on(&stream).unwrap();
-    // Short ones by one kernel, which looks at addresses; long ones by copies, which are cut; neighbours as one.
-    let (short, long, near) = ([0, 1, 3, 4, 6].as_slice(), [2, 5].as_slice(), [3, 4].as_slice());
-    let calls = [c"cuLaunchKernel", c"cuMemcpyHtoDAsync", c"cuMemcpyDtoHAsync"];
-    for (seed, (members, inset, launches, copies)) in
-        [(short, 3, 1, 0), (long, 1, 0, 2), (near, 0, 0, 2), (&[3, 6], 9, 0, 4)]
-            .into_iter()
-            .enumerate()
-    {
-        let rows = |member: &usize| inset..sizes[*member] - inset;
-        let selected: Vec<_> =
-            members.iter().map(|member| keys[*member].rows(rows(member))).collect();
-        for member in members {
-            let host = group.cpu_mut(keys[*member]).unwrap();
-            host.fill(0xee);
-            paint(&mut host[rows(member)], *member, seed);
-        }
-        sim::reset();
-        group.copy_to_gpu(&selected, &stream).unwrap();
-        assert_eq!(calls.map(sim::calls_of), [launches, copies, 0], "{members:?}");
-        for member in members {
-            group.cpu_mut(keys[*member]).unwrap().fill(0xee);
-        }
-        sim::reset();
-        group.copy_to_cpu(&selected, &stream).unwrap();
-        assert_eq!(calls.map(sim::calls_of), [launches, 0, copies], "{members:?}");
-        for member in members {
-            let host = group.cpu(keys[*member]).unwrap();
-            painted(&host[rows(member)], *member, seed);
-            let sides = [&host[..inset], &host[sizes[*member] - inset..]].concat();
-            assert!(sides.iter().all(|byte| *byte == 0xee), "{members:?}");
+    let all = HostFlags::all();
+    for host_flags in [all, all - HostFlags::MAPPED] {
+        let options = BufferOptions { host_flags, ..Default::default() };
+        let mut group = BufferGroup::with_options(&layout, device, options).unwrap();
+        assert!(group.is_pinned() && sim::live()[1] == before[1] + 3);
+        group.gpu_on(&stream).unwrap();
+        let kernel = host_flags == all;
+        for (seed, (members, inset, pieces, copies)) in [
+            // Short ones by one kernel, which looks at addresses, or by copies, which are cut.
+            ([0, 1, 3, 4, 6].as_slice(), 3, 5, 7),
+            (&[3, 6], 9, 2, 4),
+            // Long ones by copies; neighbours as one.
+            (&[2, 5], 1, 1, 2),
+            (&[3, 4], 0, 1, 2),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let rows = |member: &usize| inset..sizes[*member] - inset;
+            let selected: Vec<_> =
+                members.iter().map(|member| keys[*member].rows(rows(member))).collect();
+            for member in members {
+                let host = group.cpu_mut(keys[*member]).unwrap();
+                host.fill(0xee);
+                paint(&mut host[rows(member)], *member, seed);
+            }
+            let launched = kernel && pieces > 1;
+            let (launches, copies) = if launched { (1, 0) } else { (0, copies) };
+            let calls = || {
+                let launches = sim::calls_of(c"cuGraphLaunch") + sim::calls_of(c"cuLaunchKernel");
+                let copies = [c"cuMemcpyHtoDAsync", c"cuMemcpyDtoHAsync"].map(sim::calls_of);
+                (launches, copies)
+            };
+            sim::reset();
+            group.copy_to_gpu(&selected, &stream).unwrap();
+            assert_eq!(calls(), (launches, [copies, 0]), "{members:?}");
+            for member in members {
+                group.cpu_mut(keys[*member]).unwrap().fill(0xee);
+            }
+            sim::reset();
+            group.copy_to_cpu(&selected, &stream).unwrap();
+            assert_eq!(calls(), (launches, [0, copies]), "{members:?}");
+            for member in members {
+                let host = group.cpu(keys[*member]).unwrap();
+                painted(&host[rows(member)], *member, seed);
+                let sides = [&host[..inset], &host[sizes[*member] - inset..]].concat();
+                assert!(sides.iter().all(|byte| *byte == 0xee), "{members:?}");
+            }
         }
     }
-    drop((group, stream));
+    drop(stream);
     assert_eq!(sim::live(), before);
 }
 

@@ -63,7 +63,7 @@ impl Racer {
     fn gather(&self) {
         let function = gather();
         let (mut to, mut from) = (self.gpu, self.host);
-        let mut pieces = [[0u64; 2]; 16];
+        let mut pieces = [[0u64; 2]; 32];
         pieces[0] = [0, 1];
         pieces[1] = [1, BYTES as u64 - 1];
         let mut parameters: [*mut c_void; 3] =
@@ -71,7 +71,7 @@ impl Racer {
         let launch: sys::PFN_cuLaunchKernel_v4000 = entry(c"cuLaunchKernel");
         let (launch, parameters) = (launch.unwrap(), parameters.as_mut_ptr());
         let none = std::ptr::null_mut();
-        // SAFETY: the parameters are those of `cgb_gather_16`, as many bytes on both sides.
+        // SAFETY: the parameters are those of `cgb_gather_32`, as many bytes on both sides.
         let status =
             unsafe { launch(function, 1, 2, 1, 256, 1, 1, 0, self.stream, parameters, none) };
         assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
@@ -142,7 +142,7 @@ fn gather() -> sys::CUfunction {
     let status = unsafe { load.unwrap()(&mut module, image.as_ptr().cast()) };
     assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
     // SAFETY: the module was just loaded.
-    let status = unsafe { get.unwrap()(&mut function, module, c"cgb_gather_16".as_ptr()) };
+    let status = unsafe { get.unwrap()(&mut function, module, c"cgb_gather_32".as_ptr()) };
     assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
     function
 }

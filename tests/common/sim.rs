@@ -111,10 +111,10 @@ pub fn injected_releases() -> u64 {
     function::<extern "C" fn() -> u64>(c"cudart_sim_injected_releases")()
 }
 
-/// Device allocations, pinned pieces, streams and events that live.
-pub fn live() -> [i64; 4] {
+/// Device allocations, pinned pieces, streams, events and graphs that live.
+pub fn live() -> [i64; 5] {
     let live: extern "C" fn(usize) -> i64 = function(c"cudart_sim_live");
-    [0, 1, 2, 3].map(|kind| live(kind))
+    [0, 1, 2, 3, 4].map(|kind| live(kind))
 }
 
 /// What is pinned now, in bytes.

@@ -244,8 +244,15 @@ pub unsafe extern "C" fn cudart_sim_calls(function: *const c_char) -> u64 {
 }
 
 /// The calls that give something back, and of which a failing one leaves it behind.
-const RELEASES: [&str; 5] =
-    ["cudaFree", "cudaFreeHost", "cudaHostUnregister", "cudaEventDestroy", "cudaStreamDestroy"];
+const RELEASES: [&str; 7] = [
+    "cudaFree",
+    "cudaFreeHost",
+    "cudaHostUnregister",
+    "cudaEventDestroy",
+    "cudaStreamDestroy",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+];
 
 /// The calls that give something back and were made to fail since the reset, or met a broken context.
 #[unsafe(no_mangle)]
@@ -259,16 +266,17 @@ pub extern "C" fn cudart_sim_injected() -> u64 {
     control(|control| control.injected)
 }
 
-/// Things that live, by kind: device memory, pinned memory, streams, events.
+/// Things that live, by kind: device memory, pinned memory, streams, events, graphs and what is instantiated of them.
 #[derive(Clone, Copy)]
 pub(crate) enum Kind {
     Device,
     Pinned,
     Stream,
     Event,
+    Graph,
 }
 
-static LIVE: [AtomicI64; 4] = [const { AtomicI64::new(0) }; 4];
+static LIVE: [AtomicI64; 5] = [const { AtomicI64::new(0) }; 5];
 
 pub(crate) fn born(kind: Kind) {
     LIVE[kind as usize].fetch_add(1, Ordering::SeqCst);
@@ -278,7 +286,7 @@ pub(crate) fn died(kind: Kind) {
     LIVE[kind as usize].fetch_sub(1, Ordering::SeqCst);
 }
 
-/// How many of a kind live: 0 device allocations, 1 pinned pieces of host memory, 2 streams, 3 events.
+/// How many of a kind live: 0 device allocations, 1 pinned pieces of host memory, 2 streams, 3 events, 4 graphs.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_live(kind: usize) -> i64 {
     LIVE.get(kind).map_or(-1, |live| live.load(Ordering::SeqCst))

@@ -16,10 +16,10 @@ use cudart_sys::{
 };
 
 use crate::stream::Stream;
-use crate::{Result, Status, context, control, memory, put, runtime, stream};
+use crate::{Result, Status, context, control, graph, memory, put, runtime, stream};
 
 /// Counts a call of the driver's and may make it fail; unlike the runtime's, it leaves no last error.
-fn call(name: &'static str, body: impl FnOnce() -> Result) -> CUresult {
+pub(crate) fn call(name: &'static str, body: impl FnOnce() -> Result) -> CUresult {
     CUresult(control::run(name, body).map_or(0, |status| status.0))
 }
 
@@ -112,7 +112,7 @@ const KERNELS: [&CStr; 8] = [
     c"cgb_fill_long",
     c"cgb_repeat1",
     c"cgb_repeat16",
-    c"cgb_gather_16",
+    c"cgb_gather_32",
     c"cgb_gather_224",
 ];
 
@@ -160,87 +160,107 @@ unsafe extern "C" fn launch(
 ) -> CUresult {
     call("cuLaunchKernel", || {
         // A launch wants the context of its stream.
-        let device = context::current().ok_or(Status::cudaErrorDeviceUninitialized)?;
-        context::sticky(device).map_or(Ok(()), Err)?;
+        let device = current()?;
         let on = stream::stream(on.addr())?;
         if on.device != device {
             return Err(Status::cudaErrorInvalidResourceHandle);
         }
-        // CUDA C++ Programming Guide, "Compute Capabilities": the most blocks of a grid, and threads of a block.
-        if !(1..=i32::MAX as u32).contains(&blocks) || !(1..=1024).contains(&threads) {
-            return Err(Status::cudaErrorInvalidValue);
-        }
-        let grid = Grid { blocks: blocks as usize, threads: threads as usize };
-        let number = (function.addr() / 16).wrapping_sub(1);
-        let name = KERNELS.get(number).ok_or(Status::cudaErrorInvalidResourceHandle)?;
-        // SAFETY: the caller vouches for the kernel's parameters, of these types.
-        let word = |number| unsafe { parameter::<usize>(parameters, number) };
-        match name.to_bytes() {
-            b"gate" => {
-                let flag = word(0);
+        // SAFETY: the caller vouches for the parameters.
+        let kernel = unsafe { kernel(function, [blocks, blocks_y], threads, parameters) }?;
+        kernel(&on)
+    })
+}
+
+/// A kernel with its parameters, ready to be sent to a stream.
+pub(crate) type Kernel = Arc<dyn Fn(&Arc<Stream>) -> Result + Send + Sync>;
+
+/// # Safety
+///
+/// `parameters` are those of the function.
+pub(crate) unsafe fn kernel(
+    function: CUfunction,
+    [blocks, columns]: [c_uint; 2],
+    threads: c_uint,
+    parameters: *mut *mut c_void,
+) -> Result<Kernel> {
+    // CUDA C++ Programming Guide, "Compute Capabilities": the most blocks of a grid, and threads of a block.
+    if !(1..=i32::MAX as u32).contains(&blocks) || !(1..=1024).contains(&threads) {
+        return Err(Status::cudaErrorInvalidValue);
+    }
+    let grid = Grid { blocks: blocks as usize, threads: threads as usize };
+    let number = (function.addr() / 16).wrapping_sub(1);
+    let name = KERNELS.get(number).ok_or(Status::cudaErrorInvalidResourceHandle)?;
+    // SAFETY: the caller vouches for the kernel's parameters, of these types.
+    let word = |number| unsafe { parameter::<usize>(parameters, number) };
+    Ok(match name.to_bytes() {
+        b"gate" => {
+            let flag = word(0);
+            Arc::new(move |on| {
+                let device = on.device;
                 on.enqueue(move || gate(flag, device)).map(drop)
-            }
-            b"store" => {
-                let (to, count) = (word(0), word(1));
+            })
+        }
+        b"store" => {
+            let (to, count) = (word(0), word(1));
+            // SAFETY: as above.
+            let value: u32 = unsafe { parameter(parameters, 2) };
+            Arc::new(move |on| repeat(to, count * 4, value.to_ne_bytes().to_vec(), on))
+        }
+        name @ (b"cgb_fill_short" | b"cgb_fill_long") => {
+            let (to, bytes) = (word(0), word(1));
+            // SAFETY: as above.
+            let period: u32 = unsafe { parameter(parameters, 2) };
+            let pattern = if name == b"cgb_fill_short" {
                 // SAFETY: as above.
-                let value: u32 = unsafe { parameter(parameters, 2) };
-                repeat(to, count * 4, value.to_ne_bytes().to_vec(), &on)
-            }
-            name @ (b"cgb_fill_short" | b"cgb_fill_long") => {
-                let (to, bytes) = (word(0), word(1));
+                unsafe { parameter::<[[u8; 16]; 16]>(parameters, 3) }.to_vec()
+            } else {
                 // SAFETY: as above.
-                let period: u32 = unsafe { parameter(parameters, 2) };
-                let pattern = if name == b"cgb_fill_short" {
-                    // SAFETY: as above.
-                    unsafe { parameter::<[[u8; 16]; 16]>(parameters, 3) }.to_vec()
-                } else {
-                    // SAFETY: as above.
-                    unsafe { parameter::<[[u8; 16]; 224]>(parameters, 3) }.to_vec()
-                };
-                let period = pattern[..period as usize].to_vec();
-                let head = to.next_multiple_of(16) - to;
-                kernel(to, bytes, &on, move |range| grid.fill(range, head, &period))
-            }
-            name @ (b"cgb_gather_16" | b"cgb_gather_224") => {
-                let (to, from) = (word(0), word(1));
-                let pieces = if name == b"cgb_gather_16" {
-                    // SAFETY: as above.
-                    unsafe { parameter::<[[u64; 2]; 16]>(parameters, 2) }.to_vec()
-                } else {
-                    // SAFETY: as above.
-                    unsafe { parameter::<[[u64; 2]; 224]>(parameters, 2) }.to_vec()
-                };
-                gather(to, from, pieces, blocks_y as usize, &on)
-            }
-            name => {
-                let width = if name == b"cgb_repeat16" { 16 } else { 1 };
-                let (to, bytes, period) = (word(0), word(1), word(2));
+                unsafe { parameter::<[[u8; 16]; 224]>(parameters, 3) }.to_vec()
+            };
+            let period = pattern[..period as usize].to_vec();
+            let head = to.next_multiple_of(16) - to;
+            Arc::new(move |on| {
+                let period = period.clone();
+                on_range(to, bytes, on, move |range| grid.fill(range, head, &period))
+            })
+        }
+        name @ (b"cgb_gather_32" | b"cgb_gather_224") => {
+            let (to, from) = (word(0), word(1));
+            let mut pieces = if name == b"cgb_gather_32" {
                 // SAFETY: as above.
-                let columns: u32 = unsafe { parameter(parameters, 3) };
-                let head = to.next_multiple_of(width) - to;
-                kernel(to, bytes, &on, move |range| {
+                unsafe { parameter::<[[u64; 2]; 32]>(parameters, 2) }.to_vec()
+            } else {
+                // SAFETY: as above.
+                unsafe { parameter::<[[u64; 2]; 224]>(parameters, 2) }.to_vec()
+            };
+            // A column of blocks for each piece.
+            if !(1..=pieces.len()).contains(&(columns as usize)) {
+                return Err(Status::cudaErrorInvalidValue);
+            }
+            pieces.truncate(columns as usize);
+            Arc::new(move |on| gather(to, from, pieces.clone(), on))
+        }
+        name => {
+            let width = if name == b"cgb_repeat16" { 16 } else { 1 };
+            let (to, bytes, period) = (word(0), word(1), word(2));
+            // SAFETY: as above.
+            let columns: u32 = unsafe { parameter(parameters, 3) };
+            let head = to.next_multiple_of(width) - to;
+            Arc::new(move |on| {
+                on_range(to, bytes, on, move |range| {
                     grid.repeat(range, head, period, width, columns as usize);
                 })
-            }
+            })
         }
     })
 }
 
-/// Copies the pieces that the grid has a column for, between device memory and pinned host memory.
-fn gather(
-    to: usize,
-    from: usize,
-    pieces: Vec<[u64; 2]>,
-    columns: usize,
-    on: &Arc<Stream>,
-) -> Result {
-    if !(1..=65_535).contains(&columns) || columns > pieces.len() {
-        return Err(Status::cudaErrorInvalidValue);
-    }
+/// Copies pieces between device memory and pinned host memory. One of no bytes is not looked at.
+fn gather(to: usize, from: usize, pieces: Vec<[u64; 2]>, on: &Arc<Stream>) -> Result {
     let device = on.device;
     let queued = on.enqueue(move || {
-        for [offset, bytes] in pieces[..columns].iter().map(|piece| piece.map(|word| word as usize))
-        {
+        let pieces = pieces.iter().map(|piece| piece.map(|word| word as usize));
+        for [offset, bytes] in pieces.filter(|[_, bytes]| *bytes > 0) {
             let (to, from) = (to + offset, from + offset);
             let up = memory::is_device(to, bytes);
             let (host, gpu) = if up { (from, to) } else { (to, from) };
@@ -305,7 +325,7 @@ impl Grid {
 }
 
 /// Runs a kernel on a range, in stream order.
-fn kernel(
+fn on_range(
     to: usize,
     bytes: usize,
     on: &Arc<Stream>,
@@ -344,7 +364,7 @@ fn illegal(done: Option<()>, device: usize) {
 
 /// Writes `period` over and over, in stream order.
 fn repeat(to: usize, bytes: usize, period: Vec<u8>, on: &Arc<Stream>) -> Result {
-    kernel(to, bytes, on, move |range| {
+    on_range(to, bytes, on, move |range| {
         for piece in range.chunks_mut(period.len()) {
             piece.copy_from_slice(&period[..piece.len()]);
         }
@@ -393,7 +413,7 @@ unsafe extern "C" fn memset_d32(
 // exchanging the mode wants none ("CUDA Driver API", of each).
 
 /// Some context is current, and it is not broken.
-fn current() -> Result<usize> {
+pub(crate) fn current() -> Result<usize> {
     let device = context::current().ok_or(Status::cudaErrorDeviceUninitialized)?;
     context::sticky(device).map_or(Ok(device), Err)
 }
@@ -508,6 +528,6 @@ pub(crate) fn entry_point(name: &CStr) -> *const c_void {
         b"cuEventRecord" => event_record as *const c_void,
         b"cuEventQuery" => event_query as *const c_void,
         b"cuEventSynchronize" => event_synchronize as *const c_void,
-        _ => ptr::null(),
+        name => graph::entry_point(name),
     }
 }

@@ -19,6 +19,7 @@
 //! |---|---|
 //! | `runtime.rs` | the functions of the runtime, one by one |
 //! | `driver.rs` | the driver's functions that come through `cudaGetDriverEntryPoint`, and the kernels |
+//! | `graph.rs` | graphs of one kernel |
 //! | `stream.rs` | streams as threads, events, capture |
 //! | `memory.rs` | device memory and pinned memory |
 //! | `context.rs` | devices, contexts, the thread's current one, errors that stick |
@@ -27,6 +28,7 @@
 mod context;
 mod control;
 mod driver;
+mod graph;
 mod memory;
 mod runtime;
 mod stream;

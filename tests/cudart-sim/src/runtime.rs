@@ -120,12 +120,17 @@ fn fill(to: usize, value: c_int, bytes: usize, on: cudaStream_t) -> Result {
     driver::fill(to, value as u8, bytes, &stream::stream(on.addr())?)
 }
 
-fn create_stream(place: *mut cudaStream_t, flags: c_uint) -> Result {
+/// As an H100 has it; the least is 0.
+const GREATEST_PRIORITY: c_int = -5;
+
+fn create_stream(place: *mut cudaStream_t, flags: c_uint, priority: c_int) -> Result {
     context::bind()?;
     if flags > 1 {
         return Err(Status::cudaErrorInvalidValue);
     }
-    let handle = stream::create(context::current_device(), flags == 1);
+    // It is brought into the range ("CUDA Runtime API, `cudaStreamCreateWithPriority`").
+    let priority = priority.clamp(GREATEST_PRIORITY, 0);
+    let handle = stream::create(context::current_device(), flags == 1, priority);
     put(place, ptr::without_provenance_mut(handle))
 }
 
@@ -157,7 +162,7 @@ export! {
     fn cudaDeviceGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
         context::bind()?;
         put(least, 0)?;
-        put(greatest, -5)
+        put(greatest, GREATEST_PRIORITY)
     }
     fn cudaDeviceSynchronize() {
         prohibited()?;
@@ -253,10 +258,10 @@ export! {
     }
 
     fn cudaStreamCreateWithFlags(place: *mut cudaStream_t, flags: c_uint) {
-        create_stream(place, flags)
+        create_stream(place, flags, 0)
     }
-    fn cudaStreamCreateWithPriority(place: *mut cudaStream_t, flags: c_uint, _priority: c_int) {
-        create_stream(place, flags)
+    fn cudaStreamCreateWithPriority(place: *mut cudaStream_t, flags: c_uint, priority: c_int) {
+        create_stream(place, flags, priority)
     }
     fn cudaStreamDestroy(on: cudaStream_t) {
         context::bind().inspect_err(|_| stream::give_up(on.addr()))?;
@@ -268,8 +273,7 @@ export! {
     }
     fn cudaStreamGetPriority(on: cudaStream_t, place: *mut c_int) {
         context::bind()?;
-        stream::stream(on.addr())?;
-        put(place, 0)
+        put(place, stream::stream(on.addr())?.priority)
     }
     fn cudaStreamSynchronize(on: cudaStream_t) {
         prohibited()?;

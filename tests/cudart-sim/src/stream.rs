@@ -21,6 +21,7 @@ pub(crate) struct Stream {
     pub(crate) device: usize,
     /// Does not wait for the legacy stream, nor the legacy stream for it.
     pub(crate) non_blocking: bool,
+    pub(crate) priority: i32,
     queue: Mutex<Queue>,
     moved: Condvar,
 }
@@ -59,7 +60,7 @@ impl Point {
         context::sticky(self.stream.device).map_or(Ok(()), Err)
     }
 
-    fn wait(&self) {
+    pub(crate) fn wait(&self) {
         let mut queue = self.stream.queue();
         while queue.done < self.position {
             self.stream.moved.wait(&mut queue);
@@ -68,10 +69,11 @@ impl Point {
 }
 
 impl Stream {
-    pub(crate) fn new(device: usize, non_blocking: bool) -> Arc<Stream> {
+    pub(crate) fn new(device: usize, non_blocking: bool, priority: i32) -> Arc<Stream> {
         let stream = Arc::new(Stream {
             device,
             non_blocking,
+            priority,
             queue: Mutex::default(),
             moved: Condvar::new(),
         });
@@ -136,7 +138,7 @@ impl Stream {
     }
 
     /// Behind everything that was queued so far.
-    fn end(self: &Arc<Self>) -> Point {
+    pub(crate) fn end(self: &Arc<Self>) -> Point {
         Point { stream: Arc::clone(self), position: self.queue().submitted }
     }
 
@@ -208,14 +210,14 @@ fn handles() -> MutexGuard<'static, Handles> {
 }
 
 /// Handles are numbers that are never used again, so that a stale one is found out.
-fn next_handle() -> usize {
+pub(crate) fn next_handle() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0x1_0000);
     NEXT.fetch_add(16, Ordering::Relaxed)
 }
 
-pub(crate) fn create(device: usize, non_blocking: bool) -> usize {
+pub(crate) fn create(device: usize, non_blocking: bool, priority: i32) -> usize {
     let handle = next_handle();
-    handles().streams.insert(handle, Stream::new(device, non_blocking));
+    handles().streams.insert(handle, Stream::new(device, non_blocking, priority));
     control::born(Kind::Stream);
     handle
 }
@@ -244,7 +246,7 @@ pub(crate) fn stream(handle: usize) -> Result<Arc<Stream>> {
     }
     let device = context::current_device();
     let mut handles = handles();
-    let legacy = handles.legacy.entry(device).or_insert_with(|| Stream::new(device, false));
+    let legacy = handles.legacy.entry(device).or_insert_with(|| Stream::new(device, false, 0));
     Ok(Arc::clone(legacy))
 }
 

@@ -1,0 +1,181 @@
+//! Graphs of one kernel: made, instantiated, set and launched ("CUDA Driver API, Graph Management").
+
+use std::collections::BTreeMap;
+use std::ffi::{c_uint, c_ulonglong, c_void};
+use std::ptr;
+
+use cudart_sys::{
+    CUDA_KERNEL_NODE_PARAMS_v2, CUgraph, CUgraphExec, CUgraphNode, CUresult, CUstream,
+};
+use parking_lot::Mutex;
+
+use crate::control::{self, Kind};
+use crate::driver::{Kernel, call, current, kernel};
+use crate::stream::{Point, next_handle, prohibited, stream};
+use crate::{Result, Status, context, put};
+
+/// By their handles, which are also those of their nodes.
+static GRAPHS: Mutex<BTreeMap<usize, Option<Parameters>>> = Mutex::new(BTreeMap::new());
+static EXECS: Mutex<BTreeMap<usize, Exec>> = Mutex::new(BTreeMap::new());
+
+/// What a node says; the kernel's own parameters are copied when it is added or set.
+type Parameters = (Kernel, usize);
+
+struct Exec {
+    node: usize,
+    kernel: Kernel,
+    device: usize,
+    /// It runs once at a time ("CUDA Driver API, `cuGraphLaunch`").
+    last: Option<Point>,
+}
+
+/// # Safety
+///
+/// As for [`kernel`].
+unsafe fn parameters(node: *const CUDA_KERNEL_NODE_PARAMS_v2) -> Result<Parameters> {
+    if node.is_null() {
+        return Err(Status::cudaErrorInvalidValue);
+    }
+    // SAFETY: not null, and the caller of a C function passes valid places.
+    let node = unsafe { node.read() };
+    let grid = [node.gridDimX, node.gridDimY];
+    // SAFETY: the caller vouches for the parameters.
+    let kernel = unsafe { kernel(node.func, grid, node.blockDimX, node.kernelParams) }?;
+    // No context is the current one.
+    match node.ctx.is_null() {
+        true => Ok((kernel, current()?)),
+        false => Err(Status::cudaErrorInvalidValue),
+    }
+}
+
+unsafe extern "C" fn create(place: *mut CUgraph, flags: c_uint) -> CUresult {
+    call("cuGraphCreate", || {
+        current()?;
+        if flags != 0 {
+            return Err(Status::cudaErrorInvalidValue);
+        }
+        let handle = next_handle();
+        GRAPHS.lock().insert(handle, None);
+        control::born(Kind::Graph);
+        put(place, ptr::without_provenance_mut(handle))
+    })
+}
+
+unsafe extern "C" fn destroy(graph: CUgraph) -> CUresult {
+    call("cuGraphDestroy", || {
+        let graph = GRAPHS.lock().remove(&graph.addr());
+        graph.ok_or(Status::cudaErrorInvalidValue)?;
+        control::died(Kind::Graph);
+        Ok(())
+    })
+}
+
+unsafe extern "C" fn add_kernel(
+    place: *mut CUgraphNode,
+    graph: CUgraph,
+    _dependencies: *const CUgraphNode,
+    count: usize,
+    node: *const CUDA_KERNEL_NODE_PARAMS_v2,
+) -> CUresult {
+    call("cuGraphAddKernelNode", || {
+        // SAFETY: the caller vouches for the node.
+        let parameters = unsafe { parameters(node) }?;
+        let mut graphs = GRAPHS.lock();
+        let known = graphs.get_mut(&graph.addr()).ok_or(Status::cudaErrorInvalidValue)?;
+        if count > 0 || known.is_some() {
+            return Err(Status::cudaErrorNotSupported);
+        }
+        *known = Some(parameters);
+        put(place, ptr::without_provenance_mut(graph.addr()))
+    })
+}
+
+unsafe extern "C" fn instantiate(
+    place: *mut CUgraphExec,
+    graph: CUgraph,
+    flags: c_ulonglong,
+) -> CUresult {
+    call("cuGraphInstantiateWithFlags", || {
+        // It allocates.
+        prohibited(context::capture_mode())?;
+        let graph = graph.addr();
+        let known = GRAPHS.lock().get(&graph).cloned().ok_or(Status::cudaErrorInvalidValue)?;
+        if flags != 0 {
+            return Err(Status::cudaErrorInvalidValue);
+        }
+        let (kernel, device) = known.ok_or(Status::cudaErrorNotSupported)?;
+        context::sticky(device).map_or(Ok(()), Err)?;
+        let handle = next_handle();
+        EXECS.lock().insert(handle, Exec { node: graph, kernel, device, last: None });
+        control::born(Kind::Graph);
+        put(place, ptr::without_provenance_mut(handle))
+    })
+}
+
+unsafe extern "C" fn exec_destroy(exec: CUgraphExec) -> CUresult {
+    call("cuGraphExecDestroy", || {
+        prohibited(context::capture_mode())?;
+        let exec = EXECS.lock().remove(&exec.addr());
+        exec.ok_or(Status::cudaErrorInvalidValue)?;
+        control::died(Kind::Graph);
+        Ok(())
+    })
+}
+
+unsafe extern "C" fn set_kernel(
+    exec: CUgraphExec,
+    node: CUgraphNode,
+    parameters_of: *const CUDA_KERNEL_NODE_PARAMS_v2,
+) -> CUresult {
+    call("cuGraphExecKernelNodeSetParams", || {
+        // SAFETY: the caller vouches for the node.
+        let (kernel, device) = unsafe { parameters(parameters_of) }?;
+        // The node's graph has to live, too.
+        let lives = GRAPHS.lock().contains_key(&node.addr());
+        let mut execs = EXECS.lock();
+        let exec = execs.get_mut(&exec.addr()).ok_or(Status::cudaErrorInvalidValue)?;
+        if !lives || exec.node != node.addr() || exec.device != device {
+            return Err(Status::cudaErrorInvalidValue);
+        }
+        exec.kernel = kernel;
+        Ok(())
+    })
+}
+
+unsafe extern "C" fn launch(exec: CUgraphExec, on: CUstream) -> CUresult {
+    call("cuGraphLaunch", || {
+        let mut execs = EXECS.lock();
+        let exec = execs.get_mut(&exec.addr()).ok_or(Status::cudaErrorInvalidValue)?;
+        let on = stream(on.addr())?;
+        context::sticky(on.device).map_or(Ok(()), Err)?;
+        if let Some(last) = exec.last.take() {
+            on.enqueue(move || last.wait())?;
+        }
+        (exec.kernel)(&on)?;
+        exec.last = Some(on.end());
+        Ok(())
+    })
+}
+
+// The types are those of the driver's headers.
+const _: cudart_sys::PFN_cuGraphCreate_v10000 = Some(create);
+const _: cudart_sys::PFN_cuGraphDestroy_v10000 = Some(destroy);
+const _: cudart_sys::PFN_cuGraphAddKernelNode_v12000 = Some(add_kernel);
+const _: cudart_sys::PFN_cuGraphInstantiateWithFlags_v11040 = Some(instantiate);
+const _: cudart_sys::PFN_cuGraphExecDestroy_v10000 = Some(exec_destroy);
+const _: cudart_sys::PFN_cuGraphExecKernelNodeSetParams_v12000 = Some(set_kernel);
+const _: cudart_sys::PFN_cuGraphLaunch_v10000 = Some(launch);
+
+/// As [`driver::entry_point`](crate::driver::entry_point), for these.
+pub(crate) fn entry_point(name: &[u8]) -> *const c_void {
+    match name {
+        b"cuGraphCreate" => create as *const c_void,
+        b"cuGraphDestroy" => destroy as *const c_void,
+        b"cuGraphAddKernelNode" => add_kernel as *const c_void,
+        b"cuGraphInstantiateWithFlags" => instantiate as *const c_void,
+        b"cuGraphExecDestroy" => exec_destroy as *const c_void,
+        b"cuGraphExecKernelNodeSetParams" => set_kernel as *const c_void,
+        b"cuGraphLaunch" => launch as *const c_void,
+        _ => ptr::null(),
+    }
+}
