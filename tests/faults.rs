@@ -663,6 +663,7 @@ fn sweep(
         let unknown = if drops(&what) && injected > released { 2 } else { 0 };
         let left = left(before);
         assert!((0..=excused + unknown).contains(&left), "{what}: {left} things are left behind");
+        sim::leave_behind();
     }
     unreachable!()
 }
@@ -756,6 +757,7 @@ fn break_each(what: &str, operation: Operation, state: State, mended: bool) -> u
             (0..=refused + unknown).contains(&left),
             "{what}: {left} things, {refused} refused"
         );
+        sim::leave_behind();
     }
     unreachable!()
 }

@@ -57,6 +57,11 @@ pub fn heal() {
     function::<extern "C" fn()>(c"cudart_sim_heal")();
 }
 
+/// The host memory that is pinned now is nobody's any more, and [`heal`] looks at it no more.
+pub fn leave_behind() {
+    function::<extern "C" fn()>(c"cudart_sim_leave_behind")();
+}
+
 /// A call that is held back at its beginning, before it has done anything.
 pub struct Held(());
 

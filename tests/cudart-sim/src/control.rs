@@ -192,12 +192,19 @@ unsafe fn name(text: *const c_char) -> Option<String> {
 }
 
 /// No call fails any more, and a broken context works again. Ends the program if host memory was unmapped that
-/// is still pinned.
+/// is still pinned, unless it was left behind.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_heal() {
     control(|control| control.fault = None);
     context::mend();
     memory::check_pinned();
+}
+
+/// The host memory that is pinned now stays so, and is nobody's any more: what is left behind by many faults costs
+/// time at each look.
+#[unsafe(no_mangle)]
+pub extern "C" fn cudart_sim_leave_behind() {
+    memory::leave_behind();
 }
 
 /// Holds back the next call of a function, before it is counted and does anything.

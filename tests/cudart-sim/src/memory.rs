@@ -23,12 +23,21 @@ struct Allocation {
     backing: usize,
 }
 
+/// A piece of pinned host memory.
+struct Piece {
+    bytes: usize,
+    /// Whether this library allocated it.
+    ours: bool,
+    /// Nobody is going to touch it any more.
+    left_behind: bool,
+}
+
 struct Memory {
     device: BTreeMap<usize, Allocation>,
     /// Device memory that was given back, by address: touching it is a violation, not an error.
     gone: BTreeMap<usize, usize>,
-    /// Pinned host memory by address: its bytes, and whether this library allocated it.
-    pinned: BTreeMap<usize, (usize, bool)>,
+    /// Pinned host memory by address.
+    pinned: BTreeMap<usize, Piece>,
     /// Memory that was given back while the context was broken: it stays, and is nobody's any more.
     given_up: BTreeSet<usize>,
     limit_device: usize,
@@ -63,8 +72,13 @@ impl Memory {
         }
     }
 
+    fn pin(&mut self, address: usize, bytes: usize, ours: bool) {
+        self.pinned.insert(address, Piece { bytes, ours, left_behind: false });
+        control::born(Kind::Pinned);
+    }
+
     fn pinned_bytes(&self) -> usize {
-        self.pinned.values().map(|(bytes, _)| bytes).sum()
+        self.pinned.values().map(|piece| piece.bytes).sum()
     }
 }
 
@@ -96,13 +110,19 @@ fn is_mapped(address: usize, bytes: usize) -> bool {
     unsafe { libc::msync(at(begin).cast(), room, libc::MS_ASYNC) == 0 }
 }
 
-/// Ends the program where memory is pinned that is not there any more.
+/// Ends the program where memory is pinned that is not there any more. What was left behind is not looked at.
 pub(crate) fn check_pinned() {
     memory(|memory| {
-        if memory.pinned.iter().any(|(address, (bytes, _))| !is_mapped(*address, *bytes)) {
+        let mut watched = memory.pinned.iter().filter(|(_, piece)| !piece.left_behind);
+        if watched.any(|(address, piece)| !is_mapped(*address, piece.bytes)) {
             control::violation("host memory was unmapped while it was pinned");
         }
     });
+}
+
+/// What is pinned now is nobody's any more.
+pub(crate) fn leave_behind() {
+    memory(|memory| memory.pinned.values_mut().for_each(|piece| piece.left_behind = true));
 }
 
 pub(crate) fn pinned_bytes() -> usize {
@@ -218,8 +238,7 @@ pub(crate) fn allocate_pinned(bytes: usize) -> Result<usize> {
         let address = pages(room, writable).ok_or(Status::cudaErrorMemoryAllocation)?;
         // SAFETY: a mapping of our own.
         unsafe { ptr::write_bytes(at(address), GARBAGE, room) };
-        memory.pinned.insert(address, (room, true));
-        control::born(Kind::Pinned);
+        memory.pin(address, room, true);
         Ok(address)
     })
 }
@@ -228,8 +247,8 @@ pub(crate) fn free_pinned(address: usize) -> Result {
     memory(|memory| {
         memory.not_given_up(address);
         match memory.pinned.get(&address) {
-            Some((bytes, true)) => {
-                unmap(address, *bytes);
+            Some(piece) if piece.ours => {
+                unmap(address, piece.bytes);
                 memory.pinned.remove(&address);
                 control::died(Kind::Pinned);
                 Ok(())
@@ -247,7 +266,7 @@ pub(crate) fn register(address: usize, bytes: usize) -> Result {
     memory(|memory| {
         let end = address + bytes;
         let overlaps =
-            memory.pinned.iter().any(|(at, (bytes, _))| *at < end && address < at + bytes);
+            memory.pinned.iter().any(|(at, piece)| *at < end && address < at + piece.bytes);
         if overlaps {
             return Err(Status::cudaErrorHostMemoryAlreadyRegistered);
         }
@@ -255,8 +274,7 @@ pub(crate) fn register(address: usize, bytes: usize) -> Result {
         if bytes > room.min(memory.limit_registration) {
             return Err(Status::cudaErrorMemoryAllocation);
         }
-        memory.pinned.insert(address, (bytes, false));
-        control::born(Kind::Pinned);
+        memory.pin(address, bytes, false);
         Ok(())
     })
 }
@@ -265,8 +283,8 @@ pub(crate) fn unregister(address: usize) -> Result {
     memory(|memory| {
         memory.not_given_up(address);
         match memory.pinned.get(&address) {
-            Some((bytes, false)) => {
-                if !is_mapped(address, *bytes) {
+            Some(piece) if !piece.ours => {
+                if !is_mapped(address, piece.bytes) {
                     control::violation("host memory was unmapped before it was unregistered");
                 }
                 memory.pinned.remove(&address);
@@ -295,7 +313,7 @@ pub(crate) fn reached(address: usize, bytes: usize) -> bool {
         let (mut at, end) = (address, address + bytes);
         while at < end {
             match memory.pinned.range(..=at).next_back() {
-                Some((base, (length, _))) if base + length > at => at = base + length,
+                Some((base, piece)) if base + piece.bytes > at => at = base + piece.bytes,
                 _ => return false,
             }
         }
@@ -307,8 +325,8 @@ pub(crate) fn pinned(address: usize, bytes: usize) -> Pinned {
     memory(|memory| {
         let end = address + bytes;
         match memory.pinned.range(..end).next_back() {
-            Some((base, (length, _))) if base + length > address => {
-                match *base <= address && end <= base + length {
+            Some((base, piece)) if base + piece.bytes > address => {
+                match *base <= address && end <= base + piece.bytes {
                     true => Pinned::Whole,
                     false => Pinned::Partly,
                 }
