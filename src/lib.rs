@@ -33,6 +33,9 @@
 //! - `half`: `f16` and `bf16` elements.
 //! - `bindgen`: regenerates the CUDA bindings from the machine's own headers.
 
+// docs.rs says of each item which feature it needs.
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 mod buffer;
 mod device;
 mod device_memory;

@@ -15,7 +15,10 @@ fn main() -> cpu_gpu_buffer::Result<()> {
     buffer.cpu_mut()?.fill([9; 3]);
     buffer.copy_to_cpu(.., &stream)?;
     let (sent, rest) = buffer.cpu()?.split_at(3500);
-    assert!(sent.iter().all(|element| *element == [1, 2, 3]) && rest.iter().all(|element| *element == [0; 3]));
+    assert!(
+        sent.iter().all(|element| *element == [1, 2, 3])
+            && rest.iter().all(|element| *element == [0; 3])
+    );
     // Three bytes do not repeat in a word: the embedded kernel fills them.
     buffer.fill_gpu([4, 5, 6], &stream)?;
     buffer.copy_to_cpu(1.., &stream)?;
@@ -52,7 +55,11 @@ fn main() -> cpu_gpu_buffer::Result<()> {
     }
     ring.synchronize()?;
 
-    let runtime = sys::runtime().map_or_else(|_| "none".into(), |runtime| runtime.version().to_string());
-    println!("{device}, pinned: {}, CUDA runtime: {runtime}; every byte came back", buffer.is_pinned());
+    let runtime =
+        sys::runtime().map_or_else(|_| "none".into(), |runtime| runtime.version().to_string());
+    println!(
+        "{device}, pinned: {}, CUDA runtime: {runtime}; every byte came back",
+        buffer.is_pinned()
+    );
     Ok(())
 }
