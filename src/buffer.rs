@@ -115,6 +115,19 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Errors
     ///
     /// As for [`new`](Self::new), and [`Error::PinningUnavailable`] where pinning is required.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Error, Pinning};
+    ///
+    /// // Rather no buffer than one whose copies are staged.
+    /// let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
+    /// match CpuGpuBuffer::<f32>::with_options(1024, Device::auto(), options) {
+    ///     Ok(buffer) => assert!(buffer.is_pinned()),
+    ///     Err(Error::PinningUnavailable { bytes, .. }) => assert_eq!(bytes, 4096), // on the CPU, say
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn with_options(
         shape: impl Into<Shape>,
         device: Device,
@@ -329,6 +342,18 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// The rows of `from` are initialised memory of `stream`'s device (on the CPU, of the program), and
     /// nothing writes them until the copy has finished in stream order.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let theirs = [0.5f32, 1.5, 2.5, 3.5];
+    /// let mut ours = CpuGpuBuffer::<f32>::new([2, 2], Device::Cpu)?;
+    /// // SAFETY: `theirs` has 2 rows of 2 numbers, and nobody writes it.
+    /// unsafe { ours.copy_from_device_ptr(1.., theirs.as_ptr(), &stream) }?;
+    /// assert_eq!(ours.cpu()?, [0.0, 0.0, 2.5, 3.5]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub unsafe fn copy_from_device_ptr(
         &mut self,
         rows: impl RangeBounds<usize>,
@@ -365,6 +390,17 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Errors
     ///
     /// As for [`is_idle`](Self::is_idle).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut weights = CpuGpuBuffer::<f32>::new([1024, 64], stream.device())?;
+    /// weights.copy_to_gpu(.., &stream)?;
+    /// weights.synchronize()?;
+    /// assert!(weights.is_idle()? && weights.try_cpu_mut()?.is_some());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn synchronize(&self) -> Result<()> {
         self.storage.wait_for_all()
     }
@@ -401,6 +437,18 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Errors
     ///
     /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut slots = CpuGpuBuffer::<i64>::new([4, 2], Device::Cpu)?;
+    /// slots.fill_cpu(-1)?; // what kernels take for padding
+    /// slots.cpu_mut()?[..2].copy_from_slice(&[8, 9]);
+    /// slots.copy_to_gpu(.., &stream)?;
+    /// assert_eq!(slots.cpu()?[..4], [8, 9, -1, -1]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn fill_cpu(&mut self, value: T) -> Result<()> {
         self.cpu_mut()?.fill(value);
         Ok(())
@@ -442,6 +490,18 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Errors
     ///
     /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut counts = CpuGpuBuffer::<u32>::new(8, Device::Cpu)?;
+    /// counts.fill(5, &stream)?;
+    /// counts.zero(&stream)?;
+    /// assert_eq!(counts.cpu()?, [0; 8]);
+    /// assert_eq!(counts.gpu_on(&stream)?.as_host_slice(), Some(&[0; 8][..]));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn zero(&mut self, stream: &Stream) -> Result<()> {
         self.fill(T::zeroed(), stream)
     }
@@ -502,6 +562,17 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// The address of the device half, ordered with nothing, not even with its first zeroing: for graph
     /// capture, where [`gpu_on`](Self::gpu_on) was called before, and for logging. Null where
     /// there are no bytes. It changes only with a [`resize`](Self::resize) beyond all earlier sizes.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<f32>::new(256, Device::auto())?;
+    /// let captured = buffer.device_ptr();
+    /// buffer.resize(64)?;
+    /// buffer.resize([16, 16])?; // as large as it was
+    /// assert_eq!(buffer.device_ptr(), captured); // a graph that was captured with it is still good
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device_ptr(&self) -> *mut T {
         self.storage.gpu_ptr().cast()
     }
@@ -509,31 +580,80 @@ impl<T: Pod> CpuGpuBuffer<T> {
     // ---- what it is ----
 
     /// The dimensions, outermost first.
+    ///
+    /// ```
+    /// let mut buffer = cpu_gpu_buffer::CpuGpuBuffer::<u8>::new([2, 3], cpu_gpu_buffer::Device::Cpu)?;
+    /// assert_eq!(buffer.shape(), [2, 3]);
+    /// buffer.resize(7)?;
+    /// assert_eq!(buffer.shape(), [7]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn shape(&self) -> &[usize] {
         self.storage.shape().dims()
     }
 
     /// The number of elements of one half.
+    ///
+    /// ```
+    /// let buffer = cpu_gpu_buffer::CpuGpuBuffer::<[f32; 2]>::new([4, 5], cpu_gpu_buffer::Device::Cpu)?;
+    /// assert_eq!(buffer.numel(), 20); // of two numbers each
+    /// assert_eq!(buffer.cpu()?.len(), buffer.numel());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn numel(&self) -> usize {
         self.storage.numel()
     }
 
     /// The bytes of one half.
+    ///
+    /// ```
+    /// let buffer = cpu_gpu_buffer::CpuGpuBuffer::<f64>::new([4, 5], cpu_gpu_buffer::Device::Cpu)?;
+    /// assert_eq!(buffer.nbytes(), 4 * 5 * 8); // pinned, and as many on the device
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn nbytes(&self) -> usize {
         self.storage.bytes()
     }
 
     /// The device of the device half.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let buffer = CpuGpuBuffer::<u8>::new(16, Device::auto())?;
+    /// let stream = Stream::new(buffer.device())?; // one that the buffer takes
+    /// assert_eq!(stream.device(), buffer.device());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device(&self) -> Device {
         self.storage.device()
     }
 
     /// Whether the host half is pinned.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<u8>::new(1 << 20, Device::auto())?;
+    /// if buffer.device() != Device::Cpu && !buffer.is_pinned() {
+    ///     eprintln!("copies are staged: see `ulimit -l`");
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn is_pinned(&self) -> bool {
         self.storage.is_pinned()
     }
 
     /// The element type.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, DType, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<i64>::new(16, Device::Cpu)?;
+    /// assert_eq!(buffer.dtype(), DType::I64);
+    /// assert_eq!(format!("{buffer:?}"), "CpuGpuBuffer(shape=[16], dtype=i64, device=cpu, pinned=false)");
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn dtype(&self) -> DType
     where
         T: Element,

@@ -35,6 +35,15 @@ pub enum Device {
 }
 
 /// Memory of a device, in bytes.
+///
+/// ```
+/// # #[cfg(target_os = "linux")] {
+/// let memory = cpu_gpu_buffer::Device::Cpu.memory()?;
+/// let pieces = memory.free / 2 / (64 << 20);
+/// println!("half of what is free: {pieces} pieces of 64 MB, of {} GB in all", memory.total >> 30);
+/// # }
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct MemoryInfo {
     /// What could be allocated now.

@@ -4,6 +4,30 @@ use std::any::TypeId;
 use std::fmt;
 
 /// The type of a buffer's elements, where it is one that array libraries know.
+///
+/// ```
+/// use cpu_gpu_buffer::DType;
+///
+/// /// As NumPy's array interface spells it.
+/// fn typestr(dtype: DType) -> Option<&'static str> {
+///     Some(match dtype {
+///         DType::U8 => "|u1",
+///         DType::I8 => "|i1",
+///         DType::U16 => "<u2",
+///         DType::I16 => "<i2",
+///         DType::U32 => "<u4",
+///         DType::I32 => "<i4",
+///         DType::U64 => "<u8",
+///         DType::I64 => "<i8",
+///         DType::F16 => "<f2",
+///         DType::F32 => "<f4",
+///         DType::F64 => "<f8",
+///         DType::BF16 => return None, // has no spelling there
+///         _ => return None,
+///     })
+/// }
+/// assert_eq!(typestr(DType::I32), Some("<i4"));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
 #[non_exhaustive]
@@ -24,6 +48,13 @@ pub enum DType {
 
 impl DType {
     /// The name that array libraries use: `f32`, `bf16`.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::DType;
+    ///
+    /// assert_eq!(DType::BF16.name(), "bf16");
+    /// assert_eq!(DType::U8.to_string(), "u8");
+    /// ```
     pub fn name(self) -> &'static str {
         match self {
             DType::U8 => "u8",

@@ -6,9 +6,31 @@ use crate::device::Device;
 use crate::sys;
 
 /// The result of this crate's operations.
+///
+/// ```
+/// use cpu_gpu_buffer::CpuGpuBuffer;
+///
+/// fn largest(scores: &CpuGpuBuffer<u32>) -> cpu_gpu_buffer::Result<Option<u32>> {
+///     Ok(scores.cpu()?.iter().copied().max())
+/// }
+/// # let scores = CpuGpuBuffer::new(3, cpu_gpu_buffer::Device::Cpu)?;
+/// assert_eq!(largest(&scores)?, Some(0));
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// What went wrong. Unless an operation says otherwise, a value that answered an error is as it was.
+///
+/// ```
+/// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Stream};
+///
+/// let stream = Stream::new(Device::Cpu)?;
+/// let mut buffer = CpuGpuBuffer::<u8>::new([4, 2], Device::Cpu)?;
+/// let error = buffer.copy_to_gpu(2..5, &stream).unwrap_err();
+/// assert_eq!(error, Error::OutOfRange { start: 2, end: 5, rows: 4 });
+/// assert_eq!(error.to_string(), "rows 2..5 are not within 0..4");
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Error {
@@ -98,6 +120,20 @@ pub enum Error {
 }
 
 /// A half of a buffer.
+///
+/// ```
+/// use cpu_gpu_buffer::{Device, Error, Side};
+///
+/// fn advice(error: &Error) -> &'static str {
+///     match error {
+///         Error::OutOfMemory { side: Side::Host, .. } => "fewer or smaller host halves",
+///         Error::OutOfMemory { side: Side::Device, .. } => "a smaller batch",
+///         _ => "see the text",
+///     }
+/// }
+/// let error = Error::OutOfMemory { side: Side::Device, bytes: 1 << 40, device: Device::Cuda(0) };
+/// assert_eq!(advice(&error), "a smaller batch");
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Side {
     /// The host half.

@@ -17,6 +17,14 @@ use crate::sys;
 
 bitflags! {
     /// How an event is made: `cudaEventCreateWithFlags`.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{EventFlags, sys};
+    ///
+    /// // For events of one's own, made by the raw calls.
+    /// let flags = EventFlags::BLOCKING_SYNC | EventFlags::DISABLE_TIMING;
+    /// assert_eq!(flags.bits(), sys::cudaEventBlockingSync | sys::cudaEventDisableTiming);
+    /// ```
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct EventFlags: u32 {
         /// Waiting for the event yields the thread instead of spinning.
@@ -127,6 +135,14 @@ impl Event {
     }
 
     /// The device whose stream it was recorded on.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream};
+    ///
+    /// let event = Stream::new(Device::auto())?.record()?;
+    /// assert_eq!(event.device(), Device::auto()); // whose streams may take its time
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device(&self) -> Device {
         match &self.0 {
             Kind::Cpu(_) => Device::Cpu,
@@ -146,6 +162,21 @@ impl Event {
     /// # Errors
     ///
     /// An error of `cudaEventQuery`, which may be that of earlier work.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<u8>::new(1 << 20, stream.device())?;
+    /// buffer.copy_to_gpu(.., &stream)?;
+    /// let copied = stream.record()?;
+    /// let mut polls = 0;
+    /// while !copied.is_complete()? {
+    ///     polls += 1; // time for something else
+    /// }
+    /// println!("there after {polls} looks");
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn is_complete(&self) -> Result<bool> {
         match &self.0 {
             Kind::Cpu(_) => Ok(true),
@@ -164,6 +195,16 @@ impl Event {
     /// # Errors
     ///
     /// An error of `cudaEventSynchronize`, which may be that of earlier work.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let event = stream.record()?;
+    /// event.synchronize()?; // not for what the stream is sent from here on
+    /// assert!(event.is_complete()?);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn synchronize(&self) -> Result<()> {
         if let Kind::Cuda { handle, stream, ticket } = &self.0
             && !stream.tickets().is_complete(*ticket)
@@ -180,6 +221,18 @@ impl Event {
     ///
     /// [`Error::DeviceMismatch`] for events of two devices, [`Error::EventOrder`] where `earlier`
     /// is the later one, or an error of the driver's.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<u8>::new(1 << 20, stream.device())?;
+    /// let before = stream.record()?;
+    /// buffer.copy_to_gpu(.., &stream)?;
+    /// let after = stream.record()?;
+    /// println!("1 MB in {:?}", after.elapsed_since(&before)?);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn elapsed_since(&self, earlier: &Event) -> Result<Duration> {
         match (&earlier.0, &self.0) {
             (Kind::Cpu(from), Kind::Cpu(to)) => {

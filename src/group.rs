@@ -51,6 +51,22 @@ impl BufferGroup {
     /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a layout without members,
     /// [`Error::InvalidShape`](crate::Error::InvalidShape) where a member's is, or where all together overflow
     /// `isize`; otherwise as for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let lengths = builder.add::<i32>(64);
+    /// let layout = builder.finish();
+    /// // Two groups of one layout, for two models say: a key serves both.
+    /// let (mut first, second) = (BufferGroup::new(&layout, Device::Cpu)?, BufferGroup::new(&layout, Device::Cpu)?);
+    /// first.cpu_mut(lengths)?.fill(1);
+    /// assert_eq!(second.cpu(lengths)?, [0; 64]);
+    ///
+    /// let nothing = BufferGroup::new(&GroupLayoutBuilder::new().finish(), Device::Cpu);
+    /// assert!(matches!(nothing, Err(Error::InvalidGroup { .. })));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn new(layout: &GroupLayout, device: Device) -> Result<BufferGroup> {
         BufferGroup::with_options(layout, device, BufferOptions::default())
     }
@@ -61,6 +77,17 @@ impl BufferGroup {
     ///
     /// As for [`new`](Self::new), and [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning
     /// is required.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, BufferOptions, Device, GroupLayoutBuilder, Pinning};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let table = builder.add::<i32>([256, 128]);
+    /// let options = BufferOptions { pinning: Pinning::Never, ..Default::default() };
+    /// let group = BufferGroup::with_options(&builder.finish(), Device::auto(), options)?;
+    /// assert!(!group.is_pinned()); // one slab: all members are, or none
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn with_options(
         layout: &GroupLayout,
         device: Device,
@@ -77,6 +104,19 @@ impl BufferGroup {
     ///
     /// [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout, or an error of the driver's,
     /// which may be that of earlier work on the stream.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (sampled, finished) = (builder.add::<u32>(4), builder.add::<u8>(4));
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// group.copy_to_cpu(&[sampled.rows(..), finished.rows(..)], &stream)?;
+    /// let ids = group.cpu(sampled)?; // waits for that copy
+    /// assert_eq!(ids.len(), group.cpu(finished)?.len()); // both can be looked at
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn cpu<T: Pod>(&self, key: Key<T>) -> Result<&[T]> {
         host(&self.0, key)
     }
@@ -87,6 +127,19 @@ impl BufferGroup {
     /// # Errors
     ///
     /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (ids, positions) = (builder.add::<i32>(8), builder.add::<i64>(8));
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// group.cpu_mut(positions)?.fill(3); // waits for nothing
+    /// group.cpu_mut(ids)?.fill(4); // waits for the copy
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn cpu_mut<T: Pod>(&mut self, key: Key<T>) -> Result<&mut [T]> {
         host_mut(&mut self.0, key)
     }
@@ -131,6 +184,23 @@ impl BufferGroup {
     /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
     /// [`Error::StreamCapturing`](crate::Error::StreamCapturing). After an error of the driver's the copy counts as in
     /// flight, until the driver says otherwise.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let table = builder.add::<i32>([4, 2]);
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// group.cpu_mut(ids)?.fill(5);
+    /// group.cpu_mut(table)?.fill(6);
+    /// group.copy_to_gpu(&[ids.rows(..2), table.rows(3..)], &stream)?;
+    /// let view = group.gpu_on(&stream)?;
+    /// assert_eq!(view.member(ids).as_host_slice(), Some(&[5, 5, 0, 0][..]));
+    /// assert_eq!(view.member(table).as_host_slice(), Some(&[0, 0, 0, 0, 0, 0, 6, 6][..]));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn copy_to_gpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
         self.0.copy_to_gpu(members, stream)
     }
@@ -163,6 +233,20 @@ impl BufferGroup {
     /// # Errors
     ///
     /// As for [`CpuGpuBuffer::is_idle`](crate::CpuGpuBuffer::is_idle).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// if !group.is_idle()? {
+    ///     println!("{ids:?} is on its way");
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn is_idle(&self) -> Result<bool> {
         self.0.is_idle()
     }
@@ -172,6 +256,19 @@ impl BufferGroup {
     /// # Errors
     ///
     /// As for [`is_idle`](Self::is_idle).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// group.synchronize()?; // dropping it now waits for no work of its own
+    /// assert!(group.is_idle()?);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn synchronize(&self) -> Result<()> {
         self.0.wait_for_all()
     }
@@ -185,6 +282,21 @@ impl BufferGroup {
     ///
     /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
     /// [`Error::StreamCapturing`](crate::Error::StreamCapturing), or an error of the driver's.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (ids, logits) = (builder.add::<i32>(8), builder.add::<f32>([8, 100]));
+    /// let (copies, kernels) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
+    /// let mut group = BufferGroup::new(&builder.finish(), copies.device())?;
+    /// group.copy_to_gpu(&[ids.rows(..)], &copies)?;
+    /// let view = group.gpu_on(&kernels)?; // `kernels` comes after the copy, for every member
+    /// let (reads, writes) = (view.member(ids).as_ptr(), view.member(logits).as_mut_ptr());
+    /// // Launch on `kernels.as_raw()` here, while the view lives.
+    /// group.copy_to_cpu(&[logits.rows(..)], &copies)?; // comes after the kernel
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GroupView<'_>> {
         self.0.use_on(stream)?;
         Ok(GroupView(&self.0))
@@ -197,6 +309,19 @@ impl BufferGroup {
     /// # Errors
     ///
     /// [`Error::InvalidKey`](crate::Error::InvalidKey).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (ids, positions) = (builder.add::<i32>(8), builder.add::<i64>(8));
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// let captured = group.device_ptr(positions)?; // what a graph is captured with
+    /// assert_eq!(captured.addr(), group.device_ptr(ids)?.addr() + 256); // each at a bound of 256 bytes
+    /// assert_eq!(group.gpu_on(&stream)?.member(positions).as_mut_ptr(), captured);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device_ptr<T: Pod>(&self, key: Key<T>) -> Result<*mut T> {
         let (_, member) = self.0.layout().find(key)?;
         Ok(self.0.gpu_of(member).cast())
@@ -209,21 +334,66 @@ impl BufferGroup {
     /// # Errors
     ///
     /// [`Error::InvalidKey`](crate::Error::InvalidKey).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let table = builder.add::<i32>([256, 128]);
+    /// let group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let [requests, blocks] = group.shape(table)? else { unreachable!() };
+    /// assert_eq!(group.cpu(table)?.len(), requests * blocks);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn shape<T: Pod>(&self, key: Key<T>) -> Result<&[usize]> {
         Ok(self.0.layout().find(key)?.1.shape.dims())
     }
 
     /// The layout it was made of.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, GroupRing};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let ring = GroupRing::new(group.layout(), Device::Cpu, 2)?; // of the same members
+    /// assert_eq!(ring.cpu(ids)?, group.cpu(ids)?);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn layout(&self) -> &GroupLayout {
         self.0.layout()
     }
 
     /// The device of the device half.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let mut group = BufferGroup::new(&builder.finish(), Device::auto())?;
+    /// let stream = Stream::new(group.device())?; // of another device it would be refused
+    /// assert_eq!(group.copy_to_gpu(&[ids.rows(..)], &stream), Ok(()));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device(&self) -> Device {
         self.0.device()
     }
 
     /// Whether the host half is pinned.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// builder.add::<i32>(8);
+    /// let group = BufferGroup::new(&builder.finish(), Device::auto())?;
+    /// if !group.is_pinned() {
+    ///     println!("members are moved by copies; the kernel that gathers them reads pinned memory only");
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn is_pinned(&self) -> bool {
         self.0.is_pinned()
     }
@@ -255,6 +425,23 @@ pub(crate) fn host_mut<T: Pod>(members: &mut Members, key: Key<T>) -> Result<&mu
 }
 
 /// Hands out the host halves of several members at once: [`BufferGroup::members_mut`].
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+///
+/// let mut builder = GroupLayoutBuilder::new();
+/// let (starts, lengths) = (builder.add::<i32>(4), builder.add::<i32>(3));
+/// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+/// group.cpu_mut(lengths)?.copy_from_slice(&[5, 0, 2]);
+///
+/// let mut members = group.members_mut();
+/// let (starts, lengths) = (members.cpu_mut(starts)?, members.cpu_mut(lengths)?);
+/// for (i, length) in lengths.iter().enumerate() {
+///     starts[i + 1] = starts[i] + length;
+/// }
+/// assert_eq!(*starts, [0, 5, 5, 7]);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 pub struct MembersMut<'g>(&'g mut Members);
 
 impl<'g> MembersMut<'g> {
@@ -269,6 +456,19 @@ impl<'g> MembersMut<'g> {
     ///
     /// [`Error::DuplicateMember`](crate::Error::DuplicateMember) the second time; otherwise as for
     /// [`BufferGroup::cpu`].
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let mut members = group.members_mut();
+    /// let first = members.cpu_mut(ids)?;
+    /// assert_eq!(members.cpu_mut(ids).err(), Some(Error::DuplicateMember { index: 0 }));
+    /// first.fill(1); // still the only way to it
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn cpu_mut<T: Pod>(&mut self, key: Key<T>) -> Result<&'g mut [T]> {
         let (address, len) = self.0.wait_and_name(key)?;
         // SAFETY: so many elements, aligned and initialised as in `host`. No copy touches the member since the wait, and none can be enqueued while the group is borrowed for
@@ -285,6 +485,22 @@ impl fmt::Debug for MembersMut<'_> {
 
 /// The device halves of a group's members, for work on the stream that `gpu_on` was called with: what a
 /// [`GpuView`] is for a single buffer.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, GroupView, Key, Stream};
+///
+/// /// What a kernel of the model's is launched with.
+/// fn arguments(view: GroupView<'_>, ids: Key<i32>, positions: Key<i64>) -> (*const i32, *const i64) {
+///     (view.member(ids).as_ptr(), view.member(positions).as_ptr())
+/// }
+/// let mut builder = GroupLayoutBuilder::new();
+/// let (ids, positions) = (builder.add(8), builder.add(8));
+/// let stream = Stream::new(Device::auto())?;
+/// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+/// let (ids, positions) = arguments(group.gpu_on(&stream)?, ids, positions);
+/// assert!(ids.addr() < positions.addr()); // in the order in which they were added
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 #[derive(Clone, Copy)]
 pub struct GroupView<'a>(pub(crate) &'a Members);
 
@@ -294,6 +510,18 @@ impl<'a> GroupView<'a> {
     /// # Panics
     ///
     /// For a key of another layout, as indexing does: [`get`](Self::get) answers with an error.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let table = builder.add::<i32>([16, 4]);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// let of_two_requests = group.gpu_on(&stream)?.member(table).rows(2..4)?;
+    /// assert_eq!(of_two_requests.shape(), [2, 4]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn member<T: Pod>(&self, key: Key<T>) -> GpuView<'a, T> {
         self.get(key).expect("a key of this group's layout")
     }
@@ -303,6 +531,18 @@ impl<'a> GroupView<'a> {
     /// # Errors
     ///
     /// [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// builder.add::<i32>(8);
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let foreign = GroupLayoutBuilder::new().add::<i32>(8);
+    /// assert_eq!(group.gpu_on(&stream)?.get(foreign).err(), Some(Error::InvalidKey));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn get<T: Pod>(&self, key: Key<T>) -> Result<GpuView<'a, T>> {
         let (_, member) = self.0.layout().find(key)?;
         let address = self.0.gpu_of(member).cast();
@@ -310,6 +550,19 @@ impl<'a> GroupView<'a> {
     }
 
     /// The device whose memory it is.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// let view = group.gpu_on(&stream)?;
+    /// // Where this is the CPU, members can be looked at.
+    /// assert_eq!(view.device() == Device::Cpu, view.member(ids).as_host_slice().is_some());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device(&self) -> Device {
         self.0.device()
     }

@@ -32,6 +32,16 @@ const SMALL: usize = 1 << 20;
 bitflags! {
     /// How pinned host memory is made: `cudaHostRegister`, `cudaHostAlloc`. Write-combined memory is not
     /// to be had: reading it is slow, and on current hardware copies from it are no faster.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, HostFlags};
+    ///
+    /// // Pinned, and nothing more asked for.
+    /// let options = BufferOptions { host_flags: HostFlags::empty(), ..Default::default() };
+    /// let buffer = CpuGpuBuffer::<u8>::with_options(100, Device::auto(), options)?;
+    /// assert_eq!(BufferOptions::default().host_flags, HostFlags::PORTABLE | HostFlags::MAPPED);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct HostFlags: u32 {
         /// Pinned for every device, not only the buffer's.
@@ -48,6 +58,18 @@ const _: () = assert!(
 );
 
 /// Whether host memory is pinned, which is what lets a copy run beside the program.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Pinning};
+///
+/// for pinning in [Pinning::Never, Pinning::Preferred, Pinning::Required] {
+///     let options = BufferOptions { pinning, ..Default::default() };
+///     match CpuGpuBuffer::<u8>::with_options(100, Device::Cpu, options) {
+///         Ok(buffer) => assert!(!buffer.is_pinned()),
+///         Err(error) => assert_eq!((pinning, error.to_string().contains("the CPU")), (Pinning::Required, true)),
+///     }
+/// }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum Pinning {
     /// Pinned, or an error.

@@ -54,6 +54,17 @@ struct Asked {
 
 impl GroupLayoutBuilder {
     /// A layout without members.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
+    ///
+    /// let (mut one, mut other) = (GroupLayoutBuilder::new(), GroupLayoutBuilder::new());
+    /// let (ids, same_on_paper) = (one.add::<i32>(8), other.add::<i32>(8));
+    /// let group = BufferGroup::new(&one.finish(), Device::Cpu)?;
+    /// assert!(group.cpu(ids).is_ok());
+    /// assert_eq!(group.cpu(same_on_paper).err(), Some(Error::InvalidKey));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     #[allow(clippy::new_without_default)] // Two of them are never equal.
     pub fn new() -> GroupLayoutBuilder {
         static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -66,6 +77,25 @@ impl GroupLayoutBuilder {
     /// # Panics
     ///
     /// Beyond 2^32 members.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{GroupLayoutBuilder, Key};
+    ///
+    /// /// The arrays of a step, as one value that is cheap to copy.
+    /// #[derive(Clone, Copy)]
+    /// struct Inputs {
+    ///     ids: Key<i32>,
+    ///     temperatures: Key<f32>,
+    ///     table: Key<i32>,
+    /// }
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let inputs = Inputs {
+    ///     ids: builder.add(1024),
+    ///     temperatures: builder.add(64),
+    ///     table: builder.add([64, 256]),
+    /// };
+    /// ```
     pub fn add<T: Pod + Send + Sync>(&mut self, shape: impl Into<Shape>) -> Key<T> {
         self.ask(shape.into(), false)
     }
@@ -82,6 +112,19 @@ impl GroupLayoutBuilder {
     /// # Panics
     ///
     /// As for [`add`](Self::add).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (ids, positions) = (builder.add_host_owned::<i32>(1024), builder.add_host_owned::<i32>(1024));
+    /// let sampled = builder.add::<u32>(64); // a kernel writes it
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// // One copy: what lies between the two ranges goes along, a few KB.
+    /// group.copy_to_gpu(&[ids.rows(..9), positions.rows(..9)], &stream)?;
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn add_host_owned<T: Pod + Send + Sync>(&mut self, shape: impl Into<Shape>) -> Key<T> {
         self.ask(shape.into(), true)
     }
@@ -98,6 +141,15 @@ impl GroupLayoutBuilder {
     }
 
     /// The layout, which does not change any more.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// builder.add::<u8>([1; 9]);
+    /// let layout = builder.finish(); // no error yet
+    /// assert!(matches!(BufferGroup::new(&layout, Device::Cpu), Err(Error::InvalidShape { .. })));
+    /// ```
     pub fn finish(self) -> GroupLayout {
         let form = place(&self.members);
         GroupLayout(Arc::new(Table { id: self.id, form }))
@@ -134,6 +186,19 @@ fn place(asked: &[Asked]) -> Result<Form> {
 }
 
 /// The members of a group, and where each of them lies. Cheap to clone.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+///
+/// let mut builder = GroupLayoutBuilder::new();
+/// let ids = builder.add::<i32>(1024);
+/// let layout = builder.finish();
+/// let of_a_worker = layout.clone(); // of the same members, not a copy of them
+/// let worker = std::thread::spawn(move || BufferGroup::new(&of_a_worker, Device::auto()));
+/// let group = worker.join().unwrap()?;
+/// assert_eq!(group.cpu(ids)?.len(), 1024);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct GroupLayout(Arc<Table>);
 
@@ -201,6 +266,19 @@ impl GroupLayout {
 }
 
 /// Names a member of a [`GroupLayout`], with elements of `T`.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Key};
+///
+/// fn count(group: &BufferGroup, ids: Key<i32>, wanted: i32) -> cpu_gpu_buffer::Result<usize> {
+///     Ok(group.cpu(ids)?.iter().filter(|id| **id == wanted).count())
+/// }
+/// let mut builder = GroupLayoutBuilder::new();
+/// let (prompt, output) = (builder.add(8), builder.add(4));
+/// let group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+/// assert_eq!(count(&group, prompt, 0)? + count(&group, output, 0)?, 12);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 pub struct Key<T> {
     layout: u64,
     index: u32,
@@ -224,6 +302,19 @@ impl<T> fmt::Debug for Key<T> {
 impl<T> Key<T> {
     /// Rows of the member, to be copied: `..`, `..n`, `a..b`. Whether they are within its shape is checked by
     /// the copy.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// group.copy_to_gpu(&[ids.rows(2..=5)], &stream)?;
+    /// let beyond = group.copy_to_gpu(&[ids.rows(..9)], &stream);
+    /// assert_eq!(beyond, Err(Error::OutOfRange { start: 0, end: 9, rows: 8 }));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn rows(self, rows: impl RangeBounds<usize>) -> MemberRows {
         // Each bound is read once: `RangeBounds` is a safe trait, and may answer differently the second time.
         let bounds = (rows.start_bound().cloned(), rows.end_bound().cloned());
@@ -232,6 +323,23 @@ impl<T> Key<T> {
 }
 
 /// Rows of a member of a group, made by [`Key::rows`].
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, MemberRows, Stream};
+///
+/// let mut builder = GroupLayoutBuilder::new();
+/// let (ids, positions, table) = (builder.add::<i32>(8), builder.add::<i64>(8), builder.add::<i32>([8, 4]));
+/// let stream = Stream::new(Device::auto())?;
+/// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+/// // Members of any types in one list, which may be made anew for each step.
+/// let mut moved: Vec<MemberRows> = vec![ids.rows(..3), positions.rows(..3)];
+/// let table_changed = true;
+/// if table_changed {
+///     moved.push(table.rows(1..2));
+/// }
+/// group.copy_to_gpu(&moved, &stream)?;
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug)]
 pub struct MemberRows {
     layout: u64,

@@ -61,6 +61,21 @@ impl Default for PoolOptions {
 
 /// What a pool has been through, for whoever has to size it. Always counted, which takes about a tenth of what
 /// acquiring a buffer and giving it back does.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferPool, Device, PoolStats};
+///
+/// /// Whether a pool that begins with so many need never grow.
+/// fn suffices(stats: PoolStats, buffers: usize) -> bool {
+///     stats.high_water <= buffers
+/// }
+/// let pool = BufferPool::<u8>::new(10, Device::Cpu, 1)?;
+/// drop((pool.acquire()?, pool.acquire()?));
+/// let stats = pool.stats();
+/// assert_eq!((stats.growths, stats.in_flight), (1, 0));
+/// assert!(suffices(stats, 2) && !suffices(stats, 1));
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PoolStats {
     /// The buffers that could be acquired without growing.
@@ -140,6 +155,17 @@ impl<T: Pod> BufferPool<T> {
     /// # Errors
     ///
     /// As for [`CpuGpuBuffer::new`].
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferPool, Device};
+    ///
+    /// // Nothing is allocated before the first one is asked for.
+    /// let pool = BufferPool::<f32>::new([32, 64], Device::auto(), 0)?;
+    /// assert_eq!(pool.total(), 0);
+    /// let buffer = pool.acquire()?;
+    /// assert_eq!((pool.total(), buffer.shape()), (1, &[32, 64][..]));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn new(shape: impl Into<Shape>, device: Device, buffers: usize) -> Result<Self> {
         Self::with_options(shape, device, buffers, PoolOptions::default())
     }
@@ -150,6 +176,17 @@ impl<T: Pod> BufferPool<T> {
     ///
     /// As for [`CpuGpuBuffer::with_options`], and [`Error::PoolExhausted`] where `buffers` are more than
     /// `max_buffers`.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferPool, Device, PoolOptions};
+    ///
+    /// // For contents that the next holder is not to see.
+    /// let options = PoolOptions { zeroed: true, ..Default::default() };
+    /// let pool = BufferPool::<u8>::with_options(16, Device::auto(), 1, options)?;
+    /// pool.acquire()?.cpu_mut()?.fill(7);
+    /// assert_eq!(pool.acquire()?.cpu()?, [0; 16]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn with_options(
         shape: impl Into<Shape>,
         device: Device,
@@ -184,6 +221,25 @@ impl<T: Pod> BufferPool<T> {
     /// [`Error::PoolExhausted`] where all buffers are out and there may be no more, [`Error::OutOfMemory`] or
     /// [`Error::PinningUnavailable`] where not a single one more could be made, or an error of the driver's.
     /// The pool is as it was.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferPool, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let pool = BufferPool::<u8>::new(1 << 16, stream.device(), 2)?;
+    /// std::thread::scope(|scope| {
+    ///     for worker in 0..4 {
+    ///         let (pool, stream) = (&pool, &stream);
+    ///         scope.spawn(move || {
+    ///             let mut batch = pool.acquire()?; // there are two, and it grows where four are out at once
+    ///             batch.cpu_mut()?.fill(worker);
+    ///             batch.copy_to_gpu(.., stream)
+    ///         });
+    ///     }
+    /// });
+    /// assert!(pool.total() <= 4 && pool.available() == pool.total());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn acquire(&self) -> Result<CpuGpuBuffer<T>> {
         self.inner.refuse_child()?;
         match self.inner.slots.claim(Storage::is_known_ready) {
@@ -240,11 +296,31 @@ impl<T: Pod> BufferPool<T> {
     }
 
     /// The buffers that could be acquired without growing, as far as can be told while other threads work.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferPool, Device};
+    ///
+    /// let pool = BufferPool::<u8>::new(10, Device::Cpu, 3)?;
+    /// let held = pool.acquire()?;
+    /// assert_eq!(pool.available(), 2);
+    /// std::mem::forget(held); // costs its place, and races with nothing
+    /// assert_eq!(pool.available(), 2);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn available(&self) -> usize {
         self.inner.slots.available()
     }
 
     /// The buffers that there are, in the pool and out of it.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferPool, Device};
+    ///
+    /// let pool = BufferPool::<u8>::new(10, Device::Cpu, 4)?;
+    /// let held = (0..5).map(|_| pool.acquire()).collect::<Vec<_>>();
+    /// assert_eq!(pool.total(), 8); // it doubled for the fifth
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn total(&self) -> usize {
         self.inner.slots.total()
     }
@@ -273,11 +349,29 @@ impl<T: Pod> BufferPool<T> {
     }
 
     /// The dimensions of its buffers, outermost first.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferPool, Device};
+    ///
+    /// let pool = BufferPool::<u8>::new([4, 4], Device::Cpu, 1)?;
+    /// pool.acquire()?.resize(3)?; // its holder's business
+    /// assert_eq!(pool.acquire()?.shape(), pool.shape());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn shape(&self) -> &[usize] {
         self.inner.form.shape.dims()
     }
 
     /// The device of its buffers.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferPool, Device, Stream};
+    ///
+    /// let pool = BufferPool::<u8>::new([4, 4], Device::auto(), 1)?;
+    /// let streams = [Stream::new(pool.device())?, Stream::new(pool.device())?];
+    /// assert!(streams.iter().all(|stream| stream.device() == pool.device()));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device(&self) -> Device {
         self.inner.device
     }

@@ -53,6 +53,18 @@ impl GroupRing {
     ///
     /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without halves; otherwise as for
     /// [`BufferGroup::new`](crate::BufferGroup::new).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Error, GroupLayoutBuilder, GroupRing};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let layout = builder.finish();
+    /// let ring = GroupRing::new(&layout, Device::Cpu, 3)?;
+    /// assert_eq!(ring.cpu(ids)?, [0; 4]);
+    /// assert!(matches!(GroupRing::new(&layout, Device::Cpu, 0), Err(Error::InvalidGroup { .. })));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn new(layout: &GroupLayout, device: Device, halves: usize) -> Result<GroupRing> {
         GroupRing::with_options(layout, device, halves, BufferOptions::default())
     }
@@ -63,6 +75,21 @@ impl GroupRing {
     ///
     /// As for [`new`](Self::new), and [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning
     /// is required.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferOptions, Device, Error, GroupLayoutBuilder, GroupRing, Pinning};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// builder.add::<i32>(1024);
+    /// // An upload of a pageable half is no longer queued: then a ring is of no use.
+    /// let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
+    /// match GroupRing::with_options(&builder.finish(), Device::auto(), 2, options) {
+    ///     Ok(ring) => assert!(ring.is_pinned()),
+    ///     Err(Error::PinningUnavailable { reason, .. }) => println!("no ring: {reason}"),
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn with_options(
         layout: &GroupLayout,
         device: Device,
@@ -79,6 +106,21 @@ impl GroupRing {
     /// # Errors
     ///
     /// An error of the driver's, which may be that of earlier work. The current half stays the current one.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// ring.cpu_mut(ids)?.fill(1);
+    /// ring.advance()?;
+    /// assert_eq!(ring.cpu(ids)?, [0; 4]); // the other half, never written
+    /// ring.advance()?;
+    /// assert_eq!(ring.cpu(ids)?, [1; 4]); // the first again, as it was left
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn advance(&mut self) -> Result<()> {
         self.0.advance()
     }
@@ -88,6 +130,26 @@ impl GroupRing {
     /// # Errors
     ///
     /// As for [`advance`](Self::advance).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(1024);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// let mut put_off = 0;
+    /// for step in 0..10 {
+    ///     if !ring.try_advance()? {
+    ///         put_off += 1; // both halves are still to be sent: something else first
+    ///         ring.advance()?;
+    ///     }
+    ///     ring.cpu_mut(ids)?.fill(step);
+    ///     ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// }
+    /// assert!(put_off < 10);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn try_advance(&mut self) -> Result<bool> {
         self.0.try_advance()
     }
@@ -97,6 +159,19 @@ impl GroupRing {
     /// # Errors
     ///
     /// As for [`BufferGroup::cpu`](crate::BufferGroup::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// ring.cpu_mut(ids)?.fill(6);
+    /// ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// assert_eq!(ring.cpu(ids)?, [6; 4]); // being uploaded, and read at once
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn cpu<T: Pod>(&self, key: Key<T>) -> Result<&[T]> {
         host(&self.0, key)
     }
@@ -106,11 +181,43 @@ impl GroupRing {
     /// # Errors
     ///
     /// As for [`BufferGroup::cpu`](crate::BufferGroup::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (ids, step_of_half) = (builder.add::<i32>(4), builder.add::<u64>(1));
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// for step in 1..6 {
+    ///     ring.advance()?;
+    ///     // A member that is never uploaded tells how old the half is.
+    ///     let before = std::mem::replace(&mut ring.cpu_mut(step_of_half)?[0], step);
+    ///     assert!(before < step);
+    ///     ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn cpu_mut<T: Pod>(&mut self, key: Key<T>) -> Result<&mut [T]> {
         host_mut(&mut self.0, key)
     }
 
     /// Several members in the current host half at once: [`BufferGroup::members_mut`](crate::BufferGroup::members_mut).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (ids, positions) = (builder.add::<i32>(3), builder.add::<i64>(3));
+    /// let mut ring = GroupRing::new(&builder.finish(), Device::Cpu, 2)?;
+    /// let mut members = ring.members_mut();
+    /// let rows = members.cpu_mut(ids)?.iter_mut().zip(members.cpu_mut(positions)?);
+    /// for (row, (id, position)) in rows.enumerate() {
+    ///     (*id, *position) = (100 + row as i32, row as i64);
+    /// }
+    /// assert_eq!(ring.cpu(positions)?, [0, 1, 2]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn members_mut(&mut self) -> MembersMut<'_> {
         MembersMut::new(&mut self.0)
     }
@@ -121,6 +228,23 @@ impl GroupRing {
     /// # Errors
     ///
     /// As for [`BufferGroup::copy_to_gpu`](crate::BufferGroup::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(3);
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut ring = GroupRing::new(&builder.finish(), Device::Cpu, 2)?;
+    /// for id in [1, 2, 3] {
+    ///     ring.advance()?;
+    ///     ring.cpu_mut(ids)?.fill(id);
+    ///     // All rows that kernels look at: the other half does not know what this one sent.
+    ///     ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// }
+    /// assert_eq!(ring.gpu_on(&stream)?.member(ids).as_host_slice(), Some(&[3; 3][..]));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn copy_to_gpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
         self.0.copy_to_gpu(members, stream)
     }
@@ -130,6 +254,19 @@ impl GroupRing {
     /// # Errors
     ///
     /// As for [`BufferGroup::gpu_on`](crate::BufferGroup::gpu_on).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 3)?;
+    /// let address = ring.gpu_on(&stream)?.member(ids).as_ptr();
+    /// ring.advance()?;
+    /// assert_eq!(ring.gpu_on(&stream)?.member(ids).as_ptr(), address); // whichever half is the current one
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GroupView<'_>> {
         self.0.use_on(stream)?;
         Ok(GroupView(&self.0))
@@ -140,6 +277,21 @@ impl GroupRing {
     /// # Errors
     ///
     /// As for [`CpuGpuBuffer::is_idle`](crate::CpuGpuBuffer::is_idle).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// ring.advance()?;
+    /// while !ring.is_idle()? { // the half that is no longer the current one counts
+    ///     std::thread::yield_now();
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn is_idle(&self) -> Result<bool> {
         self.0.is_idle()
     }
@@ -149,26 +301,86 @@ impl GroupRing {
     /// # Errors
     ///
     /// As for [`is_idle`](Self::is_idle).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// ring.synchronize()?;
+    /// assert!(ring.try_advance()?); // a half is free
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn synchronize(&self) -> Result<()> {
         self.0.wait_for_all()
     }
 
     /// The number of host halves.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let mut ring = GroupRing::new(&builder.finish(), Device::Cpu, 3)?;
+    /// for _ in 0..ring.halves() {
+    ///     ring.advance()?;
+    ///     ring.cpu_mut(ids)?.fill(-1); // in every half, before the loop begins
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn halves(&self) -> usize {
         self.0.halves()
     }
 
     /// The layout it was made of.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, GroupRing};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let ring = GroupRing::new(&builder.finish(), Device::Cpu, 2)?;
+    /// // A warm-up with inputs of its own, of the same members.
+    /// let mut dummy = BufferGroup::new(ring.layout(), Device::Cpu)?;
+    /// dummy.cpu_mut(ids)?.fill(1);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn layout(&self) -> &GroupLayout {
         self.0.layout()
     }
 
     /// The device of the device half.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// builder.add::<i32>(4);
+    /// let ring = GroupRing::new(&builder.finish(), Device::auto(), 2)?;
+    /// let copies = Stream::new(ring.device())?;
+    /// assert_eq!(copies.device(), Device::auto());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device(&self) -> Device {
         self.0.device()
     }
 
     /// Whether the host halves are pinned.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// builder.add::<i32>(4);
+    /// let ring = GroupRing::new(&builder.finish(), Device::auto(), 2)?;
+    /// let halves = if ring.is_pinned() { ring.halves() } else { 1 };
+    /// println!("{halves} steps can be under way");
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn is_pinned(&self) -> bool {
         self.0.is_pinned()
     }
@@ -214,6 +426,15 @@ impl<T: Pod + Send + Sync> UploadRing<T> {
     ///
     /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without halves; otherwise as for
     /// [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, UploadRing};
+    ///
+    /// let ring = UploadRing::<[f32; 4]>::new(100, Device::Cpu, 2)?;
+    /// assert_eq!((ring.shape(), ring.halves()), (&[100][..], 2));
+    /// assert_eq!(ring.cpu()?, [[0.0; 4]; 100]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn new(shape: impl Into<Shape>, device: Device, halves: usize) -> Result<UploadRing<T>> {
         UploadRing::with_options(shape, device, halves, BufferOptions::default())
     }
@@ -224,6 +445,15 @@ impl<T: Pod + Send + Sync> UploadRing<T> {
     ///
     /// As for [`new`](Self::new), and [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning
     /// is required.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferOptions, Device, HostFlags, UploadRing};
+    ///
+    /// let options = BufferOptions { host_flags: HostFlags::PORTABLE, ..Default::default() };
+    /// let ring = UploadRing::<u8>::with_options([16, 1024], Device::auto(), 3, options)?;
+    /// assert_eq!(ring.halves(), 3);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn with_options(
         shape: impl Into<Shape>,
         device: Device,
@@ -245,6 +475,21 @@ impl<T: Pod> UploadRing<T> {
     /// # Errors
     ///
     /// An error of the driver's, which may be that of earlier work. The current half stays the current one.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = UploadRing::<u32>::new(4, stream.device(), 2)?;
+    /// for step in 1..=4 {
+    ///     let host = ring.advance()?;
+    ///     assert_eq!(host[0], if step > 2 { step - 2 } else { 0 }); // what this half held last
+    ///     host.fill(step);
+    ///     ring.copy_to_gpu(.., &stream)?;
+    ///     ring.synchronize()?;
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn advance(&mut self) -> Result<&mut [T]> {
         self.members.advance()?;
         self.cpu_mut()
@@ -255,6 +500,26 @@ impl<T: Pod> UploadRing<T> {
     /// # Errors
     ///
     /// As for [`advance`](Self::advance).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = UploadRing::<f32>::new(1024, stream.device(), 2)?;
+    /// let (mut sent, mut dropped) = (0, 0);
+    /// for frame in 0..100 {
+    ///     match ring.try_advance()? {
+    ///         Some(host) => {
+    ///             host.fill(frame as f32);
+    ///             ring.copy_to_gpu(.., &stream)?;
+    ///             sent += 1;
+    ///         }
+    ///         None => dropped += 1, // rather a frame less than one that comes late
+    ///     }
+    /// }
+    /// assert_eq!(sent + dropped, 100);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn try_advance(&mut self) -> Result<Option<&mut [T]>> {
         match self.members.try_advance()? {
             true => self.cpu_mut().map(Some),
@@ -267,6 +532,17 @@ impl<T: Pod> UploadRing<T> {
     /// # Errors
     ///
     /// [`Error::Forked`](crate::Error::Forked).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = UploadRing::<u32>::new(3, stream.device(), 2)?;
+    /// ring.advance()?.copy_from_slice(&[1, 2, 3]);
+    /// ring.copy_to_gpu(.., &stream)?;
+    /// assert_eq!(ring.cpu()?.iter().sum::<u32>(), 6); // while the GPU reads it, too
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn cpu(&self) -> Result<&[T]> {
         host(&self.members, self.key)
     }
@@ -276,6 +552,17 @@ impl<T: Pod> UploadRing<T> {
     /// # Errors
     ///
     /// As for [`CpuGpuBuffer::cpu_mut`](crate::CpuGpuBuffer::cpu_mut).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = UploadRing::<u32>::new(3, stream.device(), 2)?;
+    /// ring.copy_to_gpu(.., &stream)?;
+    /// ring.cpu_mut()?[0] = 1; // the same half, after its upload
+    /// ring.advance()?[0] = 2; // another one, without a wait
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn cpu_mut(&mut self) -> Result<&mut [T]> {
         host_mut(&mut self.members, self.key)
     }
@@ -286,6 +573,19 @@ impl<T: Pod> UploadRing<T> {
     /// # Errors
     ///
     /// As for [`CpuGpuBuffer::copy_to_gpu`](crate::CpuGpuBuffer::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut ring = UploadRing::<u32>::new([3, 2], Device::Cpu, 2)?;
+    /// ring.advance()?.fill(1);
+    /// ring.copy_to_gpu(.., &stream)?;
+    /// ring.advance()?.fill(2);
+    /// ring.copy_to_gpu(1..2, &stream)?; // the others stay as the half before sent them
+    /// assert_eq!(ring.gpu_on(&stream)?.as_host_slice(), Some(&[1, 1, 2, 2, 1, 1][..]));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn copy_to_gpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
         self.members.copy_to_gpu(&[self.key.rows(rows)], stream)
     }
@@ -295,6 +595,19 @@ impl<T: Pod> UploadRing<T> {
     /// # Errors
     ///
     /// As for [`CpuGpuBuffer::gpu_on`](crate::CpuGpuBuffer::gpu_on).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    ///
+    /// let (copies, kernels) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
+    /// let mut ring = UploadRing::<f32>::new(256, copies.device(), 2)?;
+    /// ring.advance()?.fill(0.5);
+    /// ring.copy_to_gpu(.., &copies)?;
+    /// let view = ring.gpu_on(&kernels)?; // after the copy
+    /// assert_eq!(view.len(), 256);
+    /// // Launch on `kernels.as_raw()` here. The next upload comes after it, on whichever stream.
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GpuView<'_, T>> {
         self.members.use_on(stream)?;
         GroupView(&self.members).get(self.key)
@@ -302,6 +615,16 @@ impl<T: Pod> UploadRing<T> {
 
     /// The address of the device half, ordered with nothing, not even with its first zeroing. It never changes. Null
     /// where there are no bytes.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, UploadRing};
+    ///
+    /// let mut ring = UploadRing::<f32>::new(256, Device::auto(), 4)?;
+    /// let captured = ring.device_ptr();
+    /// ring.advance()?;
+    /// assert_eq!(ring.device_ptr(), captured); // one graph serves all halves
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device_ptr(&self) -> *mut T {
         let (_, member) = self.members.layout().find(self.key).expect("the ring's own key");
         self.members.gpu_of(member).cast()
@@ -312,6 +635,18 @@ impl<T: Pod> UploadRing<T> {
     /// # Errors
     ///
     /// As for [`CpuGpuBuffer::is_idle`](crate::CpuGpuBuffer::is_idle).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = UploadRing::<f32>::new(256, stream.device(), 2)?;
+    /// ring.copy_to_gpu(.., &stream)?;
+    /// println!("copied already: {}", ring.is_idle()?);
+    /// stream.synchronize()?;
+    /// assert!(ring.is_idle()?);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn is_idle(&self) -> Result<bool> {
         self.members.is_idle()
     }
@@ -321,27 +656,75 @@ impl<T: Pod> UploadRing<T> {
     /// # Errors
     ///
     /// As for [`is_idle`](Self::is_idle).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = UploadRing::<f32>::new(256, stream.device(), 2)?;
+    /// for _ in 0..4 {
+    ///     ring.advance()?;
+    ///     ring.copy_to_gpu(.., &stream)?;
+    /// }
+    /// ring.synchronize()?; // for the uploads of both halves
+    /// assert!(ring.is_idle()?);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn synchronize(&self) -> Result<()> {
         self.members.wait_for_all()
     }
 
     /// The dimensions.
+    ///
+    /// ```
+    /// let ring = cpu_gpu_buffer::UploadRing::<u8>::new([2, 3], cpu_gpu_buffer::Device::Cpu, 4)?;
+    /// assert_eq!(ring.shape(), [2, 3]); // of each half
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn shape(&self) -> &[usize] {
         let (_, member) = self.members.layout().find(self.key).expect("the ring's own key");
         member.shape.dims()
     }
 
     /// The number of host halves.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, UploadRing};
+    ///
+    /// let ring = UploadRing::<u8>::new(1 << 20, Device::Cpu, 3)?;
+    /// let pinned = ring.halves() << 20; // bytes, and a third of that on the device
+    /// assert_eq!(pinned, 3 << 20);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn halves(&self) -> usize {
         self.members.halves()
     }
 
     /// The device of the device half.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Error, Stream, UploadRing};
+    ///
+    /// let mut ring = UploadRing::<u8>::new(16, Device::Cpu, 2)?;
+    /// if let Ok(gpu) = Device::cuda(0) {
+    ///     let answer = ring.copy_to_gpu(.., &Stream::new(gpu)?);
+    ///     assert_eq!(answer, Err(Error::DeviceMismatch { expected: ring.device(), actual: gpu }));
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device(&self) -> Device {
         self.members.device()
     }
 
     /// Whether the host halves are pinned.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, UploadRing};
+    ///
+    /// let ring = UploadRing::<u8>::new(16, Device::Cpu, 2)?;
+    /// assert!(!ring.is_pinned()); // the CPU copies at once, whatever the memory
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn is_pinned(&self) -> bool {
         self.members.is_pinned()
     }

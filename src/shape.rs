@@ -36,6 +36,13 @@ impl Shape {
     }
 
     /// The dimensions, outermost first; of an invalid shape at most the first 8.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::Shape;
+    ///
+    /// let shape = Shape::from(vec![2, 3, 4]);
+    /// assert_eq!(shape.dims().iter().product::<usize>(), 24);
+    /// ```
     pub fn dims(&self) -> &[usize] {
         &self.dims[..self.rank.min(MAX_RANK)]
     }

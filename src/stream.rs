@@ -24,6 +24,16 @@ use crate::ticket::Tickets;
 
 bitflags! {
     /// How a stream is made: `cudaStreamCreateWithPriority`.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream, StreamFlags, StreamOptions};
+    ///
+    /// // One that stays in order with work on the legacy stream: of a library that knows no other, say.
+    /// let options = StreamOptions { flags: StreamFlags::empty(), ..Default::default() };
+    /// let stream = Stream::with_options(Device::auto(), options)?;
+    /// assert_eq!(StreamOptions::default().flags, StreamFlags::NON_BLOCKING);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct StreamFlags: u32 {
         /// The stream does not wait for the legacy stream, nor the legacy stream for it.
@@ -32,6 +42,17 @@ bitflags! {
 }
 
 /// What a thread does that waits for a stream, or for a transfer on it.
+///
+/// ```
+/// use cpu_gpu_buffer::{Device, Stream, StreamOptions, WaitPolicy};
+///
+/// let of_a_thread_with_its_own_core = StreamOptions { wait: WaitPolicy::Spin, ..Default::default() };
+/// let of_one_among_many = StreamOptions { wait: WaitPolicy::Block, ..Default::default() };
+/// for options in [of_a_thread_with_its_own_core, of_one_among_many] {
+///     Stream::with_options(Device::auto(), options)?.synchronize()?;
+/// }
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum WaitPolicy {
     /// As the device is set to, which is to spin unless it was changed: quickest to notice.
@@ -152,6 +173,15 @@ impl Stream {
     /// # Errors
     ///
     /// [`Error::Unavailable`] for a device that cannot be used, or an error of the driver's.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream};
+    ///
+    /// let device = Device::auto();
+    /// let (uploads, kernels) = (Stream::new(device)?, Stream::new(device)?);
+    /// assert_eq!(uploads.device(), kernels.device());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn new(device: Device) -> Result<Stream> {
         Stream::with_options(device, StreamOptions::default())
     }
@@ -161,6 +191,16 @@ impl Stream {
     /// # Errors
     ///
     /// As for [`new`](Self::new).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream, StreamOptions};
+    ///
+    /// // Its kernels go before those of streams with the priority 0.
+    /// let options = StreamOptions { priority: -5, ..Default::default() };
+    /// let urgent = Stream::with_options(Device::auto(), options)?;
+    /// assert!(urgent.is_idle()?);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn with_options(device: Device, options: StreamOptions) -> Result<Stream> {
         let cuda = match device {
             Device::Cpu => None,
@@ -198,6 +238,30 @@ impl Stream {
     /// one, for as long as any handle to it or buffer used on it is; and as a pool is, where such a buffer was
     /// given back to it while the stream was being captured or the driver answered with errors. While work of
     /// this crate's is sent to it, or a pool's buffer used on it is given back, nobody begins to capture it.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Stream};
+    ///
+    /// /// For a plugin that is handed a stream with each call.
+    /// ///
+    /// /// # Safety
+    /// ///
+    /// /// `raw` is a live stream of `device`, not being captured, and stays so until the buffer is gone or used elsewhere.
+    /// unsafe fn upload(
+    ///     buffer: &mut CpuGpuBuffer<f32>,
+    ///     raw: cpu_gpu_buffer::sys::cudaStream_t,
+    ///     device: Device,
+    /// ) -> cpu_gpu_buffer::Result<()> {
+    ///     // SAFETY: the caller vouches for the stream.
+    ///     let stream = unsafe { Stream::from_raw(raw, device, None) }?;
+    ///     buffer.copy_to_gpu(.., &stream)
+    /// }
+    /// # let mut buffer = CpuGpuBuffer::new(4, Device::Cpu)?;
+    /// // SAFETY: the CPU has no such streams, and that is the answer.
+    /// let answer = unsafe { upload(&mut buffer, std::ptr::null_mut(), Device::Cpu) };
+    /// assert!(matches!(answer, Err(Error::InvalidStream { .. })));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub unsafe fn from_raw(
         raw: sys::cudaStream_t,
         device: Device,
@@ -225,11 +289,31 @@ impl Stream {
     }
 
     /// The stream as the CUDA runtime knows it, borrowed from this handle; null on the CPU.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// // What a kernel launch, cuBLAS or PyTorch's `ExternalStream` takes.
+    /// let raw = stream.as_raw();
+    /// assert_eq!(raw.is_null(), stream.device() == Device::Cpu);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn as_raw(&self) -> sys::cudaStream_t {
         self.0.cuda.as_ref().map_or(ptr::null_mut(), |cuda| cuda.raw)
     }
 
     /// The device whose work it queues.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// fn scratch(bytes: usize, stream: &Stream) -> cpu_gpu_buffer::Result<CpuGpuBuffer<u8>> {
+    ///     CpuGpuBuffer::new(bytes, stream.device()) // where the stream's work is
+    /// }
+    /// assert_eq!(scratch(100, &Stream::new(Device::Cpu)?)?.device(), Device::Cpu);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device(&self) -> Device {
         self.0.device
     }
@@ -239,6 +323,19 @@ impl Stream {
     /// # Errors
     ///
     /// [`Error::StreamCapturing`], or an error of the driver's, which may be that of earlier work.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ids = CpuGpuBuffer::<i64>::new(1000, stream.device())?;
+    /// let mut lengths = CpuGpuBuffer::<i32>::new(8, stream.device())?;
+    /// ids.copy_to_gpu(.., &stream)?;
+    /// lengths.copy_to_gpu(.., &stream)?;
+    /// stream.synchronize()?; // one wait: neither buffer has to ask the driver any more
+    /// assert!(ids.try_cpu_mut()?.is_some() && lengths.try_cpu_mut()?.is_some());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn synchronize(&self) -> Result<()> {
         if self.0.cuda.is_some() && self.0.wait == WaitPolicy::Block {
             return self.record()?.synchronize();
@@ -260,6 +357,18 @@ impl Stream {
     /// # Errors
     ///
     /// As for [`synchronize`](Self::synchronize).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream};
+    ///
+    /// let streams = [Stream::new(Device::auto())?, Stream::new(Device::auto())?];
+    /// for stream in &streams {
+    ///     if stream.is_idle()? {
+    ///         println!("{stream:?} has nothing to do");
+    ///     }
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn is_idle(&self) -> Result<bool> {
         let Some(entered) = self.enter()? else {
             return Ok(true);
@@ -279,6 +388,18 @@ impl Stream {
     /// # Errors
     ///
     /// [`Error::StreamCapturing`], or an error of the driver's.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<f32>::new(256, stream.device())?;
+    /// buffer.fill_gpu(1.0, &stream)?;
+    /// let filled = stream.record()?;
+    /// buffer.copy_to_cpu(.., &stream)?;
+    /// filled.synchronize()?; // the fill is over; the copy need not be
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn record(&self) -> Result<Event> {
         Event::record(self)
     }
@@ -289,6 +410,15 @@ impl Stream {
     /// # Errors
     ///
     /// [`Error::StreamCapturing`], or an error of the driver's.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream};
+    ///
+    /// let (producer, consumer) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
+    /// // ... kernels on `producer`, whose results kernels on `consumer` read:
+    /// consumer.wait(&producer.record()?)?;
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn wait(&self, event: &Event) -> Result<()> {
         let Some(handle) = event.handle() else {
             return Ok(());

@@ -48,31 +48,105 @@ impl<'a, T> GpuView<'a, T> {
     }
 
     /// The first element's device address; null where there are no bytes.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut inputs = CpuGpuBuffer::<f32>::new(64, Device::Cpu)?;
+    /// let mut copy = CpuGpuBuffer::<f32>::new(64, Device::Cpu)?;
+    /// inputs.fill_gpu(2.0, &stream)?;
+    /// let view = inputs.gpu_on(&stream)?;
+    /// // SAFETY: 64 numbers lie at the address, and the copy goes to the stream that the view is for.
+    /// unsafe { copy.copy_from_device_ptr(.., view.as_ptr(), &stream) }?;
+    /// assert_eq!(copy.cpu()?, [2.0; 64]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn as_ptr(&self) -> *const T {
         self.address
     }
 
     /// The first element's device address, to write to.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut outputs = CpuGpuBuffer::<f32>::new(64, stream.device())?;
+    /// let view = outputs.gpu_on(&stream)?;
+    /// // A kernel's arguments are addresses of values: this is what `cuLaunchKernel` takes.
+    /// let (mut address, mut count) = (view.as_mut_ptr(), view.len() as u32);
+    /// let arguments = [(&raw mut address).cast::<std::ffi::c_void>(), (&raw mut count).cast()];
+    /// assert!(!address.is_null() && arguments.len() == 2);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn as_mut_ptr(&self) -> *mut T {
         self.address
     }
 
     /// The number of elements.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<f32>::new([100, 3], stream.device())?;
+    /// let view = buffer.gpu_on(&stream)?;
+    /// let blocks = view.len().div_ceil(256); // of a kernel with a thread for each element
+    /// assert_eq!((view.len(), blocks), (300, 2));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn len(&self) -> usize {
         self.len
     }
 
     /// Whether there are no elements.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<f32>::new([8, 3], stream.device())?;
+    /// let view = buffer.gpu_on(&stream)?.rows(..0)?;
+    /// assert!(view.is_empty()); // CUDA refuses a launch of no blocks
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
     /// The dimensions, outermost first.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<f32>::new([8, 3, 5], stream.device())?;
+    /// let view = buffer.gpu_on(&stream)?.rows(2..4)?;
+    /// assert_eq!(view.shape(), [2, 3, 5]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn shape(&self) -> &[usize] {
         self.shape.dims()
     }
 
     /// The device whose memory it is.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, GpuView, Stream};
+    ///
+    /// /// What an array library is told of a tensor's place.
+    /// fn device_index(view: &GpuView<'_, f32>) -> i64 {
+    ///     match view.device() {
+    ///         Device::Cpu => -1,
+    ///         Device::Cuda(ordinal) => ordinal.into(),
+    ///     }
+    /// }
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut buffer = CpuGpuBuffer::new(10, Device::Cpu)?;
+    /// assert_eq!(device_index(&buffer.gpu_on(&stream)?), -1);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device(&self) -> Device {
         self.device
     }
@@ -82,6 +156,17 @@ impl<'a, T> GpuView<'a, T> {
     /// # Errors
     ///
     /// [`Error::OutOfRange`](crate::Error::OutOfRange).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<f32>::new([8, 3], stream.device())?;
+    /// let view = buffer.gpu_on(&stream)?;
+    /// let second = view.rows(1..2)?; // the view itself can still be used
+    /// assert_eq!(second.as_ptr(), view.as_ptr().wrapping_add(3));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn rows(self, range: impl RangeBounds<usize>) -> Result<GpuView<'a, T>> {
         let rows = select(&range, self.shape.rows())?;
         let row = self.len.checked_div(self.shape.rows()).unwrap_or(0);
@@ -94,6 +179,19 @@ impl<'a, T> GpuView<'a, T> {
     }
 
     /// The elements, on [`Device::Cpu`]; `None` where they are in a GPU's memory.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<u32>::new(4, stream.device())?;
+    /// buffer.fill_gpu(3, &stream)?;
+    /// match buffer.gpu_on(&stream)?.as_host_slice() {
+    ///     Some(elements) => assert_eq!(elements, [3; 4]), // a stand-in for the kernel can work on them
+    ///     None => println!("in the memory of {}", stream.device()),
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn as_host_slice(&self) -> Option<&'a [T]> {
         if self.device != Device::Cpu {
             return None;

@@ -9,13 +9,38 @@ use crate::loader;
 
 impl cudaError {
     /// No CUDA runtime could be loaded. The text lists every place that was tried.
+    ///
+    /// ```
+    /// use cudart_sys::{cudaDeviceSynchronize, cudaError};
+    ///
+    /// // SAFETY: it takes no arguments, and waits for work that there may be.
+    /// let status = unsafe { cudaDeviceSynchronize() };
+    /// assert_eq!(status == cudaError::LIBRARY_NOT_LOADED, cudart_sys::runtime().is_err());
+    /// ```
     pub const LIBRARY_NOT_LOADED: cudaError = cudaError(0x00c0_da01);
 
     /// The loaded runtime has no function of this name. The text names the library, its version and
     /// every function that it lacks.
+    ///
+    /// ```
+    /// use cudart_sys::cudaError;
+    ///
+    /// /// Whether a newer runtime, or any at all, would have answered otherwise.
+    /// fn is_absent(status: cudaError) -> bool {
+    ///     matches!(status, cudaError::LIBRARY_NOT_LOADED | cudaError::SYMBOL_NOT_FOUND)
+    /// }
+    /// assert!(!is_absent(cudaError::cudaErrorInvalidValue));
+    /// ```
     pub const SYMBOL_NOT_FOUND: cudaError = cudaError(0x00c0_da02);
 
     /// The status's name as in CUDA's headers, `cudaErrorMemoryAllocation` say.
+    ///
+    /// ```
+    /// use cudart_sys::cudaError;
+    ///
+    /// assert_eq!(cudaError::cudaSuccess.name(), "cudaSuccess");
+    /// assert_eq!(cudaError::SYMBOL_NOT_FOUND.name(), "cudartSymbolNotFound");
+    /// ```
     pub fn name(self) -> Cow<'static, str> {
         match self {
             Self::LIBRARY_NOT_LOADED => "cudartLibraryNotLoaded".into(),
@@ -31,6 +56,15 @@ impl cudaError {
     }
 
     /// What the status means, in CUDA's words where the status is CUDA's.
+    ///
+    /// ```
+    /// use cudart_sys::cudaError;
+    ///
+    /// if let Err(error) = cudart_sys::runtime() {
+    ///     assert_eq!(cudaError::LIBRARY_NOT_LOADED.text(), error.to_string());
+    /// }
+    /// println!("{}", cudaError::cudaErrorMemoryAllocation.text()); // CUDA's words, where it is there
+    /// ```
     pub fn text(self) -> Cow<'static, str> {
         match self {
             Self::LIBRARY_NOT_LOADED => match loader::runtime() {

@@ -18,6 +18,17 @@ use crate::bindings::{Functions, cudaError};
 const MAJORS: [i32; 2] = [13, 12];
 
 /// The CUDA runtime of this process.
+///
+/// ```
+/// match cudart_sys::runtime() {
+///     Ok(runtime) => {
+///         assert!((12_000..14_000).contains(&runtime.version()));
+///         println!("{runtime:?}");
+///     }
+///     Err(error) => println!("{error}"),
+/// }
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 pub struct Runtime {
     functions: Functions,
     path: PathBuf,
@@ -28,16 +39,37 @@ pub struct Runtime {
 
 impl Runtime {
     /// The version as CUDA writes it: 13000 for 13.0, 12080 for 12.8.
+    ///
+    /// ```
+    /// if let Ok(runtime) = cudart_sys::runtime() {
+    ///     let (major, minor) = (runtime.version() / 1000, runtime.version() % 1000 / 10);
+    ///     println!("CUDA {major}.{minor}");
+    /// }
+    /// ```
     pub fn version(&self) -> i32 {
         self.version
     }
 
     /// The file it was loaded from, or the name that the system's loader resolved.
+    ///
+    /// ```
+    /// // Which of several runtimes on the machine it is.
+    /// if let Ok(runtime) = cudart_sys::runtime() {
+    ///     println!("{}", runtime.path().display());
+    /// }
+    /// ```
     pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// The bound functions that this version lacks.
+    ///
+    /// ```
+    /// if let Ok(runtime) = cudart_sys::runtime() {
+    ///     let by_version = "cudaGetDriverEntryPointByVersion"; // new in 12.5
+    ///     assert_eq!(runtime.absent().contains(&by_version), runtime.version() < 12050);
+    /// }
+    /// ```
     pub fn absent(&self) -> Vec<&'static str> {
         self.functions.absent()
     }
@@ -53,6 +85,14 @@ impl fmt::Debug for Runtime {
 }
 
 /// Why no runtime could be loaded: every place that was tried, and what it answered.
+///
+/// ```
+/// if let Err(error) = cudart_sys::runtime() {
+///     // As many lines as places: for a message to whoever set the machine up.
+///     eprintln!("{error}");
+///     assert!(!error.tried().is_empty());
+/// }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadError {
     tried: Vec<String>,
@@ -60,6 +100,13 @@ pub struct LoadError {
 
 impl LoadError {
     /// One line for each place, in the order of the search.
+    ///
+    /// ```
+    /// if let Err(error) = cudart_sys::runtime() {
+    ///     let missing = error.tried().iter().filter(|line| line.contains("No such file")).count();
+    ///     println!("{missing} of {} places have no such file", error.tried().len());
+    /// }
+    /// ```
     pub fn tried(&self) -> &[String] {
         &self.tried
     }
@@ -74,6 +121,13 @@ impl fmt::Display for LoadError {
 impl std::error::Error for LoadError {}
 
 /// The process's CUDA runtime, loaded by the first call. Success and failure are both final.
+///
+/// ```
+/// // Before the first call of a function, if the answer is wanted in words.
+/// if let Err(error) = cudart_sys::runtime() {
+///     println!("on the CPU, since {error}");
+/// }
+/// ```
 pub fn runtime() -> Result<&'static Runtime, &'static LoadError> {
     static RUNTIME: OnceLock<Result<Runtime, LoadError>> = OnceLock::new();
     RUNTIME
