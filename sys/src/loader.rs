@@ -27,7 +27,6 @@ const MAJORS: [i32; 2] = [13, 12];
 ///     }
 ///     Err(error) => println!("{error}"),
 /// }
-/// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 pub struct Runtime {
     functions: Functions,
