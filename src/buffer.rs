@@ -636,7 +636,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// let buffer = CpuGpuBuffer::<u8>::new(1 << 20, Device::auto())?;
     /// if buffer.device() != Device::Cpu && !buffer.is_pinned() {
-    ///     eprintln!("copies are staged: see `ulimit -l`");
+    ///     eprintln!("copies go by way of the driver's own pinned memory, and may make the caller wait");
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```

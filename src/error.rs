@@ -199,3 +199,73 @@ impl std::error::Error for Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One of each variant; what has a number here has one below.
+    fn examples() -> Vec<Error> {
+        let (bytes, device) = (1 << 20, Device::Cuda(0));
+        vec![
+            Error::Cuda { code: sys::cudaError::cudaErrorIllegalAddress, call: "cudaMemcpyAsync" },
+            Error::OutOfMemory { side: Side::Device, bytes, device },
+            Error::PinningUnavailable { bytes, reason: "the device is the CPU".into() },
+            Error::Unavailable { reason: "no usable CUDA runtime; tried: …".into() },
+            Error::InvalidShape { reason: "9 dimensions, and 1 to 8 are possible".into() },
+            Error::OutOfRange { start: 2, end: 9, rows: 4 },
+            Error::DeviceMismatch { expected: device, actual: Device::Cpu },
+            Error::StreamCapturing,
+            Error::InvalidStream {
+                reason: "the per-thread stream is a different stream on each thread",
+            },
+            Error::InvalidDevice { text: "gpu".into() },
+            Error::PoolExhausted { max_buffers: 16 },
+            Error::InvalidKey,
+            Error::DuplicateMember { index: 3 },
+            Error::InvalidGroup { reason: "it has no members" },
+            Error::EventOrder,
+            Error::Forked,
+        ]
+    }
+
+    /// A new variant has no number until it is given one, and an example with it.
+    fn number(error: &Error) -> usize {
+        match error {
+            Error::Cuda { .. } => 0,
+            Error::OutOfMemory { .. } => 1,
+            Error::PinningUnavailable { .. } => 2,
+            Error::Unavailable { .. } => 3,
+            Error::InvalidShape { .. } => 4,
+            Error::OutOfRange { .. } => 5,
+            Error::DeviceMismatch { .. } => 6,
+            Error::StreamCapturing => 7,
+            Error::InvalidStream { .. } => 8,
+            Error::InvalidDevice { .. } => 9,
+            Error::PoolExhausted { .. } => 10,
+            Error::InvalidKey => 11,
+            Error::DuplicateMember { .. } => 12,
+            Error::InvalidGroup { .. } => 13,
+            Error::EventOrder => 14,
+            Error::Forked => 15,
+        }
+    }
+
+    #[test]
+    fn the_guide_has_the_text_of_every_error() {
+        let guide = include_str!("../docs/guide.md");
+        let headings: Vec<_> =
+            guide.lines().filter_map(|line| line.strip_prefix("#### ")).collect();
+        let examples = examples();
+        assert!(examples.iter().map(number).eq(0..headings.len()), "one heading for each variant");
+        for error in examples {
+            // What comes behind the call is CUDA's text, which depends on the version.
+            let text = match &error {
+                Error::Cuda { call, .. } => format!("`{call} failed with "),
+                error => format!("`{error}`"),
+            };
+            let found = headings.iter().any(|heading| heading.starts_with(&text));
+            assert!(found, "docs/guide.md has no heading for {text}");
+        }
+    }
+}

@@ -18,7 +18,13 @@
 //! # Ok::<(), cpu_gpu_buffer::Error>(())
 //! ```
 //!
-//! A [`BufferPool`] hands such buffers out again and again, to any number of threads, without locks.
+//! A [`BufferPool`] hands such buffers out again and again, to any number of threads, without locks. A [`BufferGroup`] moves
+//! rows of many arrays by one call, and a ring has several host halves.
+//!
+//! The [guide] says what waits for what, how to launch your own kernels, what each error means, and how to [come over] from
+//! vLLM's `CpuGpuBuffer`, raw CUDA calls and cudarc.
+//!
+//! [come over]: guide::moving
 //!
 //! # What it refuses to do
 //!
@@ -89,7 +95,32 @@ pub use shape::Shape;
 pub use stream::{Stream, StreamFlags, StreamOptions, WaitPolicy};
 pub use view::GpuView;
 
-/// The README's program is one of the tests.
+/// The guide, as a page of the documentation.
+///
+// Links between the pages are those of the files; here, what is defined before them counts.
+#[doc = "[groups]: crate::guide::groups"]
+#[doc = "[moving]: crate::guide::moving"]
+#[doc = "[cudarc]: crate::guide::cudarc"]
+///
+#[doc = include_str!("../docs/guide.md")]
+#[cfg(any(doc, doctest))]
+pub mod guide {
+    #[doc = include_str!("../docs/groups.md")]
+    pub mod groups {}
+
+    #[doc = "[groups]: crate::guide::groups"]
+    #[doc = "[cudarc]: crate::guide::cudarc"]
+    ///
+    #[doc = include_str!("../docs/moving.md")]
+    pub mod moving {}
+
+    // Its programs need cudarc, and are tests of `benches`.
+    #[cfg(not(doctest))]
+    #[doc = include_str!("../docs/cudarc.md")]
+    pub mod cudarc {}
+}
+
+/// The README's programs are tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
