@@ -36,7 +36,8 @@
 //!
 //! # Features
 //!
-//! - `half`: `f16` and `bf16` elements.
+//! - `half`: `f16` and `bf16` elements, those of the `half` crate.
+//! - `ndarray`: the host half as an array: `cpu_array` and `cpu_array_mut` of buffers, groups and rings.
 //! - `bindgen`: regenerates the CUDA bindings from the machine's own headers.
 
 // docs.rs says of each item which feature it needs.
@@ -58,6 +59,8 @@ mod kernels;
 mod layout;
 mod members;
 mod moves;
+#[cfg(feature = "ndarray")]
+mod ndarray;
 #[cfg(unix)]
 mod pages;
 mod pool;

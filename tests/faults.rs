@@ -256,6 +256,10 @@ const OPERATIONS: &[(&str, Operation)] = &[
         // SAFETY: as above.
         unsafe { bench.buffer.copy_from_device_ptr(.., from, &bench.stream) }
     }),
+    #[cfg(feature = "ndarray")]
+    ("CpuGpuBuffer::cpu_array", |bench| bench.buffer.cpu_array().map(drop)),
+    #[cfg(feature = "ndarray")]
+    ("CpuGpuBuffer::cpu_array_mut", |bench| bench.buffer.cpu_array_mut().map(drop)),
     ("CpuGpuBuffer::is_idle", |bench| bench.buffer.is_idle().map(drop)),
     ("CpuGpuBuffer::synchronize", |bench| bench.buffer.synchronize()),
     ("CpuGpuBuffer::fill", |bench| bench.buffer.fill(3, &bench.stream)),
@@ -341,6 +345,16 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let (group, members, _) = bench.group();
         group.cpu_mut(members.keys[3]).map(drop)
     }),
+    #[cfg(feature = "ndarray")]
+    ("BufferGroup::cpu_array", |bench| {
+        let (group, members, _) = bench.group();
+        group.cpu_array(members.keys[3]).map(drop)
+    }),
+    #[cfg(feature = "ndarray")]
+    ("BufferGroup::cpu_array_mut", |bench| {
+        let (group, members, _) = bench.group();
+        group.cpu_array_mut(members.keys[3]).map(drop)
+    }),
     ("MembersMut::cpu_mut", |bench| {
         let (group, members, _) = bench.group();
         let mut halves = group.members_mut();
@@ -393,6 +407,16 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let (ring, members, _) = bench.ring();
         let mut halves = ring.members_mut();
         members.keys.iter().try_for_each(|key| halves.cpu_mut(*key).map(drop))
+    }),
+    #[cfg(feature = "ndarray")]
+    ("GroupRing::cpu_array", |bench| {
+        let (ring, members, _) = bench.ring();
+        ring.cpu_array(members.keys[3]).map(drop)
+    }),
+    #[cfg(feature = "ndarray")]
+    ("GroupRing::cpu_array_mut", |bench| {
+        let (ring, members, _) = bench.ring();
+        ring.cpu_array_mut(members.keys[3]).map(drop)
     }),
     ("GroupRing::copy_to_gpu", |bench| {
         let (ring, members, stream) = bench.ring();
@@ -514,6 +538,8 @@ fn every_public_function_is_an_operation_here_or_known_to_be_silent() {
         include_str!("../src/group.rs"),
         include_str!("../src/ring.rs"),
         include_str!("../src/layout.rs"),
+        #[cfg(feature = "ndarray")]
+        include_str!("../src/ndarray.rs"),
         include_str!("../src/stream.rs"),
         include_str!("../src/event.rs"),
         include_str!("../src/device.rs"),

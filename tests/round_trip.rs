@@ -244,10 +244,26 @@ fn elements_of_array_libraries_have_their_names() {
 
 #[cfg(feature = "half")]
 #[test]
-fn half_precision_elements_have_names() {
-    let buffer = CpuGpuBuffer::<half::bf16>::new(1, Device::Cpu).unwrap();
-    assert_eq!(buffer.dtype(), DType::BF16);
-    assert!(format!("{buffer:?}").contains("dtype=bf16"));
+fn half_precision_elements_have_names_and_go_there_and_back() {
+    use half::{bf16, f16};
+
+    fn check<T: Element + PartialEq + std::fmt::Debug>(dtype: DType, name: &str, value: T) {
+        each(|device, stream, options| {
+            let mut buffer = CpuGpuBuffer::<T>::with_options([5, 3], device, options).unwrap();
+            assert_eq!((buffer.dtype(), T::DTYPE, buffer.nbytes()), (dtype, dtype, 30));
+            assert!(format!("{buffer:?}").contains(&format!("dtype={name}")));
+            buffer.cpu_mut().unwrap()[4] = value;
+            buffer.copy_to_gpu(.., stream).unwrap();
+            buffer.fill_cpu(T::zeroed()).unwrap();
+            buffer.copy_to_cpu(1..2, stream).unwrap();
+            assert_eq!(buffer.cpu().unwrap()[3..6], [T::zeroed(), value, T::zeroed()]);
+            buffer.fill(value, stream).unwrap();
+            buffer.copy_to_cpu(.., stream).unwrap();
+            assert_eq!(buffer.cpu().unwrap(), [value; 15]);
+        });
+    }
+    check(DType::F16, "f16", f16::from_f32(0.333));
+    check(DType::BF16, "bf16", bf16::from_f32(-1.5e30));
 }
 
 #[test]
