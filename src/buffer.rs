@@ -16,10 +16,12 @@ use bytemuck::Pod;
 use crate::device::Device;
 use crate::device_memory::DeviceMemory;
 use crate::element::{DType, Element};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Side};
 use crate::host::{HostFlags, Pinning};
 use crate::shape::{Shape, select};
-use crate::storage::{Form, Home};
+#[cfg(feature = "dlpack")]
+use crate::storage::Storage;
+use crate::storage::{BOTH, Form, Home};
 use crate::stream::Stream;
 use crate::view::GpuView;
 
@@ -138,6 +140,11 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     pub(crate) fn stored(storage: Home) -> Self {
         CpuGpuBuffer { storage, elements: PhantomData }
+    }
+
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn storage_mut(&mut self) -> &mut Storage {
+        &mut self.storage
     }
 
     /// A shape of this type's elements.
@@ -424,7 +431,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn fill(&mut self, value: T, stream: &Stream) -> Result<()> {
-        self.storage.admit(stream)?;
+        self.storage.admit(&BOTH, stream)?;
         self.storage.wait_to_write()?;
         self.fill_gpu(value, stream)?;
         // SAFETY: no copy touches the host half since the wait: a fill enqueues none.
@@ -475,7 +482,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         if self.device() != Device::Cpu {
             return self.storage.fill_gpu(bytemuck::bytes_of(&value), stream);
         }
-        self.storage.admit(stream)?;
+        self.storage.admit(&[Side::Device], stream)?;
         if self.nbytes() > 0 {
             let address = self.storage.gpu_ptr().cast::<T>();
             // SAFETY: on the CPU the device half is ordinary memory of this many elements, and has no
@@ -527,6 +534,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         if form.layout.size() <= self.storage.capacity() {
             return self.storage.restart(form);
         }
+        self.storage.settle(&BOTH)?;
         let larger = Home::own(form, self.device(), self.storage.options())?;
         self.storage.wait_for_all()?;
         // With it may go the owner of a foreign stream, which may panic.

@@ -222,6 +222,23 @@ pub(crate) fn context(ordinal: u32) -> Result<&'static Context> {
     Ok(place.made.get_or_init(|| made))
 }
 
+/// Waits for everything that was sent to any device of this process, by whomever: pinned memory serves them all. Devices
+/// that nobody uses have no primary context, and get none. Ends captures: see [`raw::context_synchronize`].
+#[cfg(feature = "dlpack")]
+pub(crate) fn synchronize_all() -> Result<()> {
+    for ordinal in 0..count()? as u32 {
+        if raw::has_primary(ordinal)? {
+            let handle = raw::retain_primary(ordinal)?;
+            // SAFETY: retained above, and released below.
+            let waited =
+                unsafe { raw::enter(handle) }.and_then(|_current| raw::context_synchronize());
+            let released = raw::release_primary(ordinal);
+            waited.and(released)?;
+        }
+    }
+    Ok(())
+}
+
 /// Where a device's context is kept.
 #[derive(Default)]
 struct Place {

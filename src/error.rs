@@ -113,6 +113,11 @@ pub enum Error {
         /// Why not.
         reason: &'static str,
     },
+    /// A tensor of the half lives, whose consumer may be using it: only with the feature `dlpack`.
+    Exported {
+        /// The half.
+        side: Side,
+    },
     /// Time was asked from an event to one that was recorded before it.
     EventOrder,
     /// The value was made before `fork` and this is the child: CUDA does not work here.
@@ -185,6 +190,7 @@ impl fmt::Display for Error {
                 write!(f, "member {index} of the group is named twice")
             }
             Error::InvalidGroup { reason } => write!(f, "invalid group: {reason}"),
+            Error::Exported { side } => write!(f, "a tensor of the {side} half lives"),
             Error::EventOrder => f.write_str("the earlier event was recorded after the later one"),
             Error::Forked => f.write_str("made before a fork, and unusable in the child"),
         }

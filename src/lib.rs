@@ -38,6 +38,7 @@
 //!
 //! - `half`: `f16` and `bf16` elements, those of the `half` crate.
 //! - `ndarray`: the host half as an array: `cpu_array` and `cpu_array_mut` of buffers, groups and rings.
+//! - `dlpack`: either half as a DLPack tensor, for PyTorch and others: the module `dlpack`.
 //! - `bindgen`: regenerates the CUDA bindings from the machine's own headers.
 
 // docs.rs says of each item which feature it needs.
@@ -46,9 +47,13 @@
 mod buffer;
 mod device;
 mod device_memory;
+#[cfg(feature = "dlpack")]
+pub mod dlpack;
 mod element;
 mod error;
 mod event;
+#[cfg(feature = "dlpack")]
+mod exports;
 mod fill;
 mod fork;
 mod gather;

@@ -254,6 +254,12 @@ impl<T: Pod> BufferPool<T> {
         claimed: Option<(Lease<Storage>, bool)>,
     ) -> Result<CpuGpuBuffer<T>> {
         let Inner { slots, .. } = &*self.inner;
+        #[cfg(feature = "dlpack")]
+        let claimed = match claimed {
+            // Buffers that tensors left behind come before new ones.
+            None if crate::exports::reclaim().is_ok() => slots.claim(Storage::is_known_ready),
+            claimed => claimed,
+        };
         let (slot, ready) = match claimed {
             Some(claimed) => claimed,
             None => slots.claim_or_grow(Storage::is_known_ready, |total| self.inner.grow(total))?,
@@ -292,7 +298,7 @@ impl<T: Pod> BufferPool<T> {
             slots.count_settled();
         }
         slot.renew(form, options.zeroed);
-        CpuGpuBuffer::stored(Home::Pool(slot))
+        CpuGpuBuffer::stored(Home::pool(slot))
     }
 
     /// The buffers that could be acquired without growing, as far as can be told while other threads work.

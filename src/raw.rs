@@ -361,6 +361,43 @@ pub(crate) fn memory_info() -> Result<(usize, usize)> {
     Ok((free, total))
 }
 
+/// Whether the device has a primary context.
+#[cfg(feature = "dlpack")]
+pub(crate) fn has_primary(ordinal: u32) -> Result<bool> {
+    let device_get = driver()?.device_get;
+    let mut device = 0;
+    // SAFETY: `device` is a valid place; an ordinal out of range is a status.
+    let status = unsafe { device_get(&mut device, ordinal as c_int) };
+    check_driver(status, "cuDeviceGet")?;
+    // Asked seldom, and so looked for each time.
+    let get_state: sys::PFN_cuDevicePrimaryCtxGetState_v7000 =
+        entry(c"cuDevicePrimaryCtxGetState", 7000)?;
+    let get_state = get_state.ok_or_else(|| Error::Unavailable {
+        reason: "the driver lacks cuDevicePrimaryCtxGetState, which CUDA 12.0 has".into(),
+    })?;
+    let (mut flags, mut active) = (0, 0);
+    // SAFETY: both are valid places, and the driver just gave `device`.
+    let status = unsafe { get_state(device, &mut flags, &mut active) };
+    check_driver(status, "cuDevicePrimaryCtxGetState")?;
+    Ok(active != 0)
+}
+
+/// Waits for everything that was sent to the current context. Ends each capture of a stream there, whatever its mode and
+/// this thread's: a context that encompasses a capture cannot be waited for ("CUDA C++ Programming Guide, Prohibited and
+/// Unhandled Operations"; seen with CUDA 13.0 on an H100).
+#[cfg(feature = "dlpack")]
+pub(crate) fn context_synchronize() -> Result<()> {
+    // Captures elsewhere have nothing to do with it.
+    let _relaxed = RelaxedCapture::begin();
+    // SAFETY: no arguments.
+    match check(unsafe { sys::cudaDeviceSynchronize() }, "cudaDeviceSynchronize") {
+        Err(Error::Cuda { code: Status::cudaErrorStreamCaptureUnsupported, .. }) => {
+            Err(Error::StreamCapturing)
+        }
+        result => result,
+    }
+}
+
 // ---- memory ---------------------------------------------------------------------------------------
 
 /// Device memory of the current device.

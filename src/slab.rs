@@ -27,6 +27,11 @@ impl Slab {
         device: Device,
         options: BufferOptions,
     ) -> Result<Slab> {
+        #[cfg(feature = "dlpack")]
+        if context.is_some() {
+            // What cannot be had now is there the next time.
+            let _ = crate::exports::reclaim();
+        }
         // The device first: it has less memory, and what it lacks need not be pinned in vain.
         let gpu = DeviceMemory::new(gpu, context, device)?;
         let host = HostMemory::new(host, options.pinning, options.host_flags, context, device)?;

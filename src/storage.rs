@@ -12,10 +12,14 @@
 //! Whatever is enqueued waits, in stream order, for everything that stands on other streams; so the
 //! newest use is ordered after all before it, and a transfer covers the device uses before it.
 //!
+//! What is lent to tensors of other libraries is looked after by [`exports`](crate::exports): whatever touches a half
+//! settles that first.
+//!
 //! An operation checks its arguments and the stream first, and changes nothing where they are refused.
 //! From the moment it tries to enqueue, its record stands, whatever CUDA answers.
 
 use std::alloc::Layout;
+use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,6 +28,8 @@ use std::sync::{Arc, Mutex};
 use crate::buffer::BufferOptions;
 use crate::device::{Device, context};
 use crate::error::{Error, Result, Side};
+#[cfg(feature = "dlpack")]
+use crate::exports::{Exports, Loan};
 use crate::fill;
 use crate::fork;
 use crate::raw::{self, Direction};
@@ -33,8 +39,14 @@ use crate::slab::Slab;
 use crate::slots::Lease;
 use crate::stream::{EnteredStream, Stream};
 
-/// Where a buffer's storage is.
-pub(crate) enum Home {
+/// What most operations touch.
+pub(crate) const BOTH: [Side; 2] = [Side::Host, Side::Device];
+
+/// A buffer's storage, which goes where it came from.
+pub(crate) struct Home(ManuallyDrop<Place>);
+
+/// Where a storage is.
+enum Place {
     Own(Box<Storage>),
     /// In a pool, which gets it back as it is.
     Pool(Lease<Storage>),
@@ -44,16 +56,36 @@ impl Home {
     /// Two zeroed halves of a form, in a slab of their own.
     pub(crate) fn own(form: Form, device: Device, options: BufferOptions) -> Result<Home> {
         let mut one = Storage::slots(form, 1, device, options)?;
-        Ok(Home::Own(Box::new(one.pop().expect("one was asked for"))))
+        Ok(Home::at(Place::Own(Box::new(one.pop().expect("one was asked for")))))
+    }
+
+    /// What a pool handed out.
+    #[inline]
+    pub(crate) fn pool(slot: Lease<Storage>) -> Home {
+        Home::at(Place::Pool(slot))
+    }
+
+    #[inline]
+    fn at(place: Place) -> Home {
+        Home(ManuallyDrop::new(place))
     }
 }
 
 impl Drop for Home {
     /// What is given back waits for nothing, but no longer stands for what its last holder's streams are sent from
-    /// now on: they have nothing to do with the next holder, and may be captured, or destroyed.
+    /// now on: they have nothing to do with the next holder, and may be captured, or destroyed. What was lent goes when
+    /// that is over.
     #[inline]
     fn drop(&mut self) {
-        if let Home::Pool(storage) = self {
+        #[cfg(feature = "dlpack")]
+        let exports = self.exports.take();
+        // SAFETY: the end of the value, of which nobody looks at what is taken.
+        let place = unsafe { ManuallyDrop::take(&mut self.0) };
+        #[cfg(feature = "dlpack")]
+        if let Some(exports) = exports {
+            return exports.part(Home::at(place));
+        }
+        if let Place::Pool(storage) = &place {
             for record in [&storage.upload, &storage.download, &storage.device_use] {
                 record.close();
             }
@@ -66,9 +98,9 @@ impl Deref for Home {
 
     #[inline]
     fn deref(&self) -> &Storage {
-        match self {
-            Home::Own(storage) => storage,
-            Home::Pool(lease) => lease,
+        match &*self.0 {
+            Place::Own(storage) => storage,
+            Place::Pool(lease) => lease,
         }
     }
 }
@@ -76,9 +108,9 @@ impl Deref for Home {
 impl DerefMut for Home {
     #[inline]
     fn deref_mut(&mut self) -> &mut Storage {
-        match self {
-            Home::Own(storage) => storage,
-            Home::Pool(lease) => lease,
+        match &mut *self.0 {
+            Place::Own(storage) => storage,
+            Place::Pool(lease) => lease,
         }
     }
 }
@@ -118,6 +150,9 @@ pub(crate) struct Storage {
     upload: Record,
     download: Record,
     device_use: Record,
+    /// Where halves were lent to tensors.
+    #[cfg(feature = "dlpack")]
+    exports: Option<Arc<Exports>>,
     /// Last: the events go before the memory, as they were made after it.
     slab: Arc<Slab>,
 }
@@ -131,6 +166,8 @@ unsafe impl Sync for Storage {}
 const _: () = {
     const fn send_and_sync<P: Send + Sync>() {}
     send_and_sync::<(Record, Arc<Slab>, AtomicBool, Mutex<()>)>();
+    #[cfg(feature = "dlpack")]
+    send_and_sync::<Arc<Exports>>();
 };
 
 impl Storage {
@@ -185,6 +222,8 @@ impl Storage {
             upload: Record::idle(),
             download: Record::idle(),
             device_use: Record::idle(),
+            #[cfg(feature = "dlpack")]
+            exports: None,
             slab: Arc::clone(&slab),
         };
         storages.extend((0..count).map(storage));
@@ -237,6 +276,7 @@ impl Storage {
     pub(crate) fn restart(&mut self, form: Form) -> Result<()> {
         let bytes = form.layout.size();
         assert!(bytes <= self.capacity);
+        self.settle(&BOTH)?;
         self.wait_to_write()?;
         // SAFETY: within the host half, which no transfer reads or writes any more.
         unsafe { ptr::write_bytes(self.host, 0, bytes) };
@@ -276,6 +316,7 @@ impl Storage {
     #[inline]
     pub(crate) fn wait_to_read(&self) -> Result<()> {
         self.refuse_child()?;
+        self.settle(&[Side::Host])?;
         self.download.wait()?;
         self.ready_host()
     }
@@ -293,6 +334,7 @@ impl Storage {
     /// Waits for the transfers of the host half, and zeroes it if it has to be.
     #[inline(never)]
     fn free_host(&mut self) -> Result<()> {
+        self.settle(&[Side::Host])?;
         self.download.wait()?;
         self.upload.wait()?;
         self.ready_host()?;
@@ -303,6 +345,12 @@ impl Storage {
     /// Whether the host half may be read now.
     pub(crate) fn may_read(&self) -> Result<bool> {
         self.refuse_child()?;
+        #[cfg(feature = "dlpack")]
+        if let Some(exports) = &self.exports
+            && !exports.is_settled(&[Side::Host])?
+        {
+            return Ok(false);
+        }
         if !self.download.is_finished()? {
             return Ok(false);
         }
@@ -356,6 +404,7 @@ impl Storage {
     /// Waits until nothing uses either half.
     pub(crate) fn wait_for_all(&self) -> Result<()> {
         self.refuse_child()?;
+        self.settle(&BOTH)?;
         self.download.wait()?;
         self.upload.wait()?;
         self.device_use.wait()
@@ -364,6 +413,10 @@ impl Storage {
     /// Whether nothing uses either half.
     pub(crate) fn is_idle(&self) -> Result<bool> {
         self.refuse_child()?;
+        #[cfg(feature = "dlpack")]
+        if self.exports.as_ref().is_some_and(|exports| !exports.is_idle()) {
+            return Ok(false);
+        }
         Ok(self.download.is_finished()?
             && self.upload.is_finished()?
             && self.device_use.is_finished()?)
@@ -373,7 +426,7 @@ impl Storage {
 
     /// Copies a range of the host half to the same range of the device half.
     pub(crate) fn copy_to_gpu(&mut self, range: Range<usize>, stream: &Stream) -> Result<()> {
-        let entered = self.admit(stream)?;
+        let entered = self.admit(&BOTH, stream)?;
         if range.is_empty() {
             return Ok(());
         }
@@ -402,7 +455,7 @@ impl Storage {
         to: *mut u8,
         stream: &Stream,
     ) -> Result<()> {
-        let entered = self.admit(stream)?;
+        let entered = self.admit(&[Side::Host], stream)?;
         if range.is_empty() {
             return Ok(());
         }
@@ -417,7 +470,7 @@ impl Storage {
 
     /// Copies a range of the device half to the same range of the host half.
     pub(crate) fn copy_to_cpu(&mut self, range: Range<usize>, stream: &Stream) -> Result<()> {
-        let entered = self.admit(stream)?;
+        let entered = self.admit(&BOTH, stream)?;
         if range.is_empty() {
             return Ok(());
         }
@@ -442,7 +495,7 @@ impl Storage {
         from: *const u8,
         stream: &Stream,
     ) -> Result<()> {
-        let entered = self.admit(stream)?;
+        let entered = self.admit(&[Side::Host], stream)?;
         if range.is_empty() {
             return Ok(());
         }
@@ -457,7 +510,7 @@ impl Storage {
 
     /// Fills the used part of a CUDA device half with `element`, whose length divides it.
     pub(crate) fn fill_gpu(&mut self, element: &[u8], stream: &Stream) -> Result<()> {
-        let Some(entered) = &self.admit(stream)? else {
+        let Some(entered) = &self.admit(&[Side::Device], stream)? else {
             return Ok(());
         };
         self.order(entered)?;
@@ -470,7 +523,7 @@ impl Storage {
 
     /// Orders `stream` after everything, and remembers that it may use the device half from now on.
     pub(crate) fn use_on(&mut self, stream: &Stream) -> Result<()> {
-        let Some(entered) = &self.admit(stream)? else {
+        let Some(entered) = &self.admit(&[Side::Device], stream)? else {
             return Ok(());
         };
         self.order(entered)?;
@@ -478,10 +531,70 @@ impl Storage {
         self.device_use.stand_for(entered)
     }
 
-    /// Checks that `stream` can be given work of this storage, and enters it. `None` where CUDA has
-    /// nothing to do with it: on the CPU, and where there are no bytes.
+    // ---- what is lent to tensors ----
+
+    /// Lends the device half to a tensor whose consumer uses it on `stream`, first. The answer is its address, too; where
+    /// there are no bytes, null.
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn lend_gpu(&mut self, stream: &Stream) -> Result<(*mut u8, Option<Loan>)> {
+        let entered = self.admit(&[], stream)?;
+        if self.bytes == 0 {
+            return Ok((ptr::null_mut(), None));
+        }
+        // A consumer before may still use it, and knows nothing of the next.
+        if !self.exports().is_lent(Side::Device) {
+            self.settle(&[Side::Device])?;
+        }
+        let loan = self.exports().lend(Side::Device);
+        if let Some(entered) = &entered {
+            self.order(entered)?;
+            self.define(entered)?;
+            // The stream may be gone when somebody asks.
+            self.device_use.close();
+        }
+        Ok((self.gpu, Some(loan)))
+    }
+
+    /// Lends the memory of the device half, which nothing else knows of. As for [`lend_gpu`](Self::lend_gpu).
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn lend_gpu_unguarded(&mut self) -> Result<(*mut u8, Option<Loan>)> {
+        self.refuse_child()?;
+        if self.bytes == 0 {
+            return Ok((ptr::null_mut(), None));
+        }
+        let loan = self.exports().lend_unguarded();
+        Ok((self.gpu, Some(loan)))
+    }
+
+    /// Lends the host half to a tensor, with nothing of this storage's in flight. As for [`lend_gpu`](Self::lend_gpu).
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn lend_cpu(&mut self) -> Result<(*mut u8, Option<Loan>)> {
+        self.refuse_child()?;
+        if self.bytes == 0 {
+            return Ok((ptr::null_mut(), None));
+        }
+        // While it is lent, nothing comes to be in flight.
+        if !self.exports().is_lent(Side::Host) {
+            self.wait_to_write()?;
+        }
+        let loan = self.exports().lend(Side::Host);
+        self.host_is_free = false;
+        Ok((self.host, Some(loan)))
+    }
+
+    #[cfg(feature = "dlpack")]
+    fn exports(&mut self) -> &Arc<Exports> {
+        self.exports.get_or_insert_with(|| Arc::new(Exports::new(self.device)))
+    }
+
+    /// Checks that `stream` can be given work of this storage that touches these halves, and enters it. `None` where
+    /// CUDA has nothing to do with it: on the CPU, and where there are no bytes.
     #[inline]
-    pub(crate) fn admit<'s>(&self, stream: &'s Stream) -> Result<Option<EnteredStream<'s>>> {
+    pub(crate) fn admit<'s>(
+        &self,
+        touches: &[Side],
+        stream: &'s Stream,
+    ) -> Result<Option<EnteredStream<'s>>> {
         if stream.device() != self.device {
             return Err(Error::DeviceMismatch { expected: self.device, actual: stream.device() });
         }
@@ -492,7 +605,21 @@ impl Storage {
         if let Some(entered) = &entered {
             entered.refuse_capture()?;
         }
+        // After that: it may wait for the device, which ends captures.
+        self.settle(touches)?;
         Ok(entered)
+    }
+
+    /// Sees to it that no tensor's consumer uses these halves: an error where a tensor lives; otherwise waits for
+    /// the devices, if nobody has since the last one went.
+    #[inline]
+    pub(crate) fn settle(&self, touches: &[Side]) -> Result<()> {
+        #[cfg(feature = "dlpack")]
+        if let Some(exports) = &self.exports {
+            return exports.settle(touches);
+        }
+        let _ = touches;
+        Ok(())
     }
 
     /// Makes what is sent to the stream from now on wait for what stands on other streams.

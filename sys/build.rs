@@ -30,6 +30,7 @@ mod generate {
     /// come through `cudaGetDriverEntryPoint`.
     const TYPES: &str = "cudaError_t|cudaStream_t|cudaEvent_t|cudaDeviceAttr|cudaMemcpyKind|cudaGetDriverEntryPointFlags|CUresult|\
         PFN_(cuCtxGetCurrent_v4000|cuCtxPopCurrent_v4000|cuCtxPushCurrent_v4000|cuDeviceGet_v2000|\
+        cuDevicePrimaryCtxGetState_v7000|\
         cuDevicePrimaryCtxRelease_v11000|cuDevicePrimaryCtxRetain_v7000|cuLaunchKernel_v4000|cuMemsetD(16|32)Async_v3020|\
         cuModuleGetFunction_v2000|cuModuleLoadData_v2000|cuModuleUnload_v2000|\
         cuEvent(Query|Record|Synchronize)_v2000|cuMemcpy(DtoH|HtoD)Async_v3020|cuStreamIsCapturing_v10000|\

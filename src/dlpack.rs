@@ -1,0 +1,466 @@
+//! Halves of a buffer as DLPack tensors: what PyTorch, JAX, CuPy, NumPy and others take over without a copy.
+//!
+//! [`export_gpu`](CpuGpuBuffer::export_gpu) and [`export_cpu`](CpuGpuBuffer::export_cpu) give a [`Tensor`], which becomes
+//! one of DLPack's two structs: [`DLManagedTensorVersioned`], or [`DLManagedTensor`] for consumers from before DLPack 1.0.
+//! Needs the feature `dlpack`.
+//!
+//! ```
+//! use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Side, Stream};
+//!
+//! let device = Device::auto();
+//! let stream = Stream::new(device)?;
+//! let mut batch = CpuGpuBuffer::<f32>::new([32, 64], device)?;
+//! for step in 0..3 {
+//!     batch.cpu_mut()?.fill(step as f32);
+//!     batch.copy_to_gpu(.., &stream)?;
+//!     let tensor = batch.export_gpu(&stream)?; // `stream`: the consumer's, which waits for the copy
+//!     let raw = tensor.into_raw(); // a consumer takes it,
+//!
+//!     // and while it has it, the host half is free and the device half is not.
+//!     batch.cpu_mut()?.fill(0.5);
+//!     assert_eq!(batch.copy_to_gpu(.., &stream), Err(Error::Exported { side: Side::Device }));
+//!
+//!     // SAFETY: a tensor that was just made, whose consumer lets go of it, once.
+//!     unsafe { (*raw).deleter.expect("ours have one")(raw) };
+//! }
+//! batch.copy_to_gpu(.., &stream)?; // waits for whatever the last consumer queued
+//! # Ok::<(), Error>(())
+//! ```
+//!
+//! # What is guarded
+//!
+//! A consumer reads and writes its half as it likes, on streams that nobody here knows, and what it queued there may run
+//! after it let the tensor go.
+//!
+//! - While a tensor of a half lives, whatever would look at that half, write it, move it or resize it answers
+//!   [`Error::Exported`]: accessors for the host half, `gpu_on` and `fill_gpu` for the device half, copies
+//!   between the halves for either. Shapes and addresses are told, the other half is used as ever, and more tensors can be
+//!   made. Those are not ordered with each other.
+//! - When the last one is gone, the first such operation waits for all work of **every device** on which this process has a
+//!   primary context, once. `try_cpu` and `try_cpu_mut` never wait, and answer `None` until something else has;
+//!   [`synchronize`](CpuGpuBuffer::synchronize) does.
+//! - Buffer and tensors may be dropped in either order, in any thread. The memory, or the place in the pool, is kept until
+//!   all are gone.
+//! - Letting a tensor go calls no CUDA at all, so that it may happen in a callback of CUDA's, during a capture, in
+//!   a forked child, or at the end of the process. Nor does dropping a buffer whose consumers were not waited for.
+//!   Both leave the memory *behind*: [`reclaim`] gives it back, and so does whatever next allocates
+//!   for a CUDA device, and [`acquire`](crate::BufferPool::acquire) where a pool has no other buffer left.
+//!   To give it back at once, call [`synchronize`](CpuGpuBuffer::synchronize) between the tensors' end and the buffer's.
+//! - Waiting for a device **ends every capture** of a stream there, whoever's, as CUDA has no way to do the one
+//!   without the other ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"). The operation then answers
+//!   [`Error::StreamCapturing`], or goes on without the memory left behind. While something is being captured, let
+//!   buffers and tensors go as you like, but do not use a buffer again whose tensors are gone, nor allocate.
+//! - Not waited for: work in contexts other than the devices' primary ones, and consumers that touch the memory after
+//!   their tensor's end otherwise than by work that was queued before it.
+//!
+//! Buffers that were never exported pay for none of this.
+//!
+//! A step that exports anew each time waits for the devices each time. Where the consumer's stream is known,
+//! [`export_gpu_unguarded`](CpuGpuBuffer::export_gpu_unguarded) gives one tensor for all steps.
+
+use std::ffi::c_void;
+use std::fmt;
+use std::ptr;
+
+use crate::buffer::CpuGpuBuffer;
+use crate::device::Device;
+use crate::element::{DType, Element};
+use crate::error::{Error, Result};
+use crate::exports::{self, Loan};
+use crate::shape::Shape;
+use crate::stream::Stream;
+
+// ---- DLPack's own types, as `dlpack.h` of version 1 has them ----
+
+/// The version of the struct that it stands in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct DLPackVersion {
+    pub major: u32,
+    pub minor: u32,
+}
+
+/// A kind of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(transparent)]
+pub struct DLDeviceType(pub i32);
+
+#[allow(non_upper_case_globals)]
+impl DLDeviceType {
+    /// Host memory.
+    pub const kDLCPU: DLDeviceType = DLDeviceType(1);
+    /// Memory of a CUDA device.
+    pub const kDLCUDA: DLDeviceType = DLDeviceType(2);
+    /// Host memory that is pinned for CUDA.
+    pub const kDLCUDAHost: DLDeviceType = DLDeviceType(3);
+}
+
+/// A kind of memory, and of which device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct DLDevice {
+    pub device_type: DLDeviceType,
+    /// The ordinal of a CUDA device; 0 for host memory.
+    pub device_id: i32,
+}
+
+/// An element type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct DLDataType {
+    /// 0 signed, 1 unsigned, 2 floating point, 4 bfloat.
+    pub code: u8,
+    pub bits: u8,
+    pub lanes: u16,
+}
+
+/// An array in memory.
+#[derive(Debug)]
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct DLTensor {
+    /// Null where there are no bytes.
+    pub data: *mut c_void,
+    pub device: DLDevice,
+    pub ndim: i32,
+    pub dtype: DLDataType,
+    pub shape: *mut i64,
+    /// In elements. Never null here, as versions since 1.2 ask.
+    pub strides: *mut i64,
+    pub byte_offset: u64,
+}
+
+/// An array and how to let go of it, as before DLPack 1.0.
+#[derive(Debug)]
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct DLManagedTensor {
+    pub dl_tensor: DLTensor,
+    pub manager_ctx: *mut c_void,
+    /// Called once, in any thread.
+    pub deleter: Option<unsafe extern "C" fn(*mut DLManagedTensor)>,
+}
+
+/// An array and how to let go of it.
+#[derive(Debug)]
+#[repr(C)]
+#[allow(missing_docs)]
+pub struct DLManagedTensorVersioned {
+    pub version: DLPackVersion,
+    pub manager_ctx: *mut c_void,
+    /// Called once, in any thread.
+    pub deleter: Option<unsafe extern "C" fn(*mut DLManagedTensorVersioned)>,
+    /// None is set: the memory may be written, and is no copy.
+    pub flags: u64,
+    pub dl_tensor: DLTensor,
+}
+
+/// The first version of the versioned struct; nothing newer is used.
+const VERSION: DLPackVersion = DLPackVersion { major: 1, minor: 0 };
+
+impl From<DType> for DLDataType {
+    fn from(dtype: DType) -> DLDataType {
+        const INT: u8 = 0;
+        const UINT: u8 = 1;
+        const FLOAT: u8 = 2;
+        const BFLOAT: u8 = 4;
+        let (code, bits) = match dtype {
+            DType::U8 => (UINT, 8),
+            DType::I8 => (INT, 8),
+            DType::U16 => (UINT, 16),
+            DType::I16 => (INT, 16),
+            DType::U32 => (UINT, 32),
+            DType::I32 => (INT, 32),
+            DType::U64 => (UINT, 64),
+            DType::I64 => (INT, 64),
+            DType::F16 => (FLOAT, 16),
+            DType::BF16 => (BFLOAT, 16),
+            DType::F32 => (FLOAT, 32),
+            DType::F64 => (FLOAT, 64),
+        };
+        DLDataType { code, bits, lanes: 1 }
+    }
+}
+
+// ---- tensors ----
+
+/// A half of a buffer, to be handed to a consumer: see [`dlpack`](self). Dropping it lets it go, as the deleter of what it
+/// becomes does.
+pub struct Tensor {
+    data: *mut u8,
+    device: DLDevice,
+    dtype: DLDataType,
+    shape: Vec<i64>,
+    /// In elements.
+    strides: Vec<i64>,
+    /// `None` where there are no bytes.
+    _loan: Option<Loan>,
+}
+
+// SAFETY: the address is only handed on, and the memory behind it is kept by the loan, which may go in any thread.
+unsafe impl Send for Tensor {}
+// SAFETY: through a shared reference only what is known is told.
+unsafe impl Sync for Tensor {}
+
+// The loan must not rely on the promises above.
+const _: () = {
+    const fn send_and_sync<P: Send + Sync>() {}
+    send_and_sync::<Loan>();
+};
+
+/// A struct of DLPack's, and what it refers to.
+#[repr(C)]
+struct Managed<M> {
+    managed: M,
+    _tensor: Tensor,
+}
+
+impl Tensor {
+    fn new(
+        shape: &Shape,
+        dtype: DType,
+        device: DLDevice,
+        lend: impl FnOnce() -> Result<(*mut u8, Option<Loan>)>,
+    ) -> Result<Tensor> {
+        let dims = shape.dims();
+        let sizes: std::result::Result<Vec<i64>, _> =
+            dims.iter().map(|dim| i64::try_from(*dim)).collect();
+        let sizes = sizes.map_err(|_| Error::InvalidShape {
+            reason: format!("{dims:?} has a dimension that DLPack cannot express"),
+        })?;
+        let mut strides = vec![1; sizes.len()];
+        for at in (1..sizes.len()).rev() {
+            // It overflows only where there are no elements, and then says nothing.
+            strides[at - 1] = sizes[at].max(1).saturating_mul(strides[at]);
+        }
+        let (data, loan) = lend()?;
+        Ok(Tensor { data, device, dtype: dtype.into(), shape: sizes, strides, _loan: loan })
+    }
+
+    /// Where the memory is.
+    pub fn device(&self) -> DLDevice {
+        self.device
+    }
+
+    /// Says of pinned host memory that it is `kDLCPU`, for consumers that do not know `kDLCUDAHost`, PyTorch for one.
+    /// Of any other tensor nothing changes.
+    #[must_use]
+    pub fn as_plain_cpu(mut self) -> Tensor {
+        if self.device.device_type == DLDeviceType::kDLCUDAHost {
+            self.device.device_type = DLDeviceType::kDLCPU;
+        }
+        self
+    }
+
+    /// The tensor for a consumer, whose [`deleter`](DLManagedTensorVersioned::deleter) has to be called, once.
+    pub fn into_raw(self) -> *mut DLManagedTensorVersioned {
+        self.managed(|dl_tensor| DLManagedTensorVersioned {
+            version: VERSION,
+            manager_ctx: ptr::null_mut(),
+            deleter: Some(delete),
+            flags: 0,
+            dl_tensor,
+        })
+    }
+
+    /// The tensor for a consumer from before DLPack 1.0, whose [`deleter`](DLManagedTensor::deleter) has to be called,
+    /// once.
+    pub fn into_raw_unversioned(self) -> *mut DLManagedTensor {
+        self.managed(|dl_tensor| DLManagedTensor {
+            dl_tensor,
+            manager_ctx: ptr::null_mut(),
+            deleter: Some(delete),
+        })
+    }
+
+    fn managed<M>(mut self, make: impl FnOnce(DLTensor) -> M) -> *mut M {
+        let dl_tensor = DLTensor {
+            data: self.data.cast(),
+            device: self.device,
+            ndim: self.shape.len() as i32,
+            dtype: self.dtype,
+            shape: self.shape.as_mut_ptr(),
+            strides: self.strides.as_mut_ptr(),
+            byte_offset: 0,
+        };
+        Box::into_raw(Box::new(Managed { managed: make(dl_tensor), _tensor: self })).cast()
+    }
+}
+
+/// # Safety
+///
+/// `managed` is one that [`Tensor::managed`] gave, and is not used again.
+unsafe extern "C" fn delete<M>(managed: *mut M) {
+    // SAFETY: the first field of a whole that was boxed, and the caller has no more use for it.
+    let whole = unsafe { Box::from_raw(managed.cast::<Managed<M>>()) };
+    drop(whole);
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tensor")
+            .field("device", &self.device)
+            .field("dtype", &self.dtype)
+            .field("shape", &self.shape)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T: Element> CpuGpuBuffer<T> {
+    /// The device half as a tensor for a consumer that uses it on `stream`, first: orders the stream after everything that
+    /// this buffer has pending, as [`gpu_on`](Self::gpu_on) does. The buffer [guards](crate::dlpack#what-is-guarded) the
+    /// half as long as the tensor lives, and the stream may be destroyed when this has returned: where the driver answered
+    /// with an error, it may be remembered, as [`Stream::from_raw`] says.
+    ///
+    /// On [`Device::Cpu`] the tensor is one of host memory. Needs the feature `dlpack`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`gpu_on`](Self::gpu_on), and [`Error::InvalidShape`] for a dimension beyond `i64`.
+    pub fn export_gpu(&mut self, stream: &Stream) -> Result<Tensor> {
+        let (shape, device) = (Shape::from(self.shape()), self.dl_device());
+        Tensor::new(&shape, T::DTYPE, device, || self.storage_mut().lend_gpu(stream))
+    }
+
+    /// The device half as a tensor that the buffer does not guard: its memory is kept as long as the tensor lives, and
+    /// that is all. So one tensor serves for all steps of a loop whose consumer's stream is known. Ordered with nothing:
+    /// call [`gpu_on`](Self::gpu_on) before each use, as for kernels of your own. Needs the feature `dlpack`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Forked`], and [`Error::InvalidShape`] as for [`export_gpu`](Self::export_gpu).
+    ///
+    /// # Safety
+    ///
+    /// The consumer uses the memory as the addresses of a [`GpuView`](crate::GpuView) are used: each time by work that is
+    /// sent to a stream after `gpu_on` was called with that stream, and before this buffer is used in any other way,
+    /// given back to its pool or dropped. After a [`resize`](Self::resize) it does not use it at all. On [`Device::Cpu`],
+    /// where it is host memory, it does so between `gpu_on` and the next use of the buffer.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ids = CpuGpuBuffer::<i64>::new(64, stream.device())?;
+    /// // SAFETY: what uses the tensor is sent to `stream` in the loop below, and is over before the buffer is dropped.
+    /// let tensor = unsafe { ids.export_gpu_unguarded() }?;
+    /// for step in 0..10 {
+    ///     ids.cpu_mut()?.fill(step);
+    ///     ids.copy_to_gpu(.., &stream)?;
+    ///     ids.gpu_on(&stream)?;
+    ///     // Here the consumer sends to `stream` what uses the tensor.
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub unsafe fn export_gpu_unguarded(&mut self) -> Result<Tensor> {
+        let (shape, device) = (Shape::from(self.shape()), self.dl_device());
+        Tensor::new(&shape, T::DTYPE, device, || self.storage_mut().lend_gpu_unguarded())
+    }
+
+    /// The host half as a tensor: of pinned memory where it [is pinned](Self::is_pinned). Waits for pending copies into or
+    /// out of it, as [`cpu_mut`](Self::cpu_mut) does. The buffer [guards](crate::dlpack#what-is-guarded) the half as long
+    /// as the tensor lives. Needs the feature `dlpack`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu_mut`](Self::cpu_mut), and [`Error::InvalidShape`] for a dimension beyond `i64`.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Side};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<f32>::new([2, 3], Device::Cpu)?;
+    /// let tensor = buffer.export_cpu()?;
+    /// assert_eq!(buffer.cpu(), Err(Error::Exported { side: Side::Host }));
+    /// drop(tensor); // or a consumer takes it, and lets go of it some day
+    /// assert_eq!(buffer.cpu()?, [0.0; 6]);
+    /// # Ok::<(), Error>(())
+    /// ```
+    pub fn export_cpu(&mut self) -> Result<Tensor> {
+        let device_type = match self.is_pinned() {
+            true => DLDeviceType::kDLCUDAHost,
+            false => DLDeviceType::kDLCPU,
+        };
+        let (shape, device) = (Shape::from(self.shape()), DLDevice { device_type, device_id: 0 });
+        Tensor::new(&shape, T::DTYPE, device, || self.storage_mut().lend_cpu())
+    }
+
+    fn dl_device(&self) -> DLDevice {
+        match self.device() {
+            Device::Cpu => DLDevice { device_type: DLDeviceType::kDLCPU, device_id: 0 },
+            Device::Cuda(ordinal) => {
+                DLDevice { device_type: DLDeviceType::kDLCUDA, device_id: ordinal as i32 }
+            }
+        }
+    }
+}
+
+/// Gives back what tensors, and buffers whose consumers were not waited for, [left behind](self#what-is-guarded): memory,
+/// and buffers to their pools. Where nothing was, it does nothing; otherwise it first waits for every device, which
+/// ends captures there.
+///
+/// # Errors
+///
+/// [`Error::StreamCapturing`], or an error of the driver's: nothing is given back then.
+///
+/// ```
+/// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream, dlpack};
+///
+/// let stream = Stream::new(Device::auto())?;
+/// let mut buffer = CpuGpuBuffer::<u8>::new(1 << 20, stream.device())?;
+/// let tensor = buffer.export_gpu(&stream)?;
+/// drop(buffer); // the tensor keeps the memory,
+/// drop(tensor); // which is left behind,
+/// dlpack::reclaim()?; // and given back
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+pub fn reclaim() -> Result<()> {
+    exports::reclaim()
+}
+
+#[cfg(all(test, target_pointer_width = "64"))]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+
+    #[test]
+    fn the_structs_are_laid_out_as_the_header_says() {
+        assert_eq!(
+            [size_of::<DLDevice>(), size_of::<DLDataType>(), size_of::<DLTensor>()],
+            [8, 4, 48]
+        );
+        assert_eq!(
+            [
+                offset_of!(DLTensor, device),
+                offset_of!(DLTensor, ndim),
+                offset_of!(DLTensor, dtype),
+                offset_of!(DLTensor, shape),
+                offset_of!(DLTensor, strides),
+                offset_of!(DLTensor, byte_offset),
+            ],
+            [8, 16, 20, 24, 32, 40]
+        );
+        assert_eq!(
+            [
+                offset_of!(DLManagedTensor, dl_tensor),
+                offset_of!(DLManagedTensor, manager_ctx),
+                offset_of!(DLManagedTensor, deleter),
+                size_of::<DLManagedTensor>(),
+            ],
+            [0, 48, 56, 64]
+        );
+        assert_eq!(
+            [
+                offset_of!(DLManagedTensorVersioned, manager_ctx),
+                offset_of!(DLManagedTensorVersioned, deleter),
+                offset_of!(DLManagedTensorVersioned, flags),
+                offset_of!(DLManagedTensorVersioned, dl_tensor),
+                size_of::<DLManagedTensorVersioned>(),
+            ],
+            [8, 16, 24, 32, 80]
+        );
+    }
+}
