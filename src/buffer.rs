@@ -76,6 +76,11 @@ impl Default for BufferOptions {
 /// as `cudaFree` and `cudaHostUnregister` do; keep buffers rather than making new ones. Where it cannot be
 /// known whether something still uses the memory, it is leaked: where the driver answers with an error,
 /// and where a stream of [`gpu_on`](Self::gpu_on)'s is being captured into a graph.
+///
+/// # Tensors of other libraries
+///
+/// With the feature `dlpack`, either half can be lent to a tensor of PyTorch, JAX and others. While one lives, whatever
+/// touches that half answers [`Error::Exported`]: the module `dlpack` says what is guarded, and how.
 pub struct CpuGpuBuffer<T: Pod> {
     storage: Home,
     elements: PhantomData<T>,

@@ -42,8 +42,8 @@
 //! - Buffer and tensors may be dropped in either order, in any thread. The memory, or the place in the pool, is kept until
 //!   all are gone.
 //! - Letting a tensor go calls no CUDA at all, so that it may happen in a callback of CUDA's, during a capture, in
-//!   a forked child, or at the end of the process. Nor does dropping a buffer whose consumers were not waited for.
-//!   Both leave the memory *behind*: [`reclaim`] gives it back, and so does whatever next allocates
+//!   a forked child, or at the end of the process. Dropping a buffer whose consumers were not waited for waits for nothing,
+//!   either. Both leave the memory *behind*: [`reclaim`] gives it back, and so does whatever next allocates
 //!   for a CUDA device, and [`acquire`](crate::BufferPool::acquire) where a pool has no other buffer left.
 //!   To give it back at once, call [`synchronize`](CpuGpuBuffer::synchronize) between the tensors' end and the buffer's.
 //! - Waiting for a device **ends every capture** of a stream there, whoever's, as CUDA has no way to do the one

@@ -20,7 +20,7 @@
 //!
 //! What is left behind is released by [`reclaim`], which waits for the devices first. Where that fails, it stays.
 //!
-//! Letting a tensor or a buffer go calls no CUDA for it. A tensor may go anywhere: in a host function, where CUDA may not
+//! Letting a tensor go calls no CUDA, and letting a buffer go that is lent, or was, waits for nothing. A tensor may go anywhere: in a host function, where CUDA may not
 //! be called; under a lock that queued work waits for, such as Python's; during somebody's capture, which waiting for a
 //! device ends ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"); in a forked child; after the
 //! runtime's end.
@@ -135,14 +135,17 @@ impl Exports {
     /// The buffer goes, and leaves its storage to whoever goes last.
     #[cold]
     pub(crate) fn part(mut self: Arc<Self>, home: Home) {
-        match Arc::get_mut(&mut self) {
-            Some(alone) if alone.is_idle() => drop(home),
-            Some(_) => leave_behind(home),
-            None => {
-                // Nobody else sets it: a storage parts once.
-                let _ = self.left.set(home);
-            }
+        let alone = Arc::get_mut(&mut self).is_some();
+        if alone && self.is_idle() {
+            return drop(home);
         }
+        // The streams that it was used on may be gone when it goes.
+        home.close();
+        if alone {
+            return leave_behind(home);
+        }
+        // Nobody else sets it: a storage parts once.
+        let _ = self.left.set(home);
     }
 }
 

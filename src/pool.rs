@@ -213,7 +213,9 @@ impl<T: Pod> BufferPool<T> {
     /// times. ([`Pinning::Preferred`] doubles with pageable memory where no more can be pinned.)
     ///
     /// Prefers a buffer whose host half is not in flight. Where all of the few that it looks at may be, it asks
-    /// the driver about one (`cudaEventQuery`), and hands that out, in flight or not. It waits for no transfer.
+    /// the driver about one (`cudaEventQuery`), and hands that out, in flight or not. It waits for no transfer. (Where
+    /// tensors of the feature `dlpack` left buffers behind and no other is left, it waits for the devices to have them
+    /// back.)
     /// Growing takes what allocating takes; where it fails, giving the other half back waits for the device.
     ///
     /// # Errors

@@ -72,9 +72,8 @@ impl Home {
 }
 
 impl Drop for Home {
-    /// What is given back waits for nothing, but no longer stands for what its last holder's streams are sent from
-    /// now on: they have nothing to do with the next holder, and may be captured, or destroyed. What was lent goes when
-    /// that is over.
+    /// What is given back waits for nothing, but [stands for nothing more](Storage::close). What was lent goes when that
+    /// is over.
     #[inline]
     fn drop(&mut self) {
         #[cfg(feature = "dlpack")]
@@ -86,9 +85,7 @@ impl Drop for Home {
             return exports.part(Home::at(place));
         }
         if let Place::Pool(storage) = &place {
-            for record in [&storage.upload, &storage.download, &storage.device_use] {
-                record.close();
-            }
+            storage.close();
         }
     }
 }
@@ -420,6 +417,15 @@ impl Storage {
         Ok(self.download.is_finished()?
             && self.upload.is_finished()?
             && self.device_use.is_finished()?)
+    }
+
+    /// No longer stands for what streams are sent from now on: they have nothing to do with the next holder, and may be
+    /// captured, or destroyed.
+    #[inline]
+    pub(crate) fn close(&self) {
+        for record in [&self.upload, &self.download, &self.device_use] {
+            record.close();
+        }
     }
 
     // ---- what streams do ----

@@ -235,8 +235,9 @@ impl Stream {
     /// # Safety
     ///
     /// `raw` is a stream of `device`'s primary context, live for as long as `owner` is kept, or, without
-    /// one, for as long as any handle to it or buffer used on it is; and as a pool is, where such a buffer was
-    /// given back to it while the stream was being captured or the driver answered with errors. While work of
+    /// one, for as long as any handle to it or buffer used on it is; and as a pool or a tensor is, where such a buffer was
+    /// given back to the one or dropped before the other while the stream was being captured or the driver answered with
+    /// errors. While work of
     /// this crate's is sent to it, or a pool's buffer used on it is given back, nobody begins to capture it.
     ///
     /// ```

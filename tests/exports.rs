@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::sync::Mutex;
 use std::thread;
 use std::time::Duration;
@@ -289,19 +289,12 @@ fn the_consumers_stream_may_be_destroyed_once_the_tensor_is_made() {
     cuda("the_consumers_stream_may_be_destroyed_once_the_tensor_is_made", |device| {
         let stream = Stream::new(device).unwrap();
         let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, device).unwrap();
-        let mut raw = std::ptr::null_mut();
-        common::use_first_device();
-        // SAFETY: a valid place.
-        let made = unsafe { sys::cudaStreamCreateWithFlags(&mut raw, sys::cudaStreamNonBlocking) };
-        assert_eq!(made, sys::cudaError::cudaSuccess);
-        // SAFETY: of the device's primary context; it is destroyed when nothing remembers it any more.
-        let theirs = unsafe { Stream::from_raw(raw, device, None) }.unwrap();
+        let (theirs, raw) = foreign_stream(device);
         let used = buffer.gpu_on(&theirs).unwrap().len();
         let consumer = Consumer::new(buffer.export_gpu(&theirs).unwrap());
         drop(theirs);
-        // SAFETY: made above, and used by nobody: what was sent to it goes on.
-        let destroyed = unsafe { sys::cudaStreamDestroy(raw) };
-        assert_eq!(destroyed, sys::cudaError::cudaSuccess);
+        // SAFETY: nothing remembers it.
+        unsafe { destroy(raw) };
         let again = Consumer::new(buffer.export_gpu(&stream).unwrap());
         consumer.let_go();
         again.let_go();
@@ -336,6 +329,46 @@ fn a_consumer_of_the_host_half_finds_no_transfer_in_flight() {
         all(unsafe { std::slice::from_raw_parts(consumer.data(), WORDS) }, OLD);
         consumer.let_go();
     });
+}
+
+#[test]
+fn a_stream_that_the_buffer_was_used_on_may_be_destroyed_once_the_buffer_is_gone() {
+    let test = "a_stream_that_the_buffer_was_used_on_may_be_destroyed_once_the_buffer_is_gone";
+    cuda(test, |device| {
+        let before = live();
+        let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, device).unwrap();
+        let consumer = Consumer::new(buffer.export_cpu().unwrap());
+        let (theirs, raw) = foreign_stream(device);
+        buffer.gpu_on(&theirs).unwrap();
+        drop((buffer, theirs));
+        // SAFETY: nothing remembers it.
+        unsafe { destroy(raw) };
+        consumer.let_go();
+        dlpack::reclaim().unwrap();
+        if let Some(more) = more(before) {
+            assert_eq!(more, [0, 0], "it could not be waited for");
+        }
+    });
+}
+
+/// A stream of somebody else's.
+fn foreign_stream(device: Device) -> (Stream, sys::cudaStream_t) {
+    let mut raw = std::ptr::null_mut();
+    common::use_first_device();
+    // SAFETY: a valid place.
+    let made = unsafe { sys::cudaStreamCreateWithFlags(&mut raw, sys::cudaStreamNonBlocking) };
+    assert_eq!(made, sys::cudaError::cudaSuccess);
+    // SAFETY: of the device's primary context; it is destroyed when nothing remembers it any more.
+    (unsafe { Stream::from_raw(raw, device, None) }.unwrap(), raw)
+}
+
+/// # Safety
+///
+/// Nobody uses it any more. What was sent to it goes on.
+unsafe fn destroy(raw: sys::cudaStream_t) {
+    // SAFETY: the caller vouches for it.
+    let destroyed = unsafe { sys::cudaStreamDestroy(raw) };
+    assert_eq!(destroyed, sys::cudaError::cudaSuccess);
 }
 
 // ---- while it lives ----
@@ -386,10 +419,12 @@ fn whatever_touches_a_half_that_is_lent_is_refused_and_changes_nothing() {
                 Side::Device => (&DEVICE[..], &HOST[..]),
             };
             let check = |buffer: &mut CpuGpuBuffer<u32>| {
+                reset();
                 for (name, use_it) in refused.iter().chain(&ALL) {
                     let result = use_it(buffer, &stream);
                     assert_eq!(result, Err(Error::Exported { side }), "{name}, {device}");
                 }
+                assert_eq!(calls(c"cudaMalloc").unwrap_or(0), 0, "something is made in vain");
                 assert_eq!(buffer.is_idle(), Ok(false));
                 assert_eq!((buffer.shape(), buffer.device_ptr()), (&[WORDS][..], address));
             };
@@ -450,13 +485,19 @@ fn transfers_with_memory_of_others_touch_the_host_half_alone() {
 
 // ---- when it is gone, and its work is not ----
 
-/// Calls that wait for a device since the reset, where they are counted.
-fn waits() -> Option<u64> {
+/// Calls of a function since the reset, where they are counted.
+fn calls(name: &CStr) -> Option<u64> {
     #[cfg(target_os = "linux")]
-    if common::is_simulated() {
-        return Some(common::sim::calls_of(c"cudaDeviceSynchronize"));
+    if common::is_simulated() && Device::auto() != Device::Cpu {
+        return Some(common::sim::calls_of(name));
     }
+    let _ = name;
     None
+}
+
+/// Calls that wait for a device.
+fn waits() -> Option<u64> {
+    calls(c"cudaDeviceSynchronize")
 }
 
 fn reset() {
@@ -651,6 +692,24 @@ fn the_devices_are_waited_for_once_and_only_where_something_was_lent() {
         buffer.gpu_on(&stream).unwrap();
         assert_eq!(waits(), Some(2 * contexts));
     });
+}
+
+#[test]
+fn a_device_that_nobody_uses_gets_no_context() {
+    let test = "a_device_that_nobody_uses_gets_no_context";
+    if !common::is_own_process() {
+        if Device::cuda_count() < 2 {
+            return common::left_out(test, "fewer than two CUDA devices");
+        }
+        let output = common::in_own_process(test, &[]);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
+        return;
+    }
+    let (mut buffer, stream) = buffer(Device::Cuda(0));
+    drop(buffer.export_gpu(&stream).unwrap());
+    buffer.synchronize().unwrap();
+    assert!(common::has_context(0) && !common::has_context(1));
 }
 
 // ---- who goes last ----

@@ -13,6 +13,8 @@ mod common;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use common::{Gate, sim};
+#[cfg(feature = "dlpack")]
+use cpu_gpu_buffer::dlpack;
 use cpu_gpu_buffer::{
     BufferGroup, BufferOptions, BufferPool, CpuGpuBuffer, Device, Error, Event, GroupLayout,
     GroupLayoutBuilder, GroupRing, HostFlags, Key, MemberRows, Pinning, PoolOptions, Result,
@@ -164,6 +166,8 @@ impl Bench {
 
     /// Everything still works, once calls succeed again.
     fn verify(&mut self) {
+        #[cfg(feature = "dlpack")]
+        dlpack::reclaim().unwrap();
         assert_eq!(self.pool.available(), self.pool.total(), "the pool lost a buffer");
         let total = self.pool.total();
         let mut pooled: Vec<_> = (0..total).map(|_| self.pool.try_acquire().unwrap()).collect();
@@ -260,6 +264,42 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("CpuGpuBuffer::cpu_array", |bench| bench.buffer.cpu_array().map(drop)),
     #[cfg(feature = "ndarray")]
     ("CpuGpuBuffer::cpu_array_mut", |bench| bench.buffer.cpu_array_mut().map(drop)),
+    #[cfg(feature = "dlpack")]
+    ("CpuGpuBuffer::export_gpu", |bench| bench.buffer.export_gpu(&bench.stream).map(drop)),
+    #[cfg(feature = "dlpack")]
+    ("CpuGpuBuffer::export_gpu/again", |bench| {
+        // Each time the devices are waited for; the first time the half may have to be zeroed.
+        drop(bench.buffer.export_gpu(&bench.other)?);
+        drop(bench.buffer.export_gpu(&bench.stream)?);
+        bench.buffer.copy_to_gpu(1..3, &bench.other)
+    }),
+    #[cfg(feature = "dlpack")]
+    ("CpuGpuBuffer::export_gpu_unguarded", |bench| {
+        // SAFETY: nobody uses it.
+        unsafe { bench.buffer.export_gpu_unguarded() }.map(drop)
+    }),
+    #[cfg(feature = "dlpack")]
+    ("CpuGpuBuffer::export_cpu", |bench| bench.buffer.export_cpu().map(drop)),
+    #[cfg(feature = "dlpack")]
+    ("reclaim", |_| dlpack::reclaim()),
+    #[cfg(feature = "dlpack")]
+    ("reclaim/::drop", |bench| {
+        let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, DEVICE)?;
+        buffer.copy_to_gpu(.., &bench.other)?;
+        buffer.gpu_on(&bench.other)?;
+        let tensor = buffer.export_cpu()?;
+        drop(buffer);
+        drop(tensor);
+        dlpack::reclaim()
+    }),
+    #[cfg(feature = "dlpack")]
+    ("BufferPool::acquire/left behind", |bench| {
+        for _ in 0..2 {
+            let mut buffer = bench.pool.acquire()?;
+            drop(buffer.export_gpu(&bench.stream)?);
+        }
+        bench.pool.acquire().map(drop)
+    }),
     ("CpuGpuBuffer::is_idle", |bench| bench.buffer.is_idle().map(drop)),
     ("CpuGpuBuffer::synchronize", |bench| bench.buffer.synchronize()),
     ("CpuGpuBuffer::fill", |bench| bench.buffer.fill(3, &bench.stream)),
@@ -496,6 +536,14 @@ const SILENT: &[&str] = &[
     "CpuGpuBuffer::device",
     "CpuGpuBuffer::is_pinned",
     "CpuGpuBuffer::dtype",
+    #[cfg(feature = "dlpack")]
+    "Tensor::device",
+    #[cfg(feature = "dlpack")]
+    "Tensor::as_plain_cpu",
+    #[cfg(feature = "dlpack")]
+    "Tensor::into_raw",
+    #[cfg(feature = "dlpack")]
+    "Tensor::into_raw_unversioned",
     "BufferPool::available",
     "BufferPool::total",
     "BufferPool::stats",
@@ -540,6 +588,8 @@ fn every_public_function_is_an_operation_here_or_known_to_be_silent() {
         include_str!("../src/layout.rs"),
         #[cfg(feature = "ndarray")]
         include_str!("../src/ndarray.rs"),
+        #[cfg(feature = "dlpack")]
+        include_str!("../src/dlpack.rs"),
         include_str!("../src/stream.rs"),
         include_str!("../src/event.rs"),
         include_str!("../src/device.rs"),
@@ -646,9 +696,16 @@ fn run(what: &str, operation: Operation, bench: &mut Bench, code: u32) -> Result
     result
 }
 
+/// The things that live, but for those that tensors left to be reclaimed.
+fn live() -> [i64; 5] {
+    #[cfg(feature = "dlpack")]
+    dlpack::reclaim().unwrap();
+    sim::live()
+}
+
 /// The things that live and did not before.
 fn left(before: [i64; 5]) -> i64 {
-    sim::live().iter().zip(before).map(|(now, before)| now - before).sum()
+    live().iter().zip(before).map(|(now, before)| now - before).sum()
 }
 
 /// Whether the operation drops a buffer of its own that is in flight. Where the wait fails, nobody knows whether
@@ -670,7 +727,7 @@ fn sweep(
     (code, once, effect): (u32, bool, bool),
 ) -> u64 {
     for number in 1.. {
-        let before = sim::live();
+        let before = live();
         let mut bench = Bench::new(state, |owner| concerns(what, owner));
         sim::reset();
         sim::fail(number, code, once, effect);
@@ -745,7 +802,7 @@ fn the_context_may_break_at_any_call_of_any_operation() {
 /// is dropped after the context was mended and everything was seen to work again, or before.
 fn break_each(what: &str, operation: Operation, state: State, mended: bool) -> u64 {
     for number in 1.. {
-        let before = sim::live();
+        let before = live();
         let mut bench = Bench::new(state, |owner| concerns(what, owner));
         sim::reset();
         sim::break_at(number, ILLEGAL);
