@@ -1,0 +1,453 @@
+//! Paired buffers for Python, whose halves `torch.from_dlpack` takes over without a copy:
+//!
+//! ```python
+//! ours = cgb.Stream("cuda:0")
+//! batch = cgb.Buffer([32, 64], "f32", "cuda:0")
+//! batch.write(values)              # the pinned host half
+//! batch.upload(ours)               # returns at once
+//! tensor = torch.from_dlpack(batch) # the device half; PyTorch's current stream waits for the upload
+//! host = torch.from_dlpack(batch.host())
+//! ```
+//!
+//! While a tensor lives, what would touch its half raises `BufferError`; when it is gone, the first call that does waits for
+//! whatever PyTorch queued. See `cpu_gpu_buffer::dlpack`.
+
+use std::ffi::{CStr, c_void};
+
+use cpu_gpu_buffer::dlpack::{
+    self, DLDeviceType, DLManagedTensor, DLManagedTensorVersioned, Tensor,
+};
+use cpu_gpu_buffer::{CpuGpuBuffer, Device, Element, Error};
+use num_traits::AsPrimitive;
+use pyo3::exceptions::{PyBufferError, PyIndexError, PyRuntimeError, PyValueError};
+use pyo3::ffi;
+use pyo3::prelude::*;
+
+/// What went wrong, as Python has it.
+fn raised(error: Error) -> PyErr {
+    let text = error.to_string();
+    match error {
+        Error::Exported { .. } | Error::StreamCapturing => PyBufferError::new_err(text),
+        Error::OutOfRange { .. } => PyIndexError::new_err(text),
+        Error::InvalidShape { .. } | Error::InvalidDevice { .. } | Error::DeviceMismatch { .. } => {
+            PyValueError::new_err(text)
+        }
+        _ => PyRuntimeError::new_err(text),
+    }
+}
+
+/// A queue of work on a device.
+#[pyclass(frozen)]
+struct Stream(cpu_gpu_buffer::Stream);
+
+#[pymethods]
+impl Stream {
+    #[new]
+    fn new(device: &str) -> PyResult<Stream> {
+        let device = device.parse().map_err(raised)?;
+        cpu_gpu_buffer::Stream::new(device).map(Stream).map_err(raised)
+    }
+
+    /// The stream as CUDA knows it, for `torch.cuda.ExternalStream`.
+    #[getter]
+    fn cuda_stream(&self) -> usize {
+        self.0.as_raw().addr()
+    }
+
+    fn synchronize(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.0.synchronize()).map_err(raised)
+    }
+}
+
+/// A buffer of any of the element types.
+trait Halves: Send + Sync {
+    fn dtype(&self) -> String;
+    fn shape(&self) -> Vec<usize>;
+    fn device(&self) -> Device;
+    fn is_pinned(&self) -> bool;
+    fn device_ptr(&self) -> usize;
+    fn read(&self) -> cpu_gpu_buffer::Result<Vec<f64>>;
+    fn write(&mut self, values: &[f64]) -> cpu_gpu_buffer::Result<bool>;
+    fn fill(&mut self, value: f64, stream: &Stream) -> cpu_gpu_buffer::Result<()>;
+    fn upload(&mut self, rows: Option<usize>, stream: &Stream) -> cpu_gpu_buffer::Result<()>;
+    fn download(&mut self, rows: Option<usize>, stream: &Stream) -> cpu_gpu_buffer::Result<()>;
+    fn use_on(&mut self, stream: &Stream) -> cpu_gpu_buffer::Result<()>;
+    fn synchronize(&self) -> cpu_gpu_buffer::Result<()>;
+    fn export_gpu(&mut self, stream: &cpu_gpu_buffer::Stream) -> cpu_gpu_buffer::Result<Tensor>;
+    fn export_cpu(&mut self) -> cpu_gpu_buffer::Result<Tensor>;
+    /// # Safety
+    ///
+    /// As for [`CpuGpuBuffer::export_gpu_unguarded`].
+    unsafe fn export_gpu_unguarded(&mut self) -> cpu_gpu_buffer::Result<Tensor>;
+}
+
+impl<T: Element + Send + Sync + AsPrimitive<f64>> Halves for CpuGpuBuffer<T>
+where
+    f64: AsPrimitive<T>,
+{
+    fn dtype(&self) -> String {
+        T::DTYPE.to_string()
+    }
+
+    fn shape(&self) -> Vec<usize> {
+        self.shape().to_vec()
+    }
+
+    fn device(&self) -> Device {
+        self.device()
+    }
+
+    fn is_pinned(&self) -> bool {
+        self.is_pinned()
+    }
+
+    fn device_ptr(&self) -> usize {
+        self.device_ptr().addr()
+    }
+
+    fn read(&self) -> cpu_gpu_buffer::Result<Vec<f64>> {
+        Ok(self.cpu()?.iter().map(|element| element.as_()).collect())
+    }
+
+    fn write(&mut self, values: &[f64]) -> cpu_gpu_buffer::Result<bool> {
+        let host = self.cpu_mut()?;
+        if host.len() != values.len() {
+            return Ok(false);
+        }
+        host.iter_mut().zip(values).for_each(|(element, value)| *element = value.as_());
+        Ok(true)
+    }
+
+    fn fill(&mut self, value: f64, stream: &Stream) -> cpu_gpu_buffer::Result<()> {
+        self.fill(value.as_(), &stream.0)
+    }
+
+    fn upload(&mut self, rows: Option<usize>, stream: &Stream) -> cpu_gpu_buffer::Result<()> {
+        let rows = rows.unwrap_or(self.shape()[0]);
+        self.copy_to_gpu(..rows, &stream.0)
+    }
+
+    fn download(&mut self, rows: Option<usize>, stream: &Stream) -> cpu_gpu_buffer::Result<()> {
+        let rows = rows.unwrap_or(self.shape()[0]);
+        self.copy_to_cpu(..rows, &stream.0)
+    }
+
+    fn use_on(&mut self, stream: &Stream) -> cpu_gpu_buffer::Result<()> {
+        self.gpu_on(&stream.0).map(drop)
+    }
+
+    fn synchronize(&self) -> cpu_gpu_buffer::Result<()> {
+        self.synchronize()
+    }
+
+    fn export_gpu(&mut self, stream: &cpu_gpu_buffer::Stream) -> cpu_gpu_buffer::Result<Tensor> {
+        self.export_gpu(stream)
+    }
+
+    fn export_cpu(&mut self) -> cpu_gpu_buffer::Result<Tensor> {
+        self.export_cpu()
+    }
+
+    unsafe fn export_gpu_unguarded(&mut self) -> cpu_gpu_buffer::Result<Tensor> {
+        // SAFETY: the caller vouches for the consumer.
+        unsafe { self.export_gpu_unguarded() }
+    }
+}
+
+fn made<T: Element + Send + Sync + AsPrimitive<f64>>(
+    shape: Vec<usize>,
+    device: Device,
+) -> PyResult<Box<dyn Halves>>
+where
+    f64: AsPrimitive<T>,
+{
+    Ok(Box::new(CpuGpuBuffer::<T>::new(shape, device).map_err(raised)?))
+}
+
+/// A pinned host half and a device half of one shape. Its own DLPack is that of the device half.
+#[pyclass]
+struct Buffer(Box<dyn Halves>);
+
+#[pymethods]
+impl Buffer {
+    #[new]
+    #[pyo3(signature = (shape, dtype = "f32", device = "cuda:0"))]
+    fn new(shape: Vec<usize>, dtype: &str, device: &str) -> PyResult<Buffer> {
+        let device = device.parse().map_err(raised)?;
+        let halves = match dtype {
+            "u8" => made::<u8>(shape, device),
+            "i8" => made::<i8>(shape, device),
+            "u16" => made::<u16>(shape, device),
+            "i16" => made::<i16>(shape, device),
+            "u32" => made::<u32>(shape, device),
+            "i32" => made::<i32>(shape, device),
+            "u64" => made::<u64>(shape, device),
+            "i64" => made::<i64>(shape, device),
+            "f16" => made::<half::f16>(shape, device),
+            "bf16" => made::<half::bf16>(shape, device),
+            "f32" => made::<f32>(shape, device),
+            "f64" => made::<f64>(shape, device),
+            _ => Err(PyValueError::new_err(format!("{dtype:?} is no element type"))),
+        };
+        halves.map(Buffer)
+    }
+
+    #[getter]
+    fn dtype(&self) -> String {
+        self.0.dtype()
+    }
+
+    #[getter]
+    fn shape(&self) -> Vec<usize> {
+        self.0.shape()
+    }
+
+    #[getter]
+    fn device(&self) -> String {
+        self.0.device().to_string()
+    }
+
+    #[getter]
+    fn is_pinned(&self) -> bool {
+        self.0.is_pinned()
+    }
+
+    #[getter]
+    fn device_ptr(&self) -> usize {
+        self.0.device_ptr()
+    }
+
+    /// The host half's elements, row after row, after pending downloads.
+    fn tolist(&self, py: Python<'_>) -> PyResult<Vec<f64>> {
+        py.detach(|| self.0.read()).map_err(raised)
+    }
+
+    /// Sets the host half, after pending transfers.
+    fn write(&mut self, py: Python<'_>, values: Vec<f64>) -> PyResult<()> {
+        match py.detach(|| self.0.write(&values)).map_err(raised)? {
+            true => Ok(()),
+            false => {
+                Err(PyValueError::new_err(format!("{} values are not the shape's", values.len())))
+            }
+        }
+    }
+
+    /// Sets every element of both halves.
+    fn fill(&mut self, py: Python<'_>, value: f64, stream: &Stream) -> PyResult<()> {
+        py.detach(|| self.0.fill(value, stream)).map_err(raised)
+    }
+
+    /// Copies the first rows, or all, from the host half to the device half.
+    #[pyo3(signature = (stream, rows = None))]
+    fn upload(&mut self, py: Python<'_>, stream: &Stream, rows: Option<usize>) -> PyResult<()> {
+        py.detach(|| self.0.upload(rows, stream)).map_err(raised)
+    }
+
+    /// Copies the first rows, or all, from the device half to the host half.
+    #[pyo3(signature = (stream, rows = None))]
+    fn download(&mut self, py: Python<'_>, stream: &Stream, rows: Option<usize>) -> PyResult<()> {
+        py.detach(|| self.0.download(rows, stream)).map_err(raised)
+    }
+
+    /// Orders the stream after everything that is pending, for work that uses an unguarded tensor.
+    fn use_on(&mut self, py: Python<'_>, stream: &Stream) -> PyResult<()> {
+        py.detach(|| self.0.use_on(stream)).map_err(raised)
+    }
+
+    /// Waits for everything that is pending, what consumers queued included.
+    fn synchronize(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.0.synchronize()).map_err(raised)
+    }
+
+    /// The host half, with a DLPack of its own.
+    fn host(slf: Py<Buffer>) -> Host {
+        Host(slf)
+    }
+
+    /// A capsule of the device half that is not guarded: `torch.from_dlpack` of it is one tensor for all steps. What uses it
+    /// is sent to a stream of ours, each time after `use_on` with that stream, and before the buffer is used otherwise.
+    fn unguarded(&mut self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        // SAFETY: Python cannot vouch for it: whoever calls this does, as its description says.
+        let tensor = unsafe { self.0.export_gpu_unguarded() }.map_err(raised)?;
+        capsule(py, tensor, true)
+    }
+
+    /// The device half as a DLPack capsule: the array API's `__dlpack__`.
+    #[pyo3(signature = (*, stream = None, max_version = None, dl_device = None, copy = None))]
+    fn __dlpack__(
+        &mut self,
+        py: Python<'_>,
+        stream: Option<i64>,
+        max_version: Option<(u32, u32)>,
+        dl_device: Option<(i32, i32)>,
+        copy: Option<bool>,
+    ) -> PyResult<Py<PyAny>> {
+        refuse(dl_device, self.__dlpack_device__(), copy)?;
+        let device = self.0.device();
+        let consumer = match (device, stream) {
+            (Device::Cpu, None) => Consumer::Host(cpu_gpu_buffer::Stream::new(device)),
+            (Device::Cpu, Some(_)) => return Err(PyValueError::new_err("the CPU has no streams")),
+            (_, Some(0)) => return Err(PyValueError::new_err("0 names no stream")),
+            // It uses a stream that cannot be told from here: after all that is pending, any is good.
+            (_, Some(-1 | PER_THREAD)) => Consumer::Host(cpu_gpu_buffer::Stream::new(device)),
+            (_, raw) => {
+                let raw = std::ptr::without_provenance_mut(raw.unwrap_or(LEGACY) as usize);
+                // SAFETY: a live stream of the device's primary context, which the consumer names; the buffer does not
+                // touch it when the tensor is made, and where the driver answered with an error nothing uses it either.
+                Consumer::Stream(unsafe { cpu_gpu_buffer::Stream::from_raw(raw, device, None) })
+            }
+        };
+        let tensor = py.detach(|| match consumer {
+            Consumer::Stream(stream) => self.0.export_gpu(&stream?),
+            Consumer::Host(ours) => {
+                let ours = ours?;
+                let tensor = self.0.export_gpu(&ours)?;
+                ours.synchronize()?;
+                Ok(tensor)
+            }
+        });
+        capsule(py, tensor.map_err(raised)?, max_version.is_some_and(|(major, _)| major >= 1))
+    }
+
+    fn __dlpack_device__(&self) -> (i32, i32) {
+        match self.0.device() {
+            Device::Cpu => (DLDeviceType::kDLCPU.0, 0),
+            Device::Cuda(ordinal) => (DLDeviceType::kDLCUDA.0, ordinal as i32),
+        }
+    }
+}
+
+/// The streams that have numbers in the array API.
+const LEGACY: i64 = 1;
+const PER_THREAD: i64 = 2;
+
+/// What the consumer uses.
+enum Consumer {
+    Stream(cpu_gpu_buffer::Result<cpu_gpu_buffer::Stream>),
+    /// Whatever it likes, after a stream of ours was waited for.
+    Host(cpu_gpu_buffer::Result<cpu_gpu_buffer::Stream>),
+}
+
+/// The host half of a buffer. It says that it is CPU memory, also where it is pinned: PyTorch knows nothing else.
+#[pyclass(frozen)]
+struct Host(Py<Buffer>);
+
+#[pymethods]
+impl Host {
+    /// The host half as a DLPack capsule, after pending transfers.
+    #[pyo3(signature = (*, stream = None, max_version = None, dl_device = None, copy = None))]
+    fn __dlpack__(
+        &self,
+        py: Python<'_>,
+        stream: Option<i64>,
+        max_version: Option<(u32, u32)>,
+        dl_device: Option<(i32, i32)>,
+        copy: Option<bool>,
+    ) -> PyResult<Py<PyAny>> {
+        refuse(dl_device, self.__dlpack_device__(), copy)?;
+        if stream.is_some() {
+            return Err(PyValueError::new_err("host memory has no streams"));
+        }
+        let mut buffer = self.0.try_borrow_mut(py)?;
+        let halves = &mut buffer.0;
+        let tensor = py.detach(|| halves.export_cpu()).map_err(raised)?.as_plain_cpu();
+        capsule(py, tensor, max_version.is_some_and(|(major, _)| major >= 1))
+    }
+
+    fn __dlpack_device__(&self) -> (i32, i32) {
+        (DLDeviceType::kDLCPU.0, 0)
+    }
+}
+
+/// Halves are handed out where they are, and never copied.
+fn refuse(asked: Option<(i32, i32)>, device: (i32, i32), copy: Option<bool>) -> PyResult<()> {
+    if asked.is_some_and(|asked| asked != device) {
+        return Err(PyBufferError::new_err(format!(
+            "the half is on device {device:?}, and stays there"
+        )));
+    }
+    match copy {
+        Some(true) => Err(PyBufferError::new_err("halves are handed out, and not copied")),
+        _ => Ok(()),
+    }
+}
+
+const VERSIONED: &CStr = c"dltensor_versioned";
+const UNVERSIONED: &CStr = c"dltensor";
+
+/// A tensor as a capsule, which lets it go unless a consumer takes it: he renames the capsule then.
+fn capsule(py: Python<'_>, tensor: Tensor, versioned: bool) -> PyResult<Py<PyAny>> {
+    let capsule = match versioned {
+        true => {
+            let raw = tensor.into_raw().cast();
+            // SAFETY: the name lives for ever, and the destructor is that of its kind.
+            unsafe { ffi::PyCapsule_New(raw, VERSIONED.as_ptr(), Some(let_versioned_go)) }
+        }
+        false => {
+            let raw = tensor.into_raw_unversioned().cast();
+            // SAFETY: as above.
+            unsafe { ffi::PyCapsule_New(raw, UNVERSIONED.as_ptr(), Some(let_unversioned_go)) }
+        }
+    };
+    // SAFETY: a new reference, or null with an error set. (Then the tensor is forgotten: there was no memory.)
+    unsafe { Bound::from_owned_ptr_or_err(py, capsule) }.map(Bound::unbind)
+}
+
+/// The tensor in a capsule that nobody took over.
+///
+/// # Safety
+///
+/// A capsule, with the interpreter attached.
+unsafe fn untaken(capsule: *mut ffi::PyObject, name: &CStr) -> Option<*mut c_void> {
+    // SAFETY: the caller vouches for the capsule.
+    if unsafe { ffi::PyCapsule_IsValid(capsule, name.as_ptr()) } == 0 {
+        return None;
+    }
+    // SAFETY: it has this name.
+    Some(unsafe { ffi::PyCapsule_GetPointer(capsule, name.as_ptr()) })
+}
+
+unsafe extern "C" fn let_versioned_go(capsule: *mut ffi::PyObject) {
+    // SAFETY: Python calls this with a capsule of ours.
+    if let Some(tensor) = unsafe { untaken(capsule, VERSIONED) } {
+        let tensor: *mut DLManagedTensorVersioned = tensor.cast();
+        // SAFETY: what `capsule` put there.
+        let deleter = unsafe { (*tensor).deleter };
+        // SAFETY: once, and nobody uses it again.
+        unsafe { deleter.expect("ours have one")(tensor) };
+    }
+}
+
+unsafe extern "C" fn let_unversioned_go(capsule: *mut ffi::PyObject) {
+    // SAFETY: Python calls this with a capsule of ours.
+    if let Some(tensor) = unsafe { untaken(capsule, UNVERSIONED) } {
+        let tensor: *mut DLManagedTensor = tensor.cast();
+        // SAFETY: what `capsule` put there.
+        let deleter = unsafe { (*tensor).deleter };
+        // SAFETY: once, and nobody uses it again.
+        unsafe { deleter.expect("ours have one")(tensor) };
+    }
+}
+
+/// Gives back what tensors left behind.
+#[pyfunction]
+fn reclaim(py: Python<'_>) -> PyResult<()> {
+    py.detach(dlpack::reclaim).map_err(raised)
+}
+
+/// The number of CUDA devices.
+#[pyfunction]
+fn cuda_count() -> usize {
+    Device::cuda_count()
+}
+
+/// Paired buffers, whose halves PyTorch takes over without a copy.
+#[pymodule]
+fn cpu_gpu_buffer_pytorch(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<Stream>()?;
+    module.add_class::<Buffer>()?;
+    module.add_class::<Host>()?;
+    module.add_function(wrap_pyfunction!(reclaim, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_count, module)?)?;
+    Ok(())
+}
