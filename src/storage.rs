@@ -12,7 +12,7 @@
 //! Whatever is enqueued waits, in stream order, for everything that stands on other streams; so the
 //! newest use is ordered after all before it, and a transfer covers the device uses before it.
 //!
-//! What is lent to tensors of other libraries is looked after by [`exports`](crate::exports): whatever touches a half
+//! What is lent to tensors of other libraries is looked after by `src/exports.rs`: whatever touches a half
 //! settles that first.
 //!
 //! An operation checks its arguments and the stream first, and changes nothing where they are refused.

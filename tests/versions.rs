@@ -25,7 +25,7 @@ fn program(name: &str) -> Option<PathBuf> {
 
 /// Programs, and those of their tests that are run again; all of them where none is named. The others of
 /// `in_flight` go the same ways with more memory.
-const PROGRAMS: [(&str, &[&str]); 9] = [
+const PROGRAMS: &[(&str, &[&str])] = &[
     ("round_trip", &[]),
     ("streams", &[]),
     ("bad_use", &[]),
@@ -33,6 +33,8 @@ const PROGRAMS: [(&str, &[&str]); 9] = [
     ("limits", &[]),
     ("group", &["any_number", "neighbours", "long_ranges"]),
     ("ring", &[]),
+    #[cfg(feature = "dlpack")]
+    ("exports", &[]),
     ("random_operations", &[]),
     (
         "in_flight",
@@ -63,7 +65,7 @@ fn again_on(version: i32, test: &str, lacks: bool) {
             continue;
         };
         let mut command = Command::new(program);
-        command.args(tests).env("CUDART_SIM_VERSION", &version).env("PROPTEST_CASES", "30");
+        command.args(*tests).env("CUDART_SIM_VERSION", &version).env("PROPTEST_CASES", "30");
         let output = command.output().unwrap();
         let (out, err) =
             (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
