@@ -77,16 +77,16 @@ impl Drop for Home {
     #[inline]
     fn drop(&mut self) {
         #[cfg(feature = "dlpack")]
-        let exports = self.exports.take();
-        // SAFETY: the end of the value, of which nobody looks at what is taken.
-        let place = unsafe { ManuallyDrop::take(&mut self.0) };
-        #[cfg(feature = "dlpack")]
-        if let Some(exports) = exports {
+        if let Some(exports) = self.exports.take() {
+            // SAFETY: the end of the value, of which nobody looks at what is taken.
+            let place = unsafe { ManuallyDrop::take(&mut self.0) };
             return exports.part(Home::at(place));
         }
-        if let Place::Pool(storage) = &place {
+        if let Place::Pool(storage) = &*self.0 {
             storage.close();
         }
+        // SAFETY: the end of the value, which goes once.
+        unsafe { ManuallyDrop::drop(&mut self.0) };
     }
 }
 
