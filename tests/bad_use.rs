@@ -585,6 +585,7 @@ fn an_error_says_in_words_what_is_wrong() {
         (Error::InvalidKey, &["key", "layout"]),
         (Error::DuplicateMember { index: 3 }, &["member 3"]),
         (Error::InvalidGroup { reason: "for a reason" }, &["group", "for a reason"]),
+        (Error::Exported { side: Side::Device }, &["tensor", "device half"]),
         (Error::EventOrder, &["later"]),
         (Error::Forked, &["fork"]),
     ] {

@@ -237,10 +237,9 @@ fn the_consumers_stream_comes_after_everything_that_is_pending() {
         let (mut buffer, stream) = buffer(device);
         let (theirs, seen) = (Stream::new(device).unwrap(), Foreign::new(WORDS, 0));
         buffer.fill_cpu(NEW).unwrap();
-        let gate = Gate::close(&stream);
+        let [first, gate] = [(); 2].map(|()| Gate::close(&stream));
         buffer.copy_to_gpu(.., &stream).unwrap();
-        let consumer = Consumer::new(buffer.export_gpu(&theirs).unwrap());
-        assert!(!gate.is_open(), "it waits for the upload itself");
+        let consumer = first.passes(|| Consumer::new(buffer.export_gpu(&theirs).unwrap()));
         gate.waits(|| {
             copy(seen.as_ptr(), consumer.data(), WORDS, &theirs);
             theirs.synchronize().unwrap();
@@ -513,11 +512,10 @@ fn an_upload_comes_after_what_the_last_consumer_queued() {
         let (mut buffer, stream) = buffer(device);
         let theirs = Stream::new(device).unwrap();
         let consumer = Consumer::new(buffer.export_gpu(&theirs).unwrap());
-        let gate = Gate::close(&theirs);
+        let [first, gate] = [(); 2].map(|()| Gate::close(&theirs));
         common::store(consumer.data(), WORDS, NEW, &theirs);
-        gate.during(Duration::from_millis(100), || {
-            consumer.let_go();
-            assert!(!gate.is_open(), "letting go waits");
+        first.passes(|| consumer.let_go());
+        gate.waits(|| {
             buffer.copy_to_gpu(.., &stream).unwrap();
             stream.synchronize().unwrap();
         });
@@ -801,9 +799,9 @@ fn a_buffer_goes_back_to_its_pool_after_its_tensors_and_what_they_queued() {
             let mut buffer = pool.acquire().unwrap();
             let place = buffer.device_ptr();
             let consumer = Consumer::new(buffer.export_gpu(&theirs).unwrap());
-            let gate = Gate::close(&theirs);
+            let [first, gate] = [(); 2].map(|()| Gate::close(&theirs));
             common::store(consumer.data(), WORDS, NEW, &theirs);
-            gate.during(Duration::from_millis(100), || {
+            first.passes(|| {
                 if tensor_first {
                     consumer.let_go();
                     drop(buffer);
@@ -813,9 +811,10 @@ fn a_buffer_goes_back_to_its_pool_after_its_tensors_and_what_they_queued() {
                     assert_eq!(pool.acquire().err(), Some(Error::PoolExhausted { max_buffers: 1 }));
                     consumer.let_go();
                 }
-                assert!(!gate.is_open(), "giving back waits");
                 assert!(pool.try_acquire().is_none(), "a kernel writes it");
                 assert_eq!(pool.available(), 0);
+            });
+            gate.waits(|| {
                 let mut buffer = pool.acquire().unwrap();
                 assert_eq!(buffer.device_ptr(), place);
                 buffer.fill(OLD, &stream).unwrap();
