@@ -315,7 +315,8 @@ impl<T: Element> CpuGpuBuffer<T> {
     /// half as long as the tensor lives, and the stream may be destroyed when this has returned: where the driver answered
     /// with an error, it may be remembered, as [`Stream::from_raw`] says.
     ///
-    /// On [`Device::Cpu`] the tensor is one of host memory. Needs the feature `dlpack`.
+    /// Where the last tensor of the half is gone and its consumer was not waited for, this waits for the devices first. On
+    /// [`Device::Cpu`] the tensor is one of host memory. Needs the feature `dlpack`.
     ///
     /// # Errors
     ///
