@@ -1,10 +1,119 @@
-//! Regenerates the bindings when the feature `bindgen` asks for it; otherwise the committed ones serve
-//! and nothing happens here.
+//! Regenerates the bindings when the feature `bindgen` asks for it, and links the static runtime when the
+//! feature `static` does; otherwise nothing happens here.
+//!
+//! docs.rs has neither headers nor an archive, and links nothing: there the committed bindings serve, and the
+//! archive counts as one without functions.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-env-changed=DOCS_RS");
     #[cfg(feature = "bindgen")]
     generate::bindings();
+    #[cfg(feature = "static")]
+    if let Err(why) = archive::link() {
+        println!("cargo::error=feature `static`: {why}");
+    }
+}
+
+#[cfg(feature = "static")]
+#[path = "src/places.rs"]
+mod places;
+
+#[cfg(feature = "static")]
+mod archive {
+    use std::collections::HashSet;
+    use std::env;
+    use std::path::PathBuf;
+
+    const NAME: &str = "libcudart_static.a";
+
+    /// Has the runtime's archive linked, and writes down which of the bound functions it lacks.
+    pub fn link() -> Result<(), String> {
+        let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+        println!("cargo::rerun-if-changed=src/bindings.rs");
+        let bindings = match cfg!(feature = "bindgen") {
+            true => out.join("bindings.rs"),
+            false => "src/bindings.rs".into(),
+        };
+        let bindings = std::fs::read_to_string(bindings).expect("the bindings can be read");
+        let mut absent = functions(&bindings);
+        if env::var_os("DOCS_RS").is_none() {
+            let there = symbols_of_linked()?;
+            absent.retain(|name| !there.contains(*name));
+        }
+        let mut text = String::from("macro_rules! linked {\n");
+        for name in absent {
+            text += &format!("    ({name} $($signature:tt)*) => {{ None }};\n");
+        }
+        text += "    ($name:ident($($arg:ident: $type:ty),*) -> $status:ty) => {{
+        unsafe extern \"C\" { fn $name($($arg: $type),*) -> $status; }
+        Some($name as unsafe extern \"C\" fn($($type),*) -> $status)
+    }};
+}
+";
+        std::fs::write(out.join("linked.rs"), text).expect("OUT_DIR is writable");
+        Ok(())
+    }
+
+    /// The functions in the table of the bindings.
+    fn functions(bindings: &str) -> Vec<&str> {
+        let table =
+            bindings.split("runtime! {").nth(1).expect("the bindings have a table of functions");
+        let named = table.split("pub fn ").skip(1);
+        named.map(|rest| rest.split('(').next().expect("a name")).collect()
+    }
+
+    /// Has the archive linked, and answers what it defines.
+    fn symbols_of_linked() -> Result<HashSet<String>, String> {
+        let target = |name| env::var(name).expect("cargo says what it builds for");
+        let (os, architecture) = (target("CARGO_CFG_TARGET_OS"), target("CARGO_CFG_TARGET_ARCH"));
+        if os != "linux" {
+            return Err("the static runtime is linked on Linux only".into());
+        }
+        let variable = |name: &str| {
+            println!("cargo::rerun-if-env-changed={name}");
+            env::var_os(name)
+        };
+        let (places, refused) = crate::places::directories(variable, (&os, &architecture));
+        let archive = places.iter().map(|place| place.join(NAME)).find(|file| file.is_file());
+        let archive = archive.ok_or_else(|| {
+            let places = places.iter().map(|place| place.display().to_string()).chain(refused);
+            let tried = places.collect::<Vec<_>>().join(", ");
+            format!(
+                "{NAME} is not to be found: {tried}; set CUDA_HOME, or build without the feature: \
+                 a runtime is then loaded when it is first needed"
+            )
+        })?;
+        println!("cargo::rerun-if-changed={}", archive.display());
+        let bytes = std::fs::read(&archive)
+            .map_err(|error| format!("{} cannot be read: {error}", archive.display()))?;
+        let symbols =
+            symbols(&bytes)
+                .filter(|symbols| symbols.contains("cudaRuntimeGetVersion"))
+                .ok_or_else(|| format!("{} is no archive of a CUDA runtime", archive.display()))?;
+        let directory = archive.parent().expect("a file is in a directory");
+        println!("cargo::rustc-link-search=native={}", directory.display());
+        println!("cargo::rustc-link-lib=static=cudart_static");
+        for library in ["dl", "rt", "pthread"] {
+            println!("cargo::rustc-link-lib=dylib={library}");
+        }
+        Ok(symbols)
+    }
+
+    /// The names in an archive's index, which is its first member (GNU's format: "ar(5)").
+    fn symbols(archive: &[u8]) -> Option<HashSet<String>> {
+        let header = archive.strip_prefix(b"!<arch>\n/ ")?.get(..58)?;
+        let size: usize = str::from_utf8(&header[46..56]).ok()?.trim().parse().ok()?;
+        let index = archive.get(68..)?.get(..size)?;
+        let count = u32::from_be_bytes(index.get(..4)?.try_into().ok()?) as usize;
+        let names = index.get(4 + 4 * count..)?;
+        Some(
+            names
+                .split(|byte| *byte == 0)
+                .map(|name| String::from_utf8_lossy(name).into())
+                .collect(),
+        )
+    }
 }
 
 #[cfg(feature = "bindgen")]
@@ -52,6 +161,13 @@ mod generate {
     );
 
     pub fn bindings() {
+        let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+        let out = out.join("bindings.rs");
+        if env::var_os("DOCS_RS").is_some() {
+            println!("cargo::rerun-if-changed=src/bindings.rs");
+            let committed = std::fs::read("src/bindings.rs").expect("they are in the package");
+            return std::fs::write(out, committed).expect("OUT_DIR is writable");
+        }
         let include = include_dir();
         println!("cargo::rerun-if-env-changed=CUDA_HOME");
         println!("cargo::rerun-if-env-changed=CUDA_PATH");
@@ -96,9 +212,7 @@ mod generate {
         if !generated.contains(NEWER.0) {
             functions.push_str(NEWER.1);
         }
-        let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-        std::fs::write(out.join("bindings.rs"), generated.replace(EXTERN, &functions))
-            .expect("OUT_DIR is writable");
+        std::fs::write(out, generated.replace(EXTERN, &functions)).expect("OUT_DIR is writable");
     }
 
     fn include_dir() -> PathBuf {

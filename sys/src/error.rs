@@ -5,7 +5,7 @@ use std::ffi::{CStr, c_char};
 use std::fmt;
 
 use crate::bindings::{cudaError, cudaGetErrorName, cudaGetErrorString};
-use crate::loader;
+use crate::runtime::runtime;
 
 impl cudaError {
     /// No CUDA runtime could be loaded. The text lists every place that was tried.
@@ -67,11 +67,11 @@ impl cudaError {
     /// ```
     pub fn text(self) -> Cow<'static, str> {
         match self {
-            Self::LIBRARY_NOT_LOADED => match loader::runtime() {
+            Self::LIBRARY_NOT_LOADED => match runtime() {
                 Err(error) => error.to_string().into(),
                 Ok(_) => "no CUDA runtime is loaded".into(),
             },
-            Self::SYMBOL_NOT_FOUND => match loader::runtime() {
+            Self::SYMBOL_NOT_FOUND => match runtime() {
                 Ok(runtime) => format!(
                     "{} is version {} and lacks {}",
                     runtime.path().display(),

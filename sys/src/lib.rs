@@ -36,9 +36,20 @@
 //! runtime may return codes that these headers do not name.
 
 mod error;
+#[cfg(not(feature = "static"))]
 mod loader;
+#[cfg(not(feature = "static"))]
+mod places;
+mod runtime;
 
-pub use loader::{LoadError, Runtime, runtime};
+pub use runtime::{LoadError, Runtime, runtime};
+
+/// `linked!`: a function of the linked archive, or `None` where the archive lacks it.
+#[cfg(feature = "static")]
+mod linked {
+    include!(concat!(env!("OUT_DIR"), "/linked.rs"));
+    pub(crate) use linked;
+}
 
 /// Turns bindgen's declarations into a table of addresses and one function for each name, which calls
 /// through the table. Where there is no table, or no address in it, the status says so.
@@ -50,6 +61,14 @@ macro_rules! runtime {
         }
 
         impl Functions {
+            #[cfg(feature = "static")]
+            pub(crate) fn linked() -> Functions {
+                Functions {
+                    $($name: crate::linked::linked!($name($($arg: $type),*) -> $status),)*
+                }
+            }
+
+            #[cfg(not(feature = "static"))]
             pub(crate) fn of(library: &libloading::Library) -> Functions {
                 Functions {
                     $($name: {
@@ -78,7 +97,7 @@ macro_rules! runtime {
             /// As the CUDA runtime's documentation says of this function.
             #[inline]
             pub unsafe fn $name($($arg: $type),*) -> $status {
-                match crate::loader::functions().map(|functions| functions.$name) {
+                match crate::runtime::functions().map(|functions| functions.$name) {
                     Some(Some(function)) => {
                         // SAFETY: the address came from the runtime under this name, and the
                         // caller vouches for the arguments.

@@ -1,4 +1,4 @@
-//! Finds the CUDA runtime and loads it, once in a process.
+//! Finds the CUDA runtime and loads it.
 //!
 //! The search is a list of candidates, made from the environment before anything is opened; the first
 //! that opens, answers `cudaRuntimeGetVersion` and is of a known major version is kept for good. What
@@ -6,137 +6,17 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use libloading::Library;
 
-use crate::bindings::{Functions, cudaError};
+use crate::bindings::Functions;
+use crate::places;
+use crate::runtime::{LoadError, Runtime};
 
-/// Major versions whose functions have the signatures in the bindings, newest first.
-const MAJORS: [i32; 2] = [13, 12];
-
-/// The CUDA runtime of this process.
-///
-/// ```
-/// match cudart_sys::runtime() {
-///     Ok(runtime) => {
-///         assert!((12_000..14_000).contains(&runtime.version()));
-///         println!("{runtime:?}");
-///     }
-///     Err(error) => println!("{error}"),
-/// }
-/// ```
-pub struct Runtime {
-    functions: Functions,
-    path: PathBuf,
-    version: i32,
-    // Never unloaded: addresses in `functions` and texts of errors point into it.
-    _library: Library,
-}
-
-impl Runtime {
-    /// The version as CUDA writes it: 13000 for 13.0, 12080 for 12.8.
-    ///
-    /// ```
-    /// if let Ok(runtime) = cudart_sys::runtime() {
-    ///     let (major, minor) = (runtime.version() / 1000, runtime.version() % 1000 / 10);
-    ///     println!("CUDA {major}.{minor}");
-    /// }
-    /// ```
-    pub fn version(&self) -> i32 {
-        self.version
-    }
-
-    /// The file it was loaded from, or the name that the system's loader resolved.
-    ///
-    /// ```
-    /// // Which of several runtimes on the machine it is.
-    /// if let Ok(runtime) = cudart_sys::runtime() {
-    ///     println!("{}", runtime.path().display());
-    /// }
-    /// ```
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The bound functions that this version lacks.
-    ///
-    /// ```
-    /// if let Ok(runtime) = cudart_sys::runtime() {
-    ///     let by_version = "cudaGetDriverEntryPointByVersion"; // new in 12.5
-    ///     assert_eq!(runtime.absent().contains(&by_version), runtime.version() < 12050);
-    /// }
-    /// ```
-    pub fn absent(&self) -> Vec<&'static str> {
-        self.functions.absent()
-    }
-}
-
-impl fmt::Debug for Runtime {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Runtime")
-            .field("path", &self.path)
-            .field("version", &self.version)
-            .finish_non_exhaustive()
-    }
-}
-
-/// Why no runtime could be loaded: every place that was tried, and what it answered.
-///
-/// ```
-/// if let Err(error) = cudart_sys::runtime() {
-///     // As many lines as places: for a message to whoever set the machine up.
-///     eprintln!("{error}");
-///     assert!(!error.tried().is_empty());
-/// }
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LoadError {
-    tried: Vec<String>,
-}
-
-impl LoadError {
-    /// One line for each place, in the order of the search.
-    ///
-    /// ```
-    /// if let Err(error) = cudart_sys::runtime() {
-    ///     let missing = error.tried().iter().filter(|line| line.contains("No such file")).count();
-    ///     println!("{missing} of {} places have no such file", error.tried().len());
-    /// }
-    /// ```
-    pub fn tried(&self) -> &[String] {
-        &self.tried
-    }
-}
-
-impl fmt::Display for LoadError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "no usable CUDA runtime; tried: {}", self.tried.join("; "))
-    }
-}
-
-impl std::error::Error for LoadError {}
-
-/// The process's CUDA runtime, loaded by the first call. Success and failure are both final.
-///
-/// ```
-/// // Before the first call of a function, if the answer is wanted in words.
-/// if let Err(error) = cudart_sys::runtime() {
-///     println!("on the CPU, since {error}");
-/// }
-/// ```
-pub fn runtime() -> Result<&'static Runtime, &'static LoadError> {
-    static RUNTIME: OnceLock<Result<Runtime, LoadError>> = OnceLock::new();
-    RUNTIME
-        .get_or_init(|| load(candidates(|name| env::var_os(name), &loaded_in_process())))
-        .as_ref()
-}
-
-#[inline]
-pub(crate) fn functions() -> Option<&'static Functions> {
-    runtime().ok().map(|runtime| &runtime.functions)
+/// Looks for the runtime in every place, and loads the first that can be used.
+pub(crate) fn find() -> Result<Runtime, LoadError> {
+    load(candidates(|name| env::var_os(name), &loaded_in_process()))
 }
 
 /// A place to look, before it is known whether anything is there.
@@ -167,32 +47,9 @@ fn candidates(
     }
     let mut list: Vec<Candidate> = in_process.iter().cloned().map(Candidate::InProcess).collect();
     list.extend(LIBRARY_NAMES.map(Candidate::System));
-    let mut roots = Vec::new();
-    for name in ["CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"] {
-        let Some(value) = variable(name).filter(|value| !value.is_empty()) else {
-            continue;
-        };
-        let root = PathBuf::from(value);
-        if root.is_absolute() {
-            roots.push((name, root));
-        } else {
-            list.push(Candidate::Refused(format!(
-                "{name}={} is relative to the current directory, which is never searched",
-                root.display()
-            )));
-        }
-    }
-    let toolkits = roots
-        .iter()
-        .filter(|(name, _)| name.starts_with("CUDA"))
-        .map(|(_, root)| root.clone())
-        .chain(["/usr/local/cuda", "/opt/cuda"].map(PathBuf::from));
-    let mut directories: Vec<PathBuf> =
-        toolkits.flat_map(|root| library_directories(&root)).collect();
-    for (_, root) in roots.iter().filter(|(name, _)| !name.starts_with("CUDA")) {
-        directories.extend(library_directories(root));
-        directories.extend(wheel_directories(root));
-    }
+    let target = (env::consts::OS, env::consts::ARCH);
+    let (directories, refused) = places::directories(variable, target);
+    list.extend(refused.into_iter().map(Candidate::Refused));
     for directory in directories {
         for name in LIBRARY_NAMES {
             let file = directory.join(name);
@@ -208,39 +65,6 @@ fn candidates(
 const LIBRARY_NAMES: [&str; 2] = ["libcudart.so.13", "libcudart.so.12"];
 #[cfg(windows)]
 const LIBRARY_NAMES: [&str; 2] = ["cudart64_13.dll", "cudart64_12.dll"];
-
-/// Where a toolkit, or a conda prefix, keeps its libraries.
-fn library_directories(root: &Path) -> Vec<PathBuf> {
-    let target = match (cfg!(windows), cfg!(target_arch = "aarch64")) {
-        (true, _) => return vec![root.join("bin"), root.join("bin").join("x64")],
-        (false, true) => "targets/sbsa-linux/lib",
-        (false, false) => "targets/x86_64-linux/lib",
-    };
-    ["lib64", "lib", target].map(|sub| root.join(sub)).to_vec()
-}
-
-/// Where the CUDA wheels of a Python environment keep theirs: one folder for each major version.
-fn wheel_directories(root: &Path) -> Vec<PathBuf> {
-    let mut packages = Vec::new();
-    if cfg!(windows) {
-        packages.push(root.join("Lib").join("site-packages"));
-    } else if let Ok(entries) = std::fs::read_dir(root.join("lib")) {
-        packages.extend(
-            entries
-                .flatten()
-                .filter(|entry| entry.file_name().to_string_lossy().starts_with("python"))
-                .map(|entry| entry.path().join("site-packages")),
-        );
-        packages.sort();
-    }
-    let sub = if cfg!(windows) { "bin" } else { "lib" };
-    packages
-        .iter()
-        .flat_map(|site| {
-            ["cu13", "cuda_runtime"].map(|wheel| site.join("nvidia").join(wheel).join(sub))
-        })
-        .collect()
-}
 
 fn load(candidates: Vec<Candidate>) -> Result<Runtime, LoadError> {
     let mut tried = Vec::new();
@@ -263,29 +87,15 @@ fn load(candidates: Vec<Candidate>) -> Result<Runtime, LoadError> {
             Err(why) => tried.push(format!("{label}: {why}")),
         }
     }
-    Err(LoadError { tried })
+    Err(LoadError::of(tried))
 }
 
 fn open(name: &Path, in_process: bool) -> Result<Runtime, String> {
     let library = open_library(name, in_process).map_err(|error| error.to_string())?;
-    let functions = Functions::of(&library);
-    let get_version = functions
-        .cudaRuntimeGetVersion
-        .ok_or("it is no CUDA runtime: it has no cudaRuntimeGetVersion")?;
-    let mut version = 0;
-    // SAFETY: `version` is a valid place for an int, and the function needs neither driver nor device.
-    let status = unsafe { get_version(&mut version) };
-    if status != cudaError::cudaSuccess {
-        return Err(format!("cudaRuntimeGetVersion returned {}", status.0));
-    }
-    if !MAJORS.contains(&(version / 1000)) {
-        return Err(format!(
-            "it is CUDA {}.{}, and these bindings know 12.x and 13.x",
-            version / 1000,
-            version % 1000 / 10
-        ));
-    }
-    Ok(Runtime { functions, path: name.to_path_buf(), version, _library: library })
+    let runtime = Runtime::of(Functions::of(&library), name.to_path_buf())?;
+    // Never unloaded: addresses of its functions and texts of its errors stay in use.
+    std::mem::forget(library);
+    Ok(runtime)
 }
 
 /// One that is already in the process is found again, never loaded anew: its name may be relative.
