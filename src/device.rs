@@ -283,9 +283,28 @@ fn count() -> Result<usize> {
     match raw::device_count() {
         Ok(0) => Err(Error::Unavailable { reason: "this machine has no CUDA device".into() }),
         Ok(count) => Ok(count),
+        Err(Error::Cuda { code: sys::cudaError::cudaErrorInsufficientDriver, .. }) => {
+            Err(Error::Unavailable { reason: insufficient_driver()? })
+        }
         Err(Error::Cuda { code, call }) => {
             Err(Error::Unavailable { reason: format!("{call} failed with {code}") })
         }
         Err(error) => Err(error),
     }
+}
+
+/// What the runtime lacks that answers `cudaErrorInsufficientDriver`: without a driver, too, it answers that.
+fn insufficient_driver() -> Result<String> {
+    let version = |version: i32| format!("CUDA {}.{}", version / 1000, version % 1000 / 10);
+    let runtime = sys::runtime().map_or_else(ToString::to_string, |runtime| {
+        format!("{} is {}", runtime.path().display(), version(runtime.version()))
+    });
+    Ok(match raw::driver_version()? {
+        0 => format!("there is no CUDA driver on this machine; {runtime}"),
+        driver => format!(
+            "the driver is one of {}, too old for the runtime: {runtime}; \
+             CUDART_LIBRARY may name an older one",
+            version(driver)
+        ),
+    })
 }

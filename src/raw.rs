@@ -284,6 +284,15 @@ pub(crate) fn device_count() -> Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
+/// The newest version of CUDA that the driver takes, 13000 for 13.0; 0 where there is no driver.
+pub(crate) fn driver_version() -> Result<i32> {
+    let mut version = 0;
+    // SAFETY: `version` is a valid place for an int.
+    let status = unsafe { sys::cudaDriverGetVersion(&mut version) };
+    check(status, "cudaDriverGetVersion")?;
+    Ok(version)
+}
+
 /// Creates the device's primary context if there is none yet, and keeps it from being destroyed.
 pub(crate) fn retain_primary(ordinal: u32) -> Result<sys::CUcontext> {
     let driver = driver()?;

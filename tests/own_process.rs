@@ -53,13 +53,22 @@ fn unusable(expected: &str) {
     assert_eq!(empty.shape(), Shape::from([3, 0]).dims());
 }
 
+/// Runs the test in its own process with a library that is named to the loader.
+fn with_library(test: &str, library: &str, variables: &[(&str, &str)]) {
+    if common::is_linked() {
+        return common::left_out(test, "the runtime is part of this program");
+    }
+    let variables = [&[("CUDART_LIBRARY", library)], variables].concat();
+    succeeded(&in_own_process(test, &variables));
+}
+
 #[test]
 fn a_named_library_that_is_not_there_is_an_error_and_no_other_is_taken() {
     if is_own_process() {
         return unusable("nothing-here");
     }
     let test = "a_named_library_that_is_not_there_is_an_error_and_no_other_is_taken";
-    succeeded(&in_own_process(test, &[("CUDART_LIBRARY", "/nothing-here/libcudart.so.13")]));
+    with_library(test, "/nothing-here/libcudart.so.13", &[]);
 }
 
 #[test]
@@ -68,8 +77,66 @@ fn a_named_library_that_is_no_runtime_is_an_error() {
     if is_own_process() {
         return unusable("it is no CUDA runtime");
     }
-    let test = "a_named_library_that_is_no_runtime_is_an_error";
-    succeeded(&in_own_process(test, &[("CUDART_LIBRARY", "libc.so.6")]));
+    with_library("a_named_library_that_is_no_runtime_is_an_error", "libc.so.6", &[]);
+}
+
+/// Runs the test in its own process on the simulated runtime, with some of its settings.
+#[cfg(target_os = "linux")]
+fn with_simulated(test: &str, settings: &[(&str, &str)]) {
+    with_library(test, common::simulated().to_str().unwrap(), settings);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_named_runtime_of_an_unknown_major_version_is_an_error() {
+    if is_own_process() {
+        return unusable("it is CUDA 14.2, and these bindings know 12.x and 13.x");
+    }
+    let test = "a_named_runtime_of_an_unknown_major_version_is_an_error";
+    with_simulated(test, &[("CUDART_SIM_VERSION", "14020")]);
+}
+
+/// Runs in the process whose driver does not do for the runtime: everything says so, and the CPU works.
+#[cfg(target_os = "linux")]
+fn without_its_driver(expected: &str) {
+    assert_eq!(Device::auto(), Device::Cpu);
+    assert_eq!(Device::cuda_count(), 0);
+    let library = std::env::var("CUDART_LIBRARY").unwrap();
+    for result in [
+        Device::cuda(0).map(drop),
+        Stream::new(Device::Cuda(0)).map(drop),
+        CpuGpuBuffer::<u8>::new(1, Device::Cuda(0)).map(drop),
+    ] {
+        let Err(Error::Unavailable { reason }) = result else { panic!("{result:?}") };
+        assert!(reason.starts_with(expected), "{reason}");
+        assert!(reason.contains(&format!("{library} is CUDA 13.0")), "{reason}");
+    }
+    let mut count = 7;
+    // SAFETY: a valid place.
+    let status = unsafe { sys::cudaGetDeviceCount(&mut count) };
+    assert_eq!(status, sys::cudaError::cudaErrorInsufficientDriver);
+    let mut buffer = CpuGpuBuffer::<u8>::new(4, Device::Cpu).unwrap();
+    buffer.fill(1, &Stream::new(Device::Cpu).unwrap()).unwrap();
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_driver_that_is_too_old_for_the_runtime_is_an_error_that_names_both() {
+    if is_own_process() {
+        return without_its_driver("the driver is one of CUDA 12.4, too old for the runtime: ");
+    }
+    let test = "a_driver_that_is_too_old_for_the_runtime_is_an_error_that_names_both";
+    with_simulated(test, &[("CUDART_SIM_DRIVER", "12040")]);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_runtime_without_a_driver_is_an_error_that_says_so() {
+    if is_own_process() {
+        return without_its_driver("there is no CUDA driver on this machine; ");
+    }
+    let test = "a_runtime_without_a_driver_is_an_error_that_says_so";
+    with_simulated(test, &[("CUDART_SIM_DRIVER", "0")]);
 }
 
 /// Runs the test in its own process with a runtime library that answers `version` and has no other function.
@@ -92,20 +159,10 @@ fn with_runtime(test: &str, version: i32) {
         Err(_) => common::left_out(test, "no rustc"),
         Ok(output) => {
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            let name = library.to_str().unwrap();
-            succeeded(&in_own_process(test, &[("CUDART_LIBRARY", name)]));
+            with_library(test, library.to_str().unwrap(), &[]);
         }
     }
     std::fs::remove_dir_all(directory).unwrap();
-}
-
-#[test]
-#[cfg(target_os = "linux")]
-fn a_named_runtime_of_an_unknown_major_version_is_an_error() {
-    if is_own_process() {
-        return unusable("it is CUDA 14.2, and these bindings know 12.x and 13.x");
-    }
-    with_runtime("a_named_runtime_of_an_unknown_major_version_is_an_error", 14020);
 }
 
 #[test]

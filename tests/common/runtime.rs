@@ -7,6 +7,7 @@ use std::io::Write;
 
 /// `CPU_GPU_BUFFER_TEST_RUNTIME` says `sim`, `real` or `cpu`; unsaid, it is the real one where there is a driver,
 /// and the simulated one elsewhere. Chosen before `main`, while there is one thread, by naming it to the loader.
+/// With the feature `static` there is no choice: the runtime is part of this program, and the real one.
 #[cfg(target_os = "linux")]
 #[used]
 #[unsafe(link_section = ".init_array")]
@@ -19,6 +20,8 @@ extern "C" fn choose() {
     }
     let runtime = match std::env::var("CPU_GPU_BUFFER_TEST_RUNTIME").as_deref() {
         Ok("real") => return,
+        Ok(other) if is_linked() => panic!("{other} cannot be chosen with the feature `static`"),
+        Err(_) if is_linked() => return,
         Ok("cpu") => "/left/out/by/CPU_GPU_BUFFER_TEST_RUNTIME".into(),
         Ok("sim") => simulated(),
         Ok(other) => panic!("CPU_GPU_BUFFER_TEST_RUNTIME={other} is none of sim, real, cpu"),
@@ -33,7 +36,7 @@ extern "C" fn choose() {
 }
 
 /// The simulated runtime's library: beside this program in a build, in `lib` where the tests are packed.
-fn simulated() -> std::path::PathBuf {
+pub fn simulated() -> std::path::PathBuf {
     let program = std::env::current_exe().unwrap();
     let directory = program.parent().unwrap();
     let name = "libcudart_sim.so";
@@ -42,9 +45,15 @@ fn simulated() -> std::path::PathBuf {
     found.unwrap_or_else(|| panic!("the simulated runtime is not in {places:?}")).clone()
 }
 
+/// Whether the runtime is part of this program, so that no other one can be loaded.
+pub fn is_linked() -> bool {
+    cfg!(feature = "static")
+}
+
 /// Whether this program runs on the simulated runtime.
 pub fn is_simulated() -> bool {
-    std::env::var("CUDART_LIBRARY").is_ok_and(|library| library.contains("cudart_sim"))
+    let named = std::env::var("CUDART_LIBRARY");
+    !is_linked() && named.is_ok_and(|library| library.contains("cudart_sim"))
 }
 
 /// Said past the test runner's capture: a test that leaves something out must be seen to.

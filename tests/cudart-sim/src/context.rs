@@ -4,8 +4,8 @@
 //! of the runtime make that of device 0 current where there is none, as the real one was seen to.
 
 use std::cell::Cell;
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{LazyLock, Once};
 
 use cudart_sys::cudaStreamCaptureMode as Mode;
 
@@ -30,6 +30,20 @@ fn setting<T: std::str::FromStr>(name: &str, otherwise: T) -> T {
 /// The version that the simulation says it is of: 13000, unless `CUDART_SIM_VERSION` says another.
 pub(crate) fn version() -> i32 {
     setting("CUDART_SIM_VERSION", 13000)
+}
+
+/// The newest version that the driver of the simulation takes: 13000, unless `CUDART_SIM_DRIVER` says another; 0
+/// where there is none.
+pub(crate) fn driver_version() -> i32 {
+    static VERSION: LazyLock<i32> = LazyLock::new(|| setting("CUDART_SIM_DRIVER", 13000));
+    *VERSION
+}
+
+/// Whether the driver is of an older major version than the runtime, or not there. Every call that needs one answers
+/// the same in both cases, as real runtimes from 12.0 to 13.5 do without a driver.
+pub(crate) fn is_driver_too_old() -> bool {
+    static TOO_OLD: LazyLock<bool> = LazyLock::new(|| driver_version() / 1000 < version() / 1000);
+    *TOO_OLD
 }
 
 /// How many devices there are: 2, unless `CUDART_SIM_DEVICES` says another number up to 8.

@@ -108,6 +108,9 @@ pub(crate) fn run(name: &'static str, body: impl FnOnce() -> Result) -> Option<S
         }
         return Some(Status::cudaErrorCudartUnloading);
     }
+    if context::is_driver_too_old() && name != "cudaDriverGetVersion" {
+        return Some(Status::cudaErrorInsufficientDriver);
+    }
     let (answer, injected) = match verdict {
         Verdict::Proceed => (body().err(), false),
         Verdict::Fail(code) => (Some(cudart_sys::cudaError(code)), true),

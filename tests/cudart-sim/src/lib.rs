@@ -14,6 +14,7 @@
 //! | `CUDART_SIM_DEVICES` | how many devices there are, 2 unless given |
 //! | `CUDART_SIM_SEED` | how late what is sent happens |
 //! | `CUDART_SIM_VERSION` | the runtime's version, 13000 unless given |
+//! | `CUDART_SIM_DRIVER` | the driver's version, 13000 unless given; 0 where there is none |
 //!
 //! | file | what it simulates |
 //! |---|---|

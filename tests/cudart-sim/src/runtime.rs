@@ -136,7 +136,7 @@ fn create_stream(place: *mut cudaStream_t, flags: c_uint, priority: c_int) -> Re
 
 export! {
     fn cudaDriverGetVersion(place: *mut c_int) {
-        put(place, 13000)
+        put(place, context::driver_version())
     }
     fn cudaGetDeviceCount(place: *mut c_int) {
         match context::count() {
