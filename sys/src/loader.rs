@@ -5,6 +5,7 @@
 //! the others said is kept too, for the text of the error.
 
 use std::env;
+use std::error::Error;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -91,11 +92,20 @@ fn load(candidates: Vec<Candidate>) -> Result<Runtime, LoadError> {
 }
 
 fn open(name: &Path, in_process: bool) -> Result<Runtime, String> {
-    let library = open_library(name, in_process).map_err(|error| error.to_string())?;
+    let library = open_library(name, in_process).map_err(|error| reason(&error, name))?;
     let runtime = Runtime::of(Functions::of(&library), name.to_path_buf())?;
     // Never unloaded: addresses of its functions and texts of its errors stay in use.
     std::mem::forget(library);
     Ok(runtime)
+}
+
+/// What the system says, which is the error's source; it begins with the name, which is said already.
+fn reason(error: &libloading::Error, name: &Path) -> String {
+    let said = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+    match said.strip_prefix(&format!("{}: ", name.display())) {
+        Some(rest) => rest.into(),
+        None => said,
+    }
 }
 
 /// One that is already in the process is found again, never loaded anew: its name may be relative.
@@ -204,12 +214,15 @@ mod tests {
     #[test]
     fn a_demanded_library_that_is_absent_or_no_library_is_an_error_that_names_it() {
         let root = folder("demanded", &["libcudart.so.13"]);
-        for file in ["nothing-here.so", "libcudart.so.13"] {
+        for (file, why) in [("nothing-here.so", "No such file"), ("libcudart.so.13", "too short")] {
             let path = root.join(file);
             let error =
                 load(candidates(environment(&[("CUDART_LIBRARY", &path)]), &[])).unwrap_err();
             assert_eq!(error.tried().len(), 1, "{error}");
-            assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+            let named = format!("CUDART_LIBRARY={}: ", path.display());
+            assert!(error.tried()[0].starts_with(&named), "{error}");
+            // In the words of Linux's loader.
+            assert!(!cfg!(target_os = "linux") || error.to_string().contains(why), "{error}");
         }
         fs::remove_dir_all(root).unwrap();
     }
@@ -275,5 +288,31 @@ mod tests {
             matches!(candidate, Candidate::Refused(why) if why.contains("CUDA_HOME=cuda"))
         });
         assert!(refused, "{list:?}");
+    }
+    #[test]
+    #[cfg(not(windows))]
+    fn each_system_has_its_own_folders_of_a_toolkit() {
+        for (target, subs) in [
+            (("linux", "x86_64"), &["lib64", "lib", "targets/x86_64-linux/lib"][..]),
+            (
+                ("linux", "aarch64"),
+                &["lib64", "lib", "targets/sbsa-linux/lib", "targets/aarch64-linux/lib"],
+            ),
+            (("windows", "x86_64"), &["bin", "bin/x64"]),
+        ] {
+            let (home, venv) = (Path::new("/home"), Path::new("/venv"));
+            let variables = [("CUDA_HOME", home), ("VIRTUAL_ENV", venv)];
+            let (directories, refused) = places::directories(environment(&variables), target);
+            let roots = ["/home", "/usr/local/cuda", "/opt/cuda", "/venv"].map(Path::new);
+            let mut expected: Vec<PathBuf> =
+                roots.iter().flat_map(|root| subs.iter().map(|sub| root.join(sub))).collect();
+            if target.0 == "windows" {
+                // Elsewhere these depend on the Pythons that are there.
+                let packages = Path::new("/venv/Lib/site-packages/nvidia");
+                expected
+                    .extend(["cu13/bin/x86_64", "cuda_runtime/bin"].map(|sub| packages.join(sub)));
+            }
+            assert_eq!((directories, refused), (expected, Vec::new()));
+        }
     }
 }

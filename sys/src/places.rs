@@ -49,23 +49,24 @@ fn of_toolkit(root: &Path, os: &str, architecture: &str) -> Vec<PathBuf> {
 
 /// Where the CUDA wheels of a Python environment keep theirs: one folder for each major version.
 fn of_wheels(root: &Path, os: &str) -> Vec<PathBuf> {
-    let (mut packages, sub) = match os {
-        "windows" => (vec![root.join("Lib/site-packages")], "bin"),
-        _ => (pythons(&root.join("lib")), "lib"),
+    let (packages, subs) = match os {
+        "windows" => {
+            (vec![root.join("Lib/site-packages")], ["cu13/bin/x86_64", "cuda_runtime/bin"])
+        }
+        _ => (pythons(&root.join("lib")), ["cu13/lib", "cuda_runtime/lib"]),
     };
-    packages.sort();
-    let wheels = |site: &PathBuf| {
-        ["cu13", "cuda_runtime"].map(|wheel| site.join("nvidia").join(wheel).join(sub))
-    };
-    packages.iter().flat_map(wheels).collect()
+    let of_package = |package: PathBuf| subs.map(|sub| package.join("nvidia").join(sub));
+    packages.into_iter().flat_map(of_package).collect()
 }
 
 /// The packages of each Python there is.
 fn pythons(library: &Path) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(library) else { return Vec::new() };
-    entries
+    let pythons = entries
         .flatten()
         .filter(|entry| entry.file_name().to_string_lossy().starts_with("python"))
-        .map(|entry| entry.path().join("site-packages"))
-        .collect()
+        .map(|entry| entry.path().join("site-packages"));
+    let mut pythons: Vec<PathBuf> = pythons.collect();
+    pythons.sort();
+    pythons
 }
