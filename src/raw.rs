@@ -452,6 +452,7 @@ pub(crate) unsafe fn free_host(address: *mut u8) -> Result<()> {
 /// # Safety
 ///
 /// The pages are mapped, and stay so until [`host_unregister`] succeeds.
+#[cfg(unix)]
 pub(crate) unsafe fn host_register(address: *mut u8, bytes: usize, flags: u32) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
     // SAFETY: the caller vouches for the pages.
@@ -462,6 +463,7 @@ pub(crate) unsafe fn host_register(address: *mut u8, bytes: usize, flags: u32) -
 /// # Safety
 ///
 /// `address` was registered, and nothing is in flight from or to it.
+#[cfg(unix)]
 pub(crate) unsafe fn host_unregister(address: *mut u8) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
     // SAFETY: the caller vouches for the address.

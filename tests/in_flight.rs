@@ -3,7 +3,6 @@
 
 mod common;
 
-use std::ffi::CStr;
 use std::mem;
 use std::thread;
 
@@ -529,7 +528,7 @@ fn a_transfer_that_another_thread_overtakes_is_not_taken_for_finished() {
         return common::left_out(test, "a call is held back by the simulated runtime alone");
     }
     type Transfer = fn(&mut CpuGpuBuffer<u32>, &Stream) -> cpu_gpu_buffer::Result<()>;
-    let transfers: [(&CStr, Transfer); 2] = [
+    let transfers: [(&std::ffi::CStr, Transfer); 2] = [
         (c"cuMemcpyHtoDAsync", |buffer, stream| buffer.copy_to_gpu(.., stream)),
         (c"cuMemcpyDtoHAsync", |buffer, stream| buffer.copy_to_cpu(.., stream)),
     ];

@@ -6,9 +6,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use common::{Gate, in_own_process, is_own_process};
-use cpu_gpu_buffer::{
-    BufferGroup, CpuGpuBuffer, Device, Error, GroupLayoutBuilder, GroupRing, Shape, Stream, sys,
-};
+use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Shape, Stream, sys};
 
 #[track_caller]
 fn succeeded(output: &Output) {
@@ -384,6 +382,7 @@ fn a_device_is_used_while_the_context_of_another_is_being_made() {
 #[test]
 #[cfg(unix)]
 fn a_forked_child_neither_uses_nor_frees_what_the_parent_made() {
+    use cpu_gpu_buffer::{BufferGroup, GroupLayoutBuilder, GroupRing};
     let test = "a_forked_child_neither_uses_nor_frees_what_the_parent_made";
     if !is_own_process() {
         return succeeded(&in_own_process(test, &[]));

@@ -11,7 +11,7 @@ use std::thread;
 
 use common::{Gate, all, device_words};
 use cpu_gpu_buffer::{
-    BufferPool, CpuGpuBuffer, Device, Error, Pinning, PoolOptions, Shape, Side, Stream, sys,
+    BufferPool, CpuGpuBuffer, Device, Error, Pinning, PoolOptions, Shape, Stream, sys,
 };
 
 const OLD: u32 = 0x0101_0101;
@@ -833,7 +833,7 @@ fn a_failing_growth_takes_what_there_is_loses_nothing_and_passes() {
             assert_eq!(pool.total(), total);
         }
         let live = common::sim::live();
-        let full = Error::OutOfMemory { side: Side::Device, bytes: BYTES, device };
+        let full = Error::OutOfMemory { side: cpu_gpu_buffer::Side::Device, bytes: BYTES, device };
         for _ in 0..3 {
             assert_eq!(pool.acquire().err(), Some(full.clone()));
             assert_eq!((pool.total(), pool.available()), (7, 0));
