@@ -230,6 +230,7 @@ mod tests {
             Error::InvalidKey,
             Error::DuplicateMember { index: 3 },
             Error::InvalidGroup { reason: "it has no members" },
+            Error::Exported { side: Side::Device },
             Error::EventOrder,
             Error::Forked,
         ]
@@ -252,8 +253,9 @@ mod tests {
             Error::InvalidKey => 11,
             Error::DuplicateMember { .. } => 12,
             Error::InvalidGroup { .. } => 13,
-            Error::EventOrder => 14,
-            Error::Forked => 15,
+            Error::Exported { .. } => 14,
+            Error::EventOrder => 15,
+            Error::Forked => 16,
         }
     }
 
