@@ -34,7 +34,7 @@ __device__ __forceinline__ void gather(unsigned char *to, const unsigned char *f
     }
 }
 
-// What a launch has to carry costs the caller little, and filling it in a bit more.
+// A short table and a long one, since the caller fills all of it in.
 extern "C" __global__ void __launch_bounds__(256)
 cgb_gather_32(unsigned char *to, const unsigned char *from, const __grid_constant__ Pieces<32> pieces) {
     gather(to, from, pieces.piece[blockIdx.y]);

@@ -88,16 +88,22 @@ unsafe fn enqueue_short(
     let grid = [blocks as u32, SHORT as u32];
     let parameters: &mut [*mut c_void] =
         &mut [(&raw mut to).cast(), (&raw mut from).cast(), (&raw mut entries).cast()];
-    let graph = entered.gather_graph(|| {
-        // SAFETY: the parameters are those of `cgb_gather_32`.
-        unsafe { KernelGraph::new(kernel, grid, THREADS, parameters, entered) }
+    let mut place = entered.gather_graph();
+    let graph = place.as_mut().and_then(|place| {
+        place.for_launch(|| {
+            // SAFETY: the parameters are those of `cgb_gather_32`.
+            unsafe { KernelGraph::new(kernel, grid, THREADS, parameters, entered) }
+        })
     });
-    match graph {
-        // SAFETY: as above; the kernel copies the entries that have bytes, for which the caller vouches.
-        Some(mut graph) => unsafe { graph.launch(grid, THREADS, parameters, entered) },
+    if let Some(graph) = graph
         // SAFETY: as above, and the entry has the kernel's context current.
-        None => unsafe { raw::launch(kernel, grid, THREADS, parameters, entered.raw()) },
+        && unsafe { graph.set(kernel, grid, THREADS, parameters) }.is_ok()
+    {
+        // SAFETY: as above; the kernel copies the entries that have bytes, for which the caller vouches.
+        return unsafe { graph.launch(entered) };
     }
+    // SAFETY: as above, and the entry has the kernel's context current.
+    unsafe { raw::launch(kernel, grid, THREADS, parameters, entered.raw()) }
 }
 
 /// # Safety

@@ -2,7 +2,7 @@
 //!
 //! A status that is not success clears the runtime's last error, so that the check of the next library
 //! in the process does not trip over ours. Calls that end another thread's stream capture, as CUDA's
-//! "Prohibited and Unhandled Operations" has it (allocation, release, queries, waiting), stand within
+//! "Prohibited and Unhandled Operations" has it (allocation, also that of graphs, release, queries, waiting), stand within
 //! [`RelaxedCapture`]; copies, fills, launches and event records do not, and need not.
 
 use std::ffi::{CStr, c_int, c_void};
@@ -525,17 +525,6 @@ pub(crate) unsafe fn refuse_capture(stream: sys::cudaStream_t) -> Result<()> {
 /// # Safety
 ///
 /// As for [`refuse_capture`].
-pub(crate) unsafe fn stream_priority(stream: sys::cudaStream_t) -> Result<i32> {
-    let mut priority = 0;
-    // SAFETY: the caller vouches for the stream, and `priority` is a valid place.
-    let status = unsafe { sys::cudaStreamGetPriority(stream, &mut priority) };
-    check(status, "cudaStreamGetPriority")?;
-    Ok(priority)
-}
-
-/// # Safety
-///
-/// As for [`refuse_capture`].
 pub(crate) unsafe fn stream_synchronize(stream: sys::cudaStream_t) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
     // SAFETY: the caller vouches for the stream.
@@ -838,6 +827,8 @@ pub(crate) unsafe fn graph_instantiate(graph: sys::CUgraph) -> Result<sys::CUgra
     let _relaxed = RelaxedCapture::begin();
     let instantiate = driver()?.graph_instantiate;
     let mut exec = ptr::null_mut();
+    // Without flags, what is launched has the priority of the stream ("CUDA Driver API,
+    // `CUDA_GRAPH_INSTANTIATE_FLAG_USE_NODE_PRIORITY`").
     // SAFETY: `exec` is a valid place, and the caller vouches for the graph.
     check_driver(unsafe { instantiate(&mut exec, graph, 0) }, "cuGraphInstantiateWithFlags")?;
     Ok(exec)

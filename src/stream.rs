@@ -9,7 +9,7 @@ use std::any::Any;
 use std::fmt;
 use std::mem;
 use std::ptr;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use bitflags::bitflags;
 
@@ -17,7 +17,7 @@ use crate::device::{Context, Device, context};
 use crate::error::{Error, Result};
 use crate::event::{Event, EventFlags, EventHandle};
 use crate::fork;
-use crate::graph::KernelGraph;
+use crate::graph::StreamGraph;
 use crate::raw;
 use crate::sys;
 use crate::ticket::Tickets;
@@ -114,8 +114,7 @@ struct Inner {
 struct CudaStream {
     raw: sys::cudaStream_t,
     context: &'static Context,
-    /// Made by the first gather; `None` where the stream has to do without.
-    gather: OnceLock<Option<Mutex<KernelGraph>>>,
+    gather: Mutex<StreamGraph>,
     ownership: Ownership,
 }
 
@@ -126,10 +125,16 @@ enum Ownership {
 }
 
 // SAFETY: the runtime's streams may be used from any thread, by several at once; the owner of a borrowed
-// one is `Send` and `Sync` by its type.
+// one is `Send` and `Sync` by its type, and so is the graph's lock.
 unsafe impl Send for CudaStream {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for CudaStream {}
+
+// The other parts must not rely on the promises above.
+const _: () = {
+    const fn send_and_sync<P: Send + Sync>() {}
+    send_and_sync::<(Mutex<StreamGraph>, &Context, Option<Arc<dyn Any + Send + Sync>>)>();
+};
 
 /// `cudaStreamLegacy` and `cudaStreamPerThread`, which the headers define as casts.
 const LEGACY: usize = 1;
@@ -212,7 +217,7 @@ impl Stream {
                 Some(CudaStream {
                     raw: raw::stream_create(flags.bits(), options.priority)?,
                     context,
-                    gather: OnceLock::new(),
+                    gather: Mutex::default(),
                     ownership: Ownership::Owned,
                 })
             }
@@ -279,7 +284,7 @@ impl Stream {
         let cuda = CudaStream {
             raw,
             context: context(ordinal)?,
-            gather: OnceLock::new(),
+            gather: Mutex::default(),
             ownership: Ownership::Borrowed(owner),
         };
         Ok(Stream::of(device, Some(cuda), WaitPolicy::Spin))
@@ -493,16 +498,9 @@ impl<'a> EnteredStream<'a> {
         self.raw
     }
 
-    /// The graph by which this stream's gathers are launched; `make` makes it, for the first one. `None` where the
-    /// stream has none, and where another thread is at it.
-    pub(crate) fn gather_graph(
-        &self,
-        make: impl FnOnce() -> Result<Option<KernelGraph>>,
-    ) -> Option<MutexGuard<'a, KernelGraph>> {
-        let place = &self.stream.0.cuda.as_ref()?.gather;
-        // It only makes launches cheaper: where it cannot be made, the launch does without.
-        let graph = place.get_or_init(|| make().ok().flatten().map(Mutex::new)).as_ref()?;
-        match graph.try_lock() {
+    /// The graph by which this stream's gathers are launched; `None` while another thread is at it.
+    pub(crate) fn gather_graph(&self) -> Option<MutexGuard<'a, StreamGraph>> {
+        match self.stream.0.cuda.as_ref()?.gather.try_lock() {
             Ok(graph) => Some(graph),
             Err(TryLockError::Poisoned(poison)) => Some(poison.into_inner()),
             Err(TryLockError::WouldBlock) => None,

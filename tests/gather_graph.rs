@@ -73,7 +73,7 @@ fn a_queued_gather_moves_what_it_was_sent_for_whatever_is_sent_after_it() {
     let legacy = unsafe { Stream::from_raw(std::ptr::null_mut(), device, None) };
     for stream in [Stream::new(device), legacy] {
         let stream = stream.unwrap();
-        // By the graph that the first gather makes, and by one that is there.
+        // By a kernel and the graph that the second gather makes, and by the graph alone.
         for _ in 0..2 {
             let mut it = Fixture::new(device);
             let gate = Gate::close(&stream);
@@ -90,7 +90,9 @@ fn a_gather_does_not_wait_for_one_of_another_stream() {
     let Some((device, _turn)) = common::cuda(test) else { return };
     let [held, free] = [(); 2].map(|()| Stream::new(device).unwrap());
     let mut warm = Fixture::new(device);
-    [&held, &free].into_iter().for_each(|stream| warm.upload(0, stream));
+    for stream in [&held, &free, &held, &free] {
+        warm.upload(0, stream);
+    }
     warm.group.synchronize().unwrap();
 
     // Of one group, and of two.
@@ -109,43 +111,63 @@ fn a_gather_does_not_wait_for_one_of_another_stream() {
 }
 
 #[test]
-fn the_first_gather_of_a_stream_waits_for_nothing_and_leaves_captures_alone() {
-    let test = "the_first_gather_of_a_stream_waits_for_nothing_and_leaves_captures_alone";
+fn making_a_streams_graph_waits_for_nothing_and_leaves_captures_alone() {
+    let test = "making_a_streams_graph_waits_for_nothing_and_leaves_captures_alone";
     let Some((device, _turn)) = common::cuda(test) else { return };
     let [held, captured] = [(); 2].map(|()| Stream::new(device).unwrap());
     let mut it = Fixture::new(device);
-    // The first use of the device half.
-    it.group.gpu_on(&held).unwrap();
+    // The second gather makes it.
+    it.upload(0, &held);
     it.group.synchronize().unwrap();
     let gate = Gate::close(&held);
     common::begin_capture(&captured);
-    gate.passes(|| it.upload(0, &held));
+    gate.passes(|| it.upload(1, &held));
     common::end_capture(&captured);
-    it.verify(&[0]);
+    it.verify(&[0, 1]);
 
-    // Nor does the end of a stream end one.
+    // Nor does its end.
     common::begin_capture(&captured);
     drop((it, held));
     common::end_capture(&captured);
 }
 
 #[test]
-fn a_stream_may_go_while_its_gather_is_queued() {
-    let test = "a_stream_may_go_while_its_gather_is_queued";
+fn a_stream_may_go_with_its_graph_while_that_is_queued() {
+    let test = "a_stream_may_go_with_its_graph_while_that_is_queued";
     let Some((device, _turn)) = common::cuda(test) else { return };
-    let [holding, stream] = [(); 2].map(|()| Stream::new(device).unwrap());
+    let [holding, going, staying] = [(); 3].map(|()| Stream::new(device).unwrap());
     let mut it = Fixture::new(device);
-    it.upload(0, &stream);
+    let rows = |members: [usize; 2]| members.map(|member| it.keys[member].rows(1..ROWS - 1));
+    let (same, other, last) = (rows([0, 3]), rows([1, 4]), rows([1, 7]));
+    it.group.gpu_on(&staying).unwrap();
+    for (rows, stream) in [(&same, &going), (&other, &staying), (&same, &going), (&other, &staying)]
+    {
+        it.group.copy_to_gpu(rows, stream).unwrap();
+    }
     it.group.synchronize().unwrap();
     let gate = Gate::close(&holding);
-    stream.wait(&holding.record().unwrap()).unwrap();
-    it.upload(1, &stream);
-    // Another one takes its place in the records of the members, but not that of the copy itself.
-    let mut other = Fixture::new(device);
-    other.upload(0, &stream);
-    drop(stream);
-    gate.waits(|| drop(other));
-    it.verify(&[0, 1]);
+    going.wait(&holding.record().unwrap()).unwrap();
+    it.group.copy_to_gpu(&same, &going).unwrap();
+    #[cfg(target_os = "linux")]
+    let before = common::is_simulated().then(sim::live);
+    drop(going);
+    gate.passes(|| {
+        // The first takes the place of the queued one, whose record, which names the stream, serves again for another.
+        for rows in [&same, &other, &last] {
+            it.group.copy_to_gpu(rows, &staying).unwrap();
+        }
+        #[cfg(target_os = "linux")]
+        if let Some(before) = before {
+            let [.., streams, _, graphs] = sim::live();
+            assert_eq!([streams, graphs], [before[2] - 1, before[4] - 2], "they are still there");
+        }
+    });
+    it.group.synchronize().unwrap();
+    for member in [0, 1, 3, 4, 7] {
+        let at = it.group.device_ptr(it.keys[member]).unwrap();
+        let words = common::device_words(device, at, ROWS);
+        common::all(&words[1 + member..ROWS - 1], word(member));
+    }
 }
 
 /// How often something was launched as a graph, and as a kernel.
@@ -158,21 +180,19 @@ fn launches(action: impl FnOnce()) -> [u64; 2] {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn gathers_are_launched_as_graphs_where_that_keeps_the_streams_priority() {
-    let test = "gathers_are_launched_as_graphs_where_that_keeps_the_streams_priority";
+fn gathers_are_launched_as_graphs_from_a_streams_second_one_on() {
+    let test = "gathers_are_launched_as_graphs_from_a_streams_second_one_on";
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "calls are counted by the simulated runtime");
     }
-    for (priority, expected) in [(0, [1, 0]), (-1, [0, 1]), (-5, [0, 1])] {
+    for priority in [0, -1] {
         let options = StreamOptions { priority, ..Default::default() };
         let stream = Stream::with_options(device, options).unwrap();
         let mut it = Fixture::new(device);
-        for from in 0..3 {
-            assert_eq!(launches(|| it.upload(from, &stream)), expected, "{priority}");
-            // It is made once.
-            let made = u64::from(expected[0] == 1 && from == 0);
-            assert_eq!(sim::calls_of(c"cuGraphInstantiateWithFlags"), made, "{priority}");
+        for (from, made, expected) in [(0, 0, [0, 1]), (1, 1, [1, 0]), (2, 0, [1, 0])] {
+            assert_eq!(launches(|| it.upload(from, &stream)), expected, "{from}");
+            assert_eq!(sim::calls_of(c"cuGraphInstantiateWithFlags"), made, "{from}");
         }
         it.verify(&[0, 1, 2]);
     }
@@ -180,29 +200,32 @@ fn gathers_are_launched_as_graphs_where_that_keeps_the_streams_priority() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn where_no_graph_can_be_made_gathers_are_launched_as_kernels() {
-    let test = "where_no_graph_can_be_made_gathers_are_launched_as_kernels";
+fn where_no_graph_can_be_had_gathers_are_launched_as_kernels() {
+    let test = "where_no_graph_can_be_had_gathers_are_launched_as_kernels";
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
     }
     let calls = [
-        c"cudaStreamGetPriority",
         c"cuGraphCreate",
         c"cuGraphAddKernelNode",
         c"cuGraphInstantiateWithFlags",
+        c"cuGraphExecKernelNodeSetParams",
     ];
-    for call in calls {
+    for (made, call) in calls.into_iter().enumerate() {
         let before = sim::live();
         let stream = Stream::new(device).unwrap();
         let mut it = Fixture::new(device);
+        it.upload(0, &stream);
         sim::reset();
         sim::fail_function(call, 2);
-        it.upload(0, &stream);
-        sim::heal();
         it.upload(1, &stream);
-        assert_eq!([c"cuGraphLaunch", c"cuLaunchKernel"].map(sim::calls_of), [0, 2]);
-        it.verify(&[0, 1]);
+        sim::heal();
+        it.upload(2, &stream);
+        // One that was made serves when it can be set again.
+        let expected = if made < 3 { [0, 2] } else { [1, 1] };
+        assert_eq!([c"cuGraphLaunch", c"cuLaunchKernel"].map(sim::calls_of), expected, "{call:?}");
+        it.verify(&[0, 1, 2]);
         drop((it, stream));
         assert_eq!(sim::live(), before, "{call:?}");
     }
@@ -216,25 +239,30 @@ fn a_gather_does_not_wait_for_a_thread_that_is_at_the_streams_graph() {
     if !common::is_simulated() {
         return common::left_out(test, "calls are held back by the simulated runtime");
     }
-    let stream = Stream::new(device).unwrap();
-    let (mut one, mut two) = (Fixture::new(device), Fixture::new(device));
-    one.upload(0, &stream);
-    sim::reset();
-    thread::scope(|scope| {
-        let held = Held::next(c"cuGraphExecKernelNodeSetParams");
-        scope.spawn(|| one.upload(1, &stream));
-        held.wait();
-        let second = scope.spawn(|| two.upload(0, &stream));
-        let start = Instant::now();
-        while !second.is_finished() && start.elapsed() < Duration::from_secs(10) {
-            thread::sleep(Duration::from_millis(1));
-        }
-        let went_on = second.is_finished();
-        drop(held);
-        second.join().unwrap();
-        assert!(went_on, "it waited for the other thread");
-    });
-    assert_eq!([c"cuGraphLaunch", c"cuLaunchKernel"].map(sim::calls_of), [1, 1]);
-    one.verify(&[0, 1]);
-    two.verify(&[0]);
+    // Which makes it, or sets it.
+    for (call, before) in
+        [(c"cuGraphInstantiateWithFlags", 1), (c"cuGraphExecKernelNodeSetParams", 2)]
+    {
+        let stream = Stream::new(device).unwrap();
+        let (mut one, mut two) = (Fixture::new(device), Fixture::new(device));
+        (0..before).for_each(|_| one.upload(0, &stream));
+        sim::reset();
+        thread::scope(|scope| {
+            let held = Held::next(call);
+            scope.spawn(|| one.upload(1, &stream));
+            held.wait();
+            let second = scope.spawn(|| two.upload(0, &stream));
+            let start = Instant::now();
+            while !second.is_finished() && start.elapsed() < Duration::from_secs(10) {
+                thread::sleep(Duration::from_millis(1));
+            }
+            let went_on = second.is_finished();
+            drop(held);
+            second.join().unwrap();
+            assert!(went_on, "it waited for the other thread");
+        });
+        assert_eq!([c"cuGraphLaunch", c"cuLaunchKernel"].map(sim::calls_of), [1, 1]);
+        one.verify(&[0, 1]);
+        two.verify(&[0]);
+    }
 }

@@ -147,7 +147,10 @@ unsafe extern "C" fn launch(exec: CUgraphExec, on: CUstream) -> CUresult {
         let mut execs = EXECS.lock();
         let exec = execs.get_mut(&exec.addr()).ok_or(Status::cudaErrorInvalidValue)?;
         let on = stream(on.addr())?;
-        context::sticky(on.device).map_or(Ok(()), Err)?;
+        // As for the launch of a kernel.
+        if exec.device != on.device || current()? != on.device {
+            return Err(Status::cudaErrorInvalidResourceHandle);
+        }
         if let Some(last) = exec.last.take() {
             on.enqueue(move || last.wait())?;
         }
