@@ -73,6 +73,12 @@ use crate::stream::Stream;
 // ---- DLPack's own types, as `dlpack.h` of version 1 has them ----
 
 /// The version of the struct that it stands in.
+///
+/// ```
+/// use cpu_gpu_buffer::dlpack::DLPackVersion;
+///
+/// assert_eq!(size_of::<DLPackVersion>(), 8);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 #[allow(missing_docs)]
@@ -82,6 +88,18 @@ pub struct DLPackVersion {
 }
 
 /// A kind of memory.
+///
+/// ```
+/// use cpu_gpu_buffer::{CpuGpuBuffer, Device, dlpack::DLDeviceType};
+///
+/// let mut buffer = CpuGpuBuffer::<f32>::new(4, Device::auto())?;
+/// let expected = match buffer.is_pinned() {
+///     true => DLDeviceType::kDLCUDAHost,
+///     false => DLDeviceType::kDLCPU,
+/// };
+/// assert_eq!(buffer.export_cpu()?.device().device_type, expected);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(transparent)]
 pub struct DLDeviceType(pub i32);
@@ -97,6 +115,13 @@ impl DLDeviceType {
 }
 
 /// A kind of memory, and of which device.
+///
+/// ```
+/// use cpu_gpu_buffer::dlpack::{DLDevice, DLDeviceType};
+///
+/// let second = DLDevice { device_type: DLDeviceType::kDLCUDA, device_id: 1 };
+/// assert_eq!((second.device_type.0, second.device_id), (2, 1));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 #[allow(missing_docs)]
@@ -107,6 +132,12 @@ pub struct DLDevice {
 }
 
 /// An element type.
+///
+/// ```
+/// use cpu_gpu_buffer::{DType, dlpack::DLDataType};
+///
+/// assert_eq!(DLDataType::from(DType::BF16), DLDataType { code: 4, bits: 16, lanes: 1 });
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 #[allow(missing_docs)]
@@ -118,6 +149,21 @@ pub struct DLDataType {
 }
 
 /// An array in memory.
+///
+/// ```
+/// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+///
+/// let mut buffer = CpuGpuBuffer::<i32>::new([4, 2], Device::Cpu)?;
+/// let raw = buffer.export_cpu()?.into_raw();
+/// // SAFETY: it lives until it is let go.
+/// let tensor = unsafe { &(*raw).dl_tensor };
+/// assert_eq!((tensor.ndim, tensor.byte_offset, tensor.dtype.bits), (2, 0, 32));
+/// // SAFETY: as many strides as there are dimensions.
+/// assert_eq!(unsafe { *tensor.strides }, 2);
+/// // SAFETY: once, and it is not used again.
+/// unsafe { (*raw).deleter.expect("ours have one")(raw) };
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 #[derive(Debug)]
 #[repr(C)]
 #[allow(missing_docs)]
@@ -133,7 +179,17 @@ pub struct DLTensor {
     pub byte_offset: u64,
 }
 
-/// An array and how to let go of it, as before DLPack 1.0.
+/// An array and how to let go of it, as before DLPack 1.0: what [`Tensor::into_raw_unversioned`] gives.
+///
+/// ```
+/// use cpu_gpu_buffer::{CpuGpuBuffer, Device, dlpack::DLManagedTensor};
+///
+/// let mut buffer = CpuGpuBuffer::<i32>::new(4, Device::Cpu)?;
+/// let raw: *mut DLManagedTensor = buffer.export_cpu()?.into_raw_unversioned();
+/// // SAFETY: a tensor that was just made, let go of once.
+/// unsafe { (*raw).deleter.expect("ours have one")(raw) };
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 #[derive(Debug)]
 #[repr(C)]
 #[allow(missing_docs)]
@@ -144,7 +200,19 @@ pub struct DLManagedTensor {
     pub deleter: Option<unsafe extern "C" fn(*mut DLManagedTensor)>,
 }
 
-/// An array and how to let go of it.
+/// An array and how to let go of it: what [`Tensor::into_raw`] gives.
+///
+/// ```
+/// use cpu_gpu_buffer::{CpuGpuBuffer, Device, dlpack::DLManagedTensorVersioned};
+///
+/// let mut buffer = CpuGpuBuffer::<i32>::new(4, Device::Cpu)?;
+/// let raw: *mut DLManagedTensorVersioned = buffer.export_cpu()?.into_raw();
+/// // SAFETY: it lives until it is let go.
+/// assert_eq!(unsafe { (*raw).version.major }, 1);
+/// // SAFETY: once, and it is not used again.
+/// unsafe { (*raw).deleter.expect("ours have one")(raw) };
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
 #[derive(Debug)]
 #[repr(C)]
 #[allow(missing_docs)]
@@ -189,6 +257,18 @@ impl From<DType> for DLDataType {
 
 /// A half of a buffer, to be handed to a consumer: see [`dlpack`](self). Dropping it lets it go, as the deleter of what it
 /// becomes does.
+///
+/// ```
+/// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Side, Stream};
+///
+/// let stream = Stream::new(Device::auto())?;
+/// let mut buffer = CpuGpuBuffer::<f32>::new([2, 3], stream.device())?;
+/// let tensor = buffer.export_gpu(&stream)?;
+/// assert_eq!(buffer.fill_gpu(1.0, &stream), Err(Error::Exported { side: Side::Device }));
+/// drop(tensor);
+/// buffer.fill_gpu(1.0, &stream)?;
+/// # Ok::<(), Error>(())
+/// ```
 pub struct Tensor {
     data: *mut u8,
     device: DLDevice,
@@ -241,12 +321,30 @@ impl Tensor {
     }
 
     /// Where the memory is.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream, dlpack::DLDeviceType};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<f32>::new(4, Device::Cpu)?;
+    /// let tensor = buffer.export_gpu(&Stream::new(Device::Cpu)?)?;
+    /// assert_eq!(tensor.device().device_type, DLDeviceType::kDLCPU);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn device(&self) -> DLDevice {
         self.device
     }
 
     /// Says of pinned host memory that it is `kDLCPU`, for consumers that do not know `kDLCUDAHost`, PyTorch for one.
     /// Of any other tensor nothing changes.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, dlpack::DLDeviceType};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<f32>::new(4, Device::auto())?;
+    /// let tensor = buffer.export_cpu()?.as_plain_cpu();
+    /// assert_eq!(tensor.device().device_type, DLDeviceType::kDLCPU);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     #[must_use]
     pub fn as_plain_cpu(mut self) -> Tensor {
         if self.device.device_type == DLDeviceType::kDLCUDAHost {
@@ -256,6 +354,18 @@ impl Tensor {
     }
 
     /// The tensor for a consumer, whose [`deleter`](DLManagedTensorVersioned::deleter) has to be called, once.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<u8>::new(4, Device::Cpu)?;
+    /// let raw = buffer.export_cpu()?.into_raw();
+    /// // What a consumer does when it is done:
+    /// // SAFETY: once, and it is not used again.
+    /// unsafe { (*raw).deleter.expect("ours have one")(raw) };
+    /// buffer.fill_cpu(1)?;
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn into_raw(self) -> *mut DLManagedTensorVersioned {
         self.managed(|dl_tensor| DLManagedTensorVersioned {
             version: VERSION,
@@ -268,6 +378,17 @@ impl Tensor {
 
     /// The tensor for a consumer from before DLPack 1.0, whose [`deleter`](DLManagedTensor::deleter) has to be called,
     /// once.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<u8>::new(4, Device::Cpu)?;
+    /// let raw = buffer.export_cpu()?.into_raw_unversioned();
+    /// // SAFETY: once, and it is not used again.
+    /// unsafe { (*raw).deleter.expect("ours have one")(raw) };
+    /// buffer.fill_cpu(1)?;
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn into_raw_unversioned(self) -> *mut DLManagedTensor {
         self.managed(|dl_tensor| DLManagedTensor {
             dl_tensor,
@@ -321,6 +442,18 @@ impl<T: Element> CpuGpuBuffer<T> {
     /// # Errors
     ///
     /// As for [`gpu_on`](Self::gpu_on), and [`Error::InvalidShape`] for a dimension beyond `i64`.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let (ours, theirs) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
+    /// let mut batch = CpuGpuBuffer::<f32>::new([32, 64], ours.device())?;
+    /// batch.cpu_mut()?.fill(0.5);
+    /// batch.copy_to_gpu(.., &ours)?;
+    /// let tensor = batch.export_gpu(&theirs)?; // `theirs` waits for the copy
+    /// batch.cpu_mut()?.fill(0.75); // while a consumer uses the device half
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn export_gpu(&mut self, stream: &Stream) -> Result<Tensor> {
         let (shape, device) = (Shape::from(self.shape()), self.dl_device());
         Tensor::new(&shape, T::DTYPE, device, || self.storage_mut().lend_gpu(stream))

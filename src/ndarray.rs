@@ -42,6 +42,15 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Errors
     ///
     /// As for [`cpu_array`](Self::cpu_array).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let mut table = CpuGpuBuffer::<i32>::new([3, 4], Device::Cpu)?;
+    /// table.cpu_array_mut()?[[1, 2]] = 7;
+    /// assert_eq!(table.cpu()?[4 + 2], 7);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn cpu_array_mut(&mut self) -> Result<ArrayViewMutD<'_, T>> {
         let shape = Shape::from(self.shape());
         exclusive(self.cpu_mut()?, shape.dims())
@@ -54,6 +63,16 @@ impl BufferGroup {
     /// # Errors
     ///
     /// As for [`cpu`](Self::cpu) and [`CpuGpuBuffer::cpu_array`].
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let table = builder.add::<i32>([256, 128]);
+    /// let group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// assert_eq!(group.cpu_array(table)?.shape(), [256, 128]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn cpu_array<T: Pod>(&self, key: Key<T>) -> Result<ArrayViewD<'_, T>> {
         shared(self.cpu(key)?, self.shape(key)?)
     }
@@ -86,6 +105,16 @@ impl GroupRing {
     /// # Errors
     ///
     /// As for [`cpu`](Self::cpu) and [`CpuGpuBuffer::cpu_array`].
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let table = builder.add::<i32>([256, 128]);
+    /// let ring = GroupRing::new(&builder.finish(), Device::Cpu, 2)?;
+    /// assert_eq!(ring.cpu_array(table)?.shape(), [256, 128]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn cpu_array<T: Pod>(&self, key: Key<T>) -> Result<ArrayViewD<'_, T>> {
         shared(self.cpu(key)?, self.layout().find(key)?.1.shape.dims())
     }
@@ -95,6 +124,17 @@ impl GroupRing {
     /// # Errors
     ///
     /// As for [`cpu_array`](Self::cpu_array).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let table = builder.add::<i32>([256, 128]);
+    /// let mut ring = GroupRing::new(&builder.finish(), Device::Cpu, 2)?;
+    /// ring.advance()?;
+    /// ring.cpu_array_mut(table)?[[3, 0]] = 7;
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn cpu_array_mut<T: Pod>(&mut self, key: Key<T>) -> Result<ArrayViewMutD<'_, T>> {
         let shape = self.layout().find(key)?.1.shape;
         exclusive(self.cpu_mut(key)?, shape.dims())
