@@ -31,7 +31,7 @@
 //! - It hands out no guard whose forgetting would make a race: a buffer itself knows what is in flight.
 //! - It enqueues nothing on a stream that is being captured into a graph, where it would not run.
 //! - It frees no memory while the driver cannot say that nothing uses it: it leaks it.
-//! - It links to no CUDA library, and never panics for want of one.
+//! - It links to no CUDA library, unless the feature `static` asks for it, and never panics for want of one.
 //! - It uses neither managed nor write-combined memory.
 //!
 //! # Features
@@ -40,6 +40,7 @@
 //! - `ndarray`: the host half as an array: `cpu_array` and `cpu_array_mut` of buffers, groups and rings.
 //! - `dlpack`: either half as a DLPack tensor, for PyTorch and others: the module `dlpack`.
 //! - `bindgen`: regenerates the CUDA bindings from the machine's own headers.
+//! - `static`: links the static CUDA runtime instead of loading one.
 
 // docs.rs says of each item which feature it needs.
 #![cfg_attr(docsrs, feature(doc_cfg))]

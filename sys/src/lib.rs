@@ -1,7 +1,7 @@
 //! Raw bindings of the CUDA runtime (`libcudart`), found and loaded at run time.
 //!
-//! Nothing is linked: a program that depends on this crate builds without a CUDA toolkit and starts
-//! without a driver. The functions keep their CUDA names and signatures; the first call of any of them
+//! Nothing is linked by default: a program that depends on this crate builds without a CUDA toolkit and
+//! starts without a driver. The functions keep their CUDA names and signatures; the first call of any of them
 //! looks for the runtime, in this order:
 //!
 //! 1. the path in `CUDART_LIBRARY`, and nothing else where that is set;
@@ -24,10 +24,23 @@
 //!
 //! # What it refuses to do
 //!
-//! It never panics, never links to `libcuda` or `libcudart`, never searches the current directory, and
+//! It never panics, never links to `libcuda` or `libcudart.so`, never searches the current directory, and
 //! never falls back when `CUDART_LIBRARY` names something that cannot be used. A missing library
 //! is the status [`cudaError::LIBRARY_NOT_LOADED`], and a function that the loaded runtime lacks
 //! [`cudaError::SYMBOL_NOT_FOUND`]; the text of both says what was tried.
+//!
+//! # The static runtime
+//!
+//! With the feature `static`, `libcudart_static.a` becomes part of the program: for machines that have a driver
+//! and nothing else. The functions are the same, and so are the statuses; [`runtime()`] answers without a search, and
+//! `CUDART_LIBRARY` is not looked at. What matters is the archive that was there at build time, found in
+//! `CUDA_HOME`, `CUDA_PATH`, `/usr/local/cuda`, `/opt/cuda`, and in an active virtual environment or conda prefix; a
+//! function that it lacks answers [`cudaError::SYMBOL_NOT_FOUND`], and an archive of an unknown major version
+//! [`cudaError::LIBRARY_NOT_LOADED`]. It needs glibc's `dl`, `rt` and `pthread`, and no C++ library; Linux only.
+//!
+//! Other copies of the runtime in the process do no harm: a device's primary context is the driver's, and all
+//! of them use it ("CUDA Runtime API, Interactions with the CUDA Driver API"). What is a runtime's own, such as its
+//! last error, each has for itself.
 //!
 //! # Versions
 //!
