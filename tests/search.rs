@@ -256,7 +256,7 @@ fn a_linked_runtime_is_the_one_whatever_is_named() {
         return assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     }
     let runtime = sys::runtime().unwrap();
-    assert_eq!(runtime.path(), "libcudart_static.a");
+    assert_eq!(runtime.path().as_os_str(), "libcudart_static.a");
     let mut driver = 0;
     // SAFETY: a valid place. It answers without a driver, too ("CUDA Runtime API, Version Management").
     let status = unsafe { sys::cudaDriverGetVersion(&mut driver) };
