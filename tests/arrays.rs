@@ -16,6 +16,7 @@ const NEW: u32 = 0x1234_5678;
 
 #[test]
 fn an_array_is_the_host_half_in_the_buffers_shape() {
+    let _turn = common::turn();
     for device in common::devices() {
         for shape in [&[7][..], &[2, 3], &[1, 1, 5, 1], &[2, 1, 2, 1, 2, 1, 2, 1], &[3, 0, 2]] {
             let mut buffer = CpuGpuBuffer::<u16>::new(shape, device).unwrap();
@@ -44,6 +45,7 @@ fn a_shape_that_no_array_can_have_is_refused() {
 
 #[test]
 fn arrays_of_members_have_the_members_shapes() {
+    let _turn = common::turn();
     for device in common::devices() {
         let mut builder = GroupLayoutBuilder::new();
         let (ids, table) = (builder.add::<i64>(5), builder.add::<f32>([3, 4]));
