@@ -19,9 +19,12 @@ struct Device {
     breaks: AtomicU32,
 }
 
-static DEVICES: [Device; 8] = [const {
+/// The most devices that there can be.
+pub(crate) const MOST: usize = 8;
+
+static DEVICES: [Device; MOST] = [const {
     Device { active: AtomicBool::new(false), sticky: AtomicU32::new(0), breaks: AtomicU32::new(0) }
-}; 8];
+}; MOST];
 
 fn setting<T: std::str::FromStr>(name: &str, otherwise: T) -> T {
     std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(otherwise)

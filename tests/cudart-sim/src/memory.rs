@@ -9,7 +9,7 @@ use std::ptr;
 use parking_lot::Mutex;
 
 use crate::control::{self, Kind};
-use crate::{Result, Status};
+use crate::{Result, Status, context};
 
 /// Where an allocation begins within its pages.
 const OFFSET: usize = 256;
@@ -23,23 +23,19 @@ struct Allocation {
     backing: usize,
 }
 
-/// A piece of pinned host memory.
-struct Piece {
-    bytes: usize,
-    /// Whether this library allocated it.
-    ours: bool,
-    /// Nobody is going to touch it any more.
-    left_behind: bool,
-}
-
 struct Memory {
     device: BTreeMap<usize, Allocation>,
     /// Device memory that was given back, by address: touching it is a violation, not an error.
     gone: BTreeMap<usize, usize>,
-    /// Pinned host memory by address.
-    pinned: BTreeMap<usize, Piece>,
+    /// Pinned host memory by address: its bytes, and whether this library allocated it.
+    pinned: BTreeMap<usize, (usize, bool)>,
+    /// That of it which was not left behind.
+    watched: BTreeSet<usize>,
     /// Memory that was given back while the context was broken: it stays, and is nobody's any more.
     given_up: BTreeSet<usize>,
+    /// The bytes of each device that are allocated, and those that are pinned.
+    used: [usize; context::MOST],
+    pinned_bytes: usize,
     limit_device: usize,
     limit_pinned: usize,
     limit_registration: usize,
@@ -49,7 +45,10 @@ static MEMORY: Mutex<Memory> = Mutex::new(Memory {
     device: BTreeMap::new(),
     gone: BTreeMap::new(),
     pinned: BTreeMap::new(),
+    watched: BTreeSet::new(),
     given_up: BTreeSet::new(),
+    used: [0; context::MOST],
+    pinned_bytes: 0,
     limit_device: 8 << 30,
     limit_pinned: 8 << 30,
     limit_registration: usize::MAX,
@@ -60,11 +59,6 @@ fn memory<R>(action: impl FnOnce(&mut Memory) -> R) -> R {
 }
 
 impl Memory {
-    fn used(&self, device: usize) -> usize {
-        let ours = self.device.values().filter(|allocation| allocation.device == device);
-        ours.map(|allocation| allocation.bytes).sum()
-    }
-
     /// Whoever gives memory back that a broken context kept does so twice.
     fn not_given_up(&self, address: usize) {
         if self.given_up.contains(&address) {
@@ -73,12 +67,17 @@ impl Memory {
     }
 
     fn pin(&mut self, address: usize, bytes: usize, ours: bool) {
-        self.pinned.insert(address, Piece { bytes, ours, left_behind: false });
+        self.pinned.insert(address, (bytes, ours));
+        self.watched.insert(address);
+        self.pinned_bytes += bytes;
         control::born(Kind::Pinned);
     }
 
-    fn pinned_bytes(&self) -> usize {
-        self.pinned.values().map(|piece| piece.bytes).sum()
+    fn unpin(&mut self, address: usize, bytes: usize) {
+        self.pinned.remove(&address);
+        self.watched.remove(&address);
+        self.pinned_bytes -= bytes;
+        control::died(Kind::Pinned);
     }
 }
 
@@ -113,8 +112,7 @@ fn is_mapped(address: usize, bytes: usize) -> bool {
 /// Ends the program where memory is pinned that is not there any more. What was left behind is not looked at.
 pub(crate) fn check_pinned() {
     memory(|memory| {
-        let mut watched = memory.pinned.iter().filter(|(_, piece)| !piece.left_behind);
-        if watched.any(|(address, piece)| !is_mapped(*address, piece.bytes)) {
+        if memory.watched.iter().any(|address| !is_mapped(*address, memory.pinned[address].0)) {
             control::violation("host memory was unmapped while it was pinned");
         }
     });
@@ -122,18 +120,18 @@ pub(crate) fn check_pinned() {
 
 /// What is pinned now is nobody's any more.
 pub(crate) fn leave_behind() {
-    memory(|memory| memory.pinned.values_mut().for_each(|piece| piece.left_behind = true));
+    memory(|memory| memory.watched.clear());
 }
 
 pub(crate) fn pinned_bytes() -> usize {
-    memory(|memory| memory.pinned_bytes())
+    memory(|memory| memory.pinned_bytes)
 }
 
 /// Free and total bytes.
 pub(crate) fn info(device: usize) -> (usize, usize) {
     memory(|memory| {
         let total = memory.limit_device;
-        (total.saturating_sub(memory.used(device)), total)
+        (total.saturating_sub(memory.used[device]), total)
     })
 }
 
@@ -160,7 +158,7 @@ pub(crate) fn allocate_device(device: usize, bytes: usize) -> Result<usize> {
         return Ok(0);
     }
     memory(|memory| {
-        let free = memory.limit_device.saturating_sub(memory.used(device));
+        let free = memory.limit_device.saturating_sub(memory.used[device]);
         if bytes > free {
             return Err(Status::cudaErrorMemoryAllocation);
         }
@@ -171,8 +169,14 @@ pub(crate) fn allocate_device(device: usize, bytes: usize) -> Result<usize> {
         // SAFETY: `room` bytes of a mapping of our own.
         unsafe { ptr::write_bytes(at(backing), GARBAGE, room) };
         let address = address + OFFSET;
-        memory.gone.retain(|gone, bytes| gone + *bytes <= address || address + room <= *gone);
+        while let Some((gone, bytes)) = memory.gone.range(..address + room).next_back()
+            && address < gone + bytes
+        {
+            let gone = *gone;
+            memory.gone.remove(&gone);
+        }
         memory.device.insert(address, Allocation { bytes, device, backing });
+        memory.used[device] += bytes;
         control::born(Kind::Device);
         Ok(address)
     })
@@ -190,6 +194,7 @@ pub(crate) fn free_device(address: usize) -> Result {
         unmap(gone.backing, room);
         unmap(address - OFFSET, room);
         memory.gone.insert(address, gone.bytes);
+        memory.used[gone.device] -= gone.bytes;
         control::died(Kind::Device);
         Ok(())
     })
@@ -230,7 +235,7 @@ pub(crate) fn is_device(address: usize, bytes: usize) -> bool {
 
 pub(crate) fn allocate_pinned(bytes: usize) -> Result<usize> {
     memory(|memory| {
-        if bytes == 0 || bytes > memory.limit_pinned.saturating_sub(memory.pinned_bytes()) {
+        if bytes == 0 || bytes > memory.limit_pinned.saturating_sub(memory.pinned_bytes) {
             return Err(Status::cudaErrorMemoryAllocation);
         }
         let room = bytes.next_multiple_of(PAGE);
@@ -247,10 +252,9 @@ pub(crate) fn free_pinned(address: usize) -> Result {
     memory(|memory| {
         memory.not_given_up(address);
         match memory.pinned.get(&address) {
-            Some(piece) if piece.ours => {
-                unmap(address, piece.bytes);
-                memory.pinned.remove(&address);
-                control::died(Kind::Pinned);
+            Some(&(bytes, true)) => {
+                unmap(address, bytes);
+                memory.unpin(address, bytes);
                 Ok(())
             }
             _ => Err(Status::cudaErrorInvalidValue),
@@ -265,12 +269,11 @@ pub(crate) fn register(address: usize, bytes: usize) -> Result {
     }
     memory(|memory| {
         let end = address + bytes;
-        let overlaps =
-            memory.pinned.iter().any(|(at, piece)| *at < end && address < at + piece.bytes);
-        if overlaps {
+        let before = memory.pinned.range(..end).next_back();
+        if before.is_some_and(|(at, (bytes, _))| address < at + bytes) {
             return Err(Status::cudaErrorHostMemoryAlreadyRegistered);
         }
-        let room = memory.limit_pinned.saturating_sub(memory.pinned_bytes());
+        let room = memory.limit_pinned.saturating_sub(memory.pinned_bytes);
         if bytes > room.min(memory.limit_registration) {
             return Err(Status::cudaErrorMemoryAllocation);
         }
@@ -283,12 +286,11 @@ pub(crate) fn unregister(address: usize) -> Result {
     memory(|memory| {
         memory.not_given_up(address);
         match memory.pinned.get(&address) {
-            Some(piece) if !piece.ours => {
-                if !is_mapped(address, piece.bytes) {
+            Some(&(bytes, false)) => {
+                if !is_mapped(address, bytes) {
                     control::violation("host memory was unmapped before it was unregistered");
                 }
-                memory.pinned.remove(&address);
-                control::died(Kind::Pinned);
+                memory.unpin(address, bytes);
                 Ok(())
             }
             _ => Err(Status::cudaErrorHostMemoryNotRegistered),
@@ -313,7 +315,7 @@ pub(crate) fn reached(address: usize, bytes: usize) -> bool {
         let (mut at, end) = (address, address + bytes);
         while at < end {
             match memory.pinned.range(..=at).next_back() {
-                Some((base, piece)) if base + piece.bytes > at => at = base + piece.bytes,
+                Some((base, (length, _))) if base + length > at => at = base + length,
                 _ => return false,
             }
         }
@@ -325,8 +327,8 @@ pub(crate) fn pinned(address: usize, bytes: usize) -> Pinned {
     memory(|memory| {
         let end = address + bytes;
         match memory.pinned.range(..end).next_back() {
-            Some((base, piece)) if base + piece.bytes > address => {
-                match *base <= address && end <= base + piece.bytes {
+            Some((base, (length, _))) if base + length > address => {
+                match *base <= address && end <= base + length {
                     true => Pinned::Whole,
                     false => Pinned::Partly,
                 }
