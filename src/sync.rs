@@ -1,5 +1,5 @@
 //! The primitives under [`ticket`](crate::ticket) and [`slots`](crate::slots), in one place so that their
-//! models (`tests/ticket_model.rs`, `tests/slots_model.rs`) can put loom's in their stead.
+//! models (`tests/models`) can put loom's in their stead.
 
 use std::cell::Cell;
 use std::sync::atomic;

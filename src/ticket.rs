@@ -18,7 +18,7 @@
 //! Taking the ticket before the copy, or after the event, breaks the table's first or last column. The
 //! read-modify-writes of `submitted` are `AcqRel`, so that the order of tickets is an order of the calls
 //! around them; `completed` is raised with `Release` and read with `Acquire`, so that whoever finds a
-//! transfer finished may touch its memory. `tests/ticket_model.rs` runs this file under loom and shows
+//! transfer finished may touch its memory. `tests/models/ticket_model.rs` runs this file under loom and shows
 //! what goes wrong without each of these.
 
 use crate::sync::{AtomicU64, Mutex, Ordering};

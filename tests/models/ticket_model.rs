@@ -58,7 +58,7 @@ mod sync {
     }
 }
 
-#[path = "../src/ticket.rs"]
+#[path = "../../src/ticket.rs"]
 mod ticket;
 
 use ticket::{Stamp, Tickets};

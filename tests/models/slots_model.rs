@@ -117,7 +117,7 @@ mod sync {
     }
 }
 
-#[path = "../src/slots.rs"]
+#[path = "../../src/slots.rs"]
 mod slots;
 
 use slots::{Lease, Slots};
