@@ -625,21 +625,6 @@ fn every_public_function_is_an_operation_here_or_known_to_be_silent() {
     assert!(found >= known, "{found} functions were found, and {known} are known");
 }
 
-/// Whether the next sweep is to run. All do, unless `CPU_GPU_BUFFER_TEST_FAULTS` asks for every so many of them:
-/// under a sanitizer they take minutes.
-fn chosen(test: &str) -> impl FnMut() -> bool {
-    let every = std::env::var("CPU_GPU_BUFFER_TEST_FAULTS").map_or(1, |text| text.parse().unwrap());
-    if every > 1 {
-        let why = format!("all but 1 sweep in {every}, as CPU_GPU_BUFFER_TEST_FAULTS asks");
-        common::left_out(test, &why);
-    }
-    let mut number = 0u64;
-    move || {
-        number += 1;
-        number.is_multiple_of(every)
-    }
-}
-
 /// What goes wrong: the code, whether with one call or with all from it on, and whether the call has its effect. Most
 /// codes mean the same to the crate, as cudaErrorIllegalAddress does, which comes in every way. Two mean something,
 /// each in one place. cudaErrorMemoryAllocation, of an allocation, is the error that says so, for which a pool grows by
@@ -662,14 +647,12 @@ fn any_call_may_fail_in_any_operation() {
     }
     let _turn = common::turn();
     assert_eq!(Device::auto(), DEVICE);
-    let (mut faults, mut is_chosen) = (0, chosen(test));
+    let mut faults = 0;
     for (name, operation) in OPERATIONS {
         for state in [State::Fresh, State::Busy] {
             for fault @ (code, once, effect) in FAULTS {
-                if is_chosen() {
-                    let what = format!("{name}, {state:?}, {code}, once {once}, effect {effect}");
-                    faults += sweep(&what, *operation, state, fault);
-                }
+                let what = format!("{name}, {state:?}, {code}, once {once}, effect {effect}");
+                faults += sweep(&what, *operation, state, fault);
             }
         }
     }
@@ -784,14 +767,12 @@ fn the_context_may_break_at_any_call_of_any_operation() {
     }
     let _turn = common::turn();
     assert_eq!(Device::auto(), DEVICE);
-    let (mut calls, mut is_chosen) = (0, chosen(test));
+    let mut calls = 0;
     for (name, operation) in OPERATIONS {
         for state in [State::Fresh, State::Busy] {
             for mended in [true, false] {
-                if is_chosen() {
-                    let what = format!("{name}, {state:?}, mended {mended}");
-                    calls += break_each(&what, *operation, state, mended);
-                }
+                let what = format!("{name}, {state:?}, mended {mended}");
+                calls += break_each(&what, *operation, state, mended);
             }
         }
     }

@@ -107,6 +107,8 @@ struct Model {
     members: Vec<Member>,
     host: Vec<Vec<u8>>,
     gpu: Vec<Vec<u8>>,
+    /// For looks, which send nothing.
+    stream: Stream,
 }
 
 impl Model {
@@ -118,7 +120,8 @@ impl Model {
     ) -> Model {
         let group = BufferGroup::with_options(layout, device, options).unwrap();
         let zeroes: Vec<_> = members.iter().map(|member| vec![0; member.bytes()]).collect();
-        Model { group, members, host: zeroes.clone(), gpu: zeroes }
+        let stream = Stream::new(device).unwrap();
+        Model { group, members, host: zeroes.clone(), gpu: zeroes, stream }
     }
 
     fn write(&mut self, index: usize, random: &mut Random) {
@@ -151,8 +154,7 @@ impl Model {
     #[track_caller]
     fn look(&mut self, what: &str) {
         // It may not have been used yet, and then it is not zeroed.
-        let stream = Stream::new(self.group.device()).unwrap();
-        self.group.gpu_on(&stream).unwrap();
+        self.group.gpu_on(&self.stream).unwrap();
         self.group.synchronize().unwrap();
         for (index, member) in self.members.iter().enumerate() {
             let (host, gpu) = (&self.host[index], &mut self.gpu[index]);
