@@ -50,7 +50,7 @@
 //!   without the other ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"). The operation then answers
 //!   [`Error::StreamCapturing`], or goes on without the memory left behind. While something is being captured, let
 //!   buffers and tensors go as you like, but do not use a buffer again whose tensors are gone, nor allocate.
-//! - Not waited for: work in contexts other than the devices' primary ones, and consumers that touch the memory after
+//! - Not waited for: work of a GPU on the memory of a buffer on [`Device::Cpu`], work in contexts other than the devices' primary ones, and consumers that touch the memory after
 //!   their tensor's end otherwise than by work that was queued before it.
 //!
 //! Buffers that were never exported pay for none of this.
@@ -430,6 +430,12 @@ impl fmt::Debug for Tensor {
     }
 }
 
+/// What a consumer takes the elements for. It trusts that for their size, too, and [`Element`] is a safe trait.
+const fn dtype<T: Element>() -> DType {
+    const { assert!(size_of::<T>() == T::DTYPE.size(), "the element is not of the size of its DType") };
+    T::DTYPE
+}
+
 impl<T: Element> CpuGpuBuffer<T> {
     /// The device half as a tensor for a consumer that uses it on `stream`, first: orders the stream after everything that
     /// this buffer has pending, as [`gpu_on`](Self::gpu_on) does. The buffer [guards](crate::dlpack#what-is-guarded) the
@@ -456,7 +462,7 @@ impl<T: Element> CpuGpuBuffer<T> {
     /// ```
     pub fn export_gpu(&mut self, stream: &Stream) -> Result<Tensor> {
         let (shape, device) = (Shape::from(self.shape()), self.dl_device());
-        Tensor::new(&shape, T::DTYPE, device, || self.storage_mut().lend_gpu(stream))
+        Tensor::new(&shape, dtype::<T>(), device, || self.storage_mut().lend_gpu(stream))
     }
 
     /// The device half as a tensor that the buffer does not guard: its memory is kept as long as the tensor lives, and
@@ -491,7 +497,7 @@ impl<T: Element> CpuGpuBuffer<T> {
     /// ```
     pub unsafe fn export_gpu_unguarded(&mut self) -> Result<Tensor> {
         let (shape, device) = (Shape::from(self.shape()), self.dl_device());
-        Tensor::new(&shape, T::DTYPE, device, || self.storage_mut().lend_gpu_unguarded())
+        Tensor::new(&shape, dtype::<T>(), device, || self.storage_mut().lend_gpu_unguarded())
     }
 
     /// The host half as a tensor: of pinned memory where it [is pinned](Self::is_pinned). Waits for pending copies into or
@@ -518,7 +524,7 @@ impl<T: Element> CpuGpuBuffer<T> {
             false => DLDeviceType::kDLCPU,
         };
         let (shape, device) = (Shape::from(self.shape()), DLDevice { device_type, device_id: 0 });
-        Tensor::new(&shape, T::DTYPE, device, || self.storage_mut().lend_cpu())
+        Tensor::new(&shape, dtype::<T>(), device, || self.storage_mut().lend_cpu())
     }
 
     fn dl_device(&self) -> DLDevice {

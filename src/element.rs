@@ -79,12 +79,42 @@ impl fmt::Display for DType {
     }
 }
 
+#[cfg(feature = "dlpack")]
+impl DType {
+    /// Of one element, in bytes.
+    pub(crate) const fn size(self) -> usize {
+        match self {
+            DType::U8 | DType::I8 => 1,
+            DType::U16 | DType::I16 | DType::F16 | DType::BF16 => 2,
+            DType::U32 | DType::I32 | DType::F32 => 4,
+            DType::U64 | DType::I64 | DType::F64 => 8,
+        }
+    }
+}
+
 /// An element type with a [`DType`].
 ///
 /// ```
 /// use cpu_gpu_buffer::{DType, Element};
 ///
 /// assert_eq!(f32::DTYPE, DType::F32);
+/// ```
+///
+/// A type of your own may have one, too. It is as large as that says, or else exporting its halves does not compile:
+///
+#[cfg_attr(feature = "dlpack", doc = "```compile_fail,E0080")]
+#[cfg_attr(not(feature = "dlpack"), doc = "```ignore")]
+/// use cpu_gpu_buffer::{CpuGpuBuffer, DType, Device, Element};
+///
+/// #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+/// #[repr(transparent)]
+/// struct Byte(u8);
+/// impl Element for Byte {
+///     const DTYPE: DType = DType::F64;
+/// }
+///
+/// let tensor = CpuGpuBuffer::<Byte>::new(8, Device::Cpu)?.export_cpu()?;
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 pub trait Element: bytemuck::Pod {
     /// The element type's name as a value.

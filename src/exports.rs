@@ -141,6 +141,9 @@ impl Exports {
         }
         // The streams that it was used on may be gone when it goes.
         home.close();
+        if home.abandon_where_open() {
+            return drop(home);
+        }
         if alone {
             return leave_behind(home);
         }

@@ -259,7 +259,9 @@ impl<T: Pod> BufferPool<T> {
         #[cfg(feature = "dlpack")]
         let claimed = match claimed {
             // Buffers that tensors left behind come before new ones.
-            None if crate::exports::reclaim().is_ok() => slots.claim(Storage::is_known_ready),
+            None if self.inner.device != Device::Cpu && crate::exports::reclaim().is_ok() => {
+                slots.claim(Storage::is_known_ready)
+            }
             claimed => claimed,
         };
         let (slot, ready) = match claimed {

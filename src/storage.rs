@@ -69,6 +69,18 @@ impl Home {
     fn at(place: Place) -> Home {
         Home(ManuallyDrop::new(place))
     }
+
+    /// Gives memory of its own up for lost where a use of it could not be [closed](Storage::close): its stream is in
+    /// capture, say. Whether that will ever have ended nobody can ask later, when the stream may be gone.
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn abandon_where_open(&self) -> bool {
+        let records = [&self.upload, &self.download, &self.device_use];
+        let open = matches!(*self.0, Place::Own(_)) && records.iter().any(|it| it.is_lazy());
+        if open {
+            self.slab.abandon();
+        }
+        open
+    }
 }
 
 impl Drop for Home {
@@ -553,10 +565,14 @@ impl Storage {
         }
         let loan = self.exports().lend(Side::Device);
         if let Some(entered) = &entered {
-            self.order(entered)?;
-            self.define(entered)?;
-            // The stream may be gone when somebody asks.
+            let ordered = self.order(entered).and_then(|()| self.define(entered));
+            // The stream may be gone when somebody asks. Who does will wait for the devices, for the consumer's sake: what
+            // could not be closed is over then, too.
             self.device_use.close();
+            if self.device_use.is_lazy() {
+                self.device_use.cover();
+            }
+            ordered?;
         }
         Ok((self.gpu, Some(loan)))
     }

@@ -350,6 +350,42 @@ fn a_stream_that_the_buffer_was_used_on_may_be_destroyed_once_the_buffer_is_gone
     });
 }
 
+#[test]
+fn memory_that_a_captured_stream_may_use_is_leaked_when_its_buffer_goes_also_where_it_was_lent() {
+    let test = "memory_that_a_captured_stream_may_use_is_leaked_when_its_buffer_goes_also_where_it_was_lent";
+    cuda(test, |device| {
+        // The buffer last, and the tensor.
+        for consumer_first in [true, false] {
+            let before = live();
+            let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, device).unwrap();
+            let consumer = Consumer::new(buffer.export_cpu().unwrap());
+            let (theirs, raw) = foreign_stream(device);
+            buffer.gpu_on(&theirs).unwrap();
+            common::begin_capture(&theirs);
+            match consumer_first {
+                true => {
+                    consumer.let_go();
+                    drop(buffer);
+                }
+                false => {
+                    drop(buffer);
+                    consumer.let_go();
+                }
+            }
+            common::end_capture(&theirs);
+            // What was captured may be launched from now on.
+            dlpack::reclaim().unwrap();
+            if let Some(more) = more(before) {
+                assert_eq!(more, [1, 1], "memory was given back that may be in use");
+            }
+            drop(theirs);
+            // SAFETY: nothing remembers it.
+            unsafe { destroy(raw) };
+            dlpack::reclaim().unwrap();
+        }
+    });
+}
+
 /// A stream of somebody else's.
 fn foreign_stream(device: Device) -> (Stream, sys::cudaStream_t) {
     let mut raw = std::ptr::null_mut();

@@ -172,9 +172,10 @@ struct Buffer(Box<dyn Halves>);
 impl Buffer {
     #[new]
     #[pyo3(signature = (shape, dtype = "f32", device = "cuda:0"))]
-    fn new(shape: Vec<usize>, dtype: &str, device: &str) -> PyResult<Buffer> {
+    fn new(py: Python<'_>, shape: Vec<usize>, dtype: &str, device: &str) -> PyResult<Buffer> {
         let device = device.parse().map_err(raised)?;
-        let halves = match dtype {
+        // It may wait for the devices, and what those do for Python.
+        let halves = py.detach(|| match dtype {
             "u8" => made::<u8>(shape, device),
             "i8" => made::<i8>(shape, device),
             "u16" => made::<u16>(shape, device),
@@ -188,7 +189,7 @@ impl Buffer {
             "f32" => made::<f32>(shape, device),
             "f64" => made::<f64>(shape, device),
             _ => Err(PyValueError::new_err(format!("{dtype:?} is no element type"))),
-        };
+        });
         halves.map(Buffer)
     }
 
@@ -287,13 +288,13 @@ impl Buffer {
         let consumer = match (device, stream) {
             (Device::Cpu, None) => Consumer::Host(cpu_gpu_buffer::Stream::new(device)),
             (Device::Cpu, Some(_)) => return Err(PyValueError::new_err("the CPU has no streams")),
-            (_, Some(0)) => return Err(PyValueError::new_err("0 names no stream")),
+            (_, Some(0 | ..-1)) => return Err(PyValueError::new_err("this names no stream")),
             // It uses a stream that cannot be told from here: after all that is pending, any is good.
             (_, Some(-1 | PER_THREAD)) => Consumer::Host(cpu_gpu_buffer::Stream::new(device)),
             (_, raw) => {
                 let raw = std::ptr::without_provenance_mut(raw.unwrap_or(LEGACY) as usize);
                 // SAFETY: a live stream of the device's primary context, which the consumer names; the buffer does not
-                // touch it when the tensor is made, and where the driver answered with an error nothing uses it either.
+                // touch it when the tensor is made, nor when the driver answered with an error.
                 Consumer::Stream(unsafe { cpu_gpu_buffer::Stream::from_raw(raw, device, None) })
             }
         };
