@@ -14,7 +14,7 @@ fn host_halves_are_written_again_after_their_uploads() {
     let stream = Stream::new(device).unwrap();
     let mut buffer = CpuGpuBuffer::<u32>::new(1000, device).unwrap();
     buffer.fill_cpu(7).unwrap();
-    for _ in 0..300 {
+    for _ in 0..3000 {
         buffer.copy_to_gpu(.., &stream).unwrap();
         buffer.fill_cpu(7).unwrap();
     }
