@@ -37,8 +37,8 @@
 //!   between the halves for either. Shapes and addresses are told, the other half is used as ever, and more tensors can be
 //!   made. Those are not ordered with each other.
 //! - When the last one is gone, the first such operation waits for all work of **every device** on which this process has a
-//!   primary context, once. `try_cpu` and `try_cpu_mut` never wait, and answer `None` until something else has;
-//!   [`synchronize`](CpuGpuBuffer::synchronize) does.
+//!   primary context, once. `try_cpu` and `try_cpu_mut` never wait: they answer `None`, and `is_idle` answers `false`, until
+//!   something else has waited, as [`synchronize`](CpuGpuBuffer::synchronize) does. On [`Device::Cpu`] nothing waits.
 //! - Buffer and tensors may be dropped in either order, in any thread. The memory, or the place in the pool, is kept until
 //!   all are gone.
 //! - Letting a tensor go calls no CUDA at all, so that it may happen in a callback of CUDA's, during a capture, in
@@ -50,8 +50,9 @@
 //!   without the other ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"). The operation then answers
 //!   [`Error::StreamCapturing`], or goes on without the memory left behind. While something is being captured, let
 //!   buffers and tensors go as you like, but do not use a buffer again whose tensors are gone, nor allocate.
-//! - Not waited for: work of a GPU on the memory of a buffer on [`Device::Cpu`], work in contexts other than the devices' primary ones, and consumers that touch the memory after
-//!   their tensor's end otherwise than by work that was queued before it.
+//! - Not waited for: work of a GPU on the memory of a buffer on [`Device::Cpu`], work in contexts other than the devices'
+//!   primary ones, and consumers that touch the memory after their tensor's end otherwise than by work that was queued
+//!   before it.
 //!
 //! Buffers that were never exported pay for none of this.
 //!

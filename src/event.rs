@@ -17,16 +17,8 @@ use crate::sys;
 
 bitflags! {
     /// How an event is made: `cudaEventCreateWithFlags`.
-    ///
-    /// ```
-    /// use cpu_gpu_buffer::{EventFlags, sys};
-    ///
-    /// // For events of one's own, made by the raw calls.
-    /// let flags = EventFlags::BLOCKING_SYNC | EventFlags::DISABLE_TIMING;
-    /// assert_eq!(flags.bits(), sys::cudaEventBlockingSync | sys::cudaEventDisableTiming);
-    /// ```
-    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-    pub struct EventFlags: u32 {
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    pub(crate) struct EventFlags: u32 {
         /// Waiting for the event yields the thread instead of spinning.
         const BLOCKING_SYNC = sys::cudaEventBlockingSync;
         /// The event takes no time stamp, which makes it cheaper.

@@ -7,7 +7,7 @@
 //! | tensors of a half | whatever touches that half |
 //! |---|---|
 //! | live | is refused |
-//! | are all gone, and their work is *unknown* | first waits for the devices, once |
+//! | are all gone, and their work is *unknown*: that of a CUDA device's half | first waits for the devices, once |
 //! | are all gone, and known to be over | does what it always does |
 //!
 //! The storage belongs to the buffer and its tensors together, whichever goes last:
@@ -20,14 +20,15 @@
 //!
 //! What is left behind is released by [`reclaim`], which waits for the devices first. Where that fails, it stays.
 //!
-//! Letting a tensor go calls no CUDA, and letting a buffer go that is lent, or was, waits for nothing. A tensor may go anywhere: in a host function, where CUDA may not
-//! be called; under a lock that queued work waits for, such as Python's; during somebody's capture, which waiting for a
-//! device ends ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"); in a forked child; after the
-//! runtime's end.
+//! Letting a tensor go calls no CUDA, and letting a buffer go that is lent, or was, waits for nothing. A tensor may go
+//! anywhere: in a host function, where CUDA may not be called; under a lock that queued work waits for, such as Python's;
+//! during somebody's capture, which waiting for a device ends ("CUDA C++ Programming Guide, Prohibited and Unhandled
+//! Operations"); in a forked child; after the runtime's end.
 
-use std::mem;
+use std::collections::VecDeque;
+use std::iter;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::device::{self, Device};
 use crate::error::{Error, Result, Side};
@@ -82,7 +83,7 @@ impl Exports {
     /// [settles](Self::settle).
     pub(crate) fn lend(self: &Arc<Self>, side: Side) -> Loan {
         let half = self.half(side);
-        half.unknown.store(true, Ordering::Relaxed);
+        half.unknown.store(self.device != Device::Cpu, Ordering::Relaxed);
         half.living.fetch_add(1, Ordering::Relaxed);
         Loan { exports: Arc::clone(self), side: Some(side) }
     }
@@ -107,9 +108,7 @@ impl Exports {
         if sides.iter().any(|side| self.half(*side).is_unknown()) {
             // Before the wait, which covers what was queued by then.
             let over = [&self.host, &self.gpu].map(|half| !half.is_lent());
-            if self.device != Device::Cpu {
-                device::synchronize_all()?;
-            }
+            device::synchronize_all()?;
             for (half, over) in [&self.host, &self.gpu].into_iter().zip(over) {
                 if over {
                     half.unknown.store(false, Ordering::Release);
@@ -176,33 +175,54 @@ impl Drop for Loan {
     }
 }
 
-/// Storages of CUDA devices that consumers may still be using.
-static LEFT: Mutex<Vec<Home>> = Mutex::new(Vec::new());
+/// Storages of CUDA devices that consumers may still be using, in the order in which they were left behind.
+struct Left {
+    /// How many were before the first of them.
+    gone: u64,
+    homes: VecDeque<Home>,
+}
 
-fn left() -> MutexGuard<'static, Vec<Home>> {
-    LEFT.lock().unwrap_or_else(|poison| poison.into_inner())
+static LEFT: Mutex<Left> = Mutex::new(Left { gone: 0, homes: VecDeque::new() });
+
+/// Whether there is any: most programs have none, ever, and take no lock to learn that.
+static ANY: AtomicBool = AtomicBool::new(false);
+
+fn left<R>(change: impl FnOnce(&mut Left) -> R) -> R {
+    let mut left = LEFT.lock().unwrap_or_else(|poison| poison.into_inner());
+    let result = change(&mut left);
+    ANY.store(!left.homes.is_empty(), Ordering::Relaxed);
+    result
 }
 
 /// Leaves a storage to [`reclaim`], where CUDA has to do with it. In a forked child it goes as any other does: the lock
 /// may never come free there.
 fn leave_behind(home: Home) {
     match home.device() {
-        Device::Cuda(_) if !fork::forked() => left().push(home),
+        Device::Cuda(_) if !fork::forked() => left(|left| left.homes.push_back(home)),
         _ => drop(home),
     }
 }
 
 /// Releases what tensors left behind, and gives buffers of pools back: see [`dlpack::reclaim`](crate::dlpack::reclaim).
+///
+/// Not to be called under a lock: it waits for the devices, and owners of foreign streams may go with what it releases.
 pub(crate) fn reclaim() -> Result<()> {
     fork::refuse_child()?;
-    let homes = mem::take(&mut *left());
-    if homes.is_empty() {
+    if !ANY.load(Ordering::Relaxed) {
         return Ok(());
     }
-    if let Err(error) = device::synchronize_all() {
-        left().extend(homes);
-        return Err(error);
-    }
-    drop(homes);
+    // What comes behind these the wait need not cover. They stay until it is over, for other threads that want them.
+    let end = left(|left| left.gone + left.homes.len() as u64);
+    device::synchronize_all()?;
+    let next = || {
+        left(|left| {
+            let home = if left.gone < end { left.homes.pop_front() } else { None }?;
+            left.gone += 1;
+            // Under the lock: who finds nothing left behind finds the slots in their pools.
+            Some(home.give_back())
+        })
+    };
+    // The rest of each goes when the lock is free again.
+    iter::from_fn(next).for_each(drop);
     Ok(())
 }

@@ -94,7 +94,7 @@ pub use buffer::{BufferOptions, CpuGpuBuffer};
 pub use device::{Device, MemoryInfo};
 pub use element::{DType, Element};
 pub use error::{Error, Result, Side};
-pub use event::{Event, EventFlags};
+pub use event::Event;
 pub use group::{BufferGroup, GroupView, MembersMut};
 pub use host::{HostFlags, Pinning, is_pinned_memory_available};
 pub use layout::{GroupLayout, GroupLayoutBuilder, Key, MemberRows};

@@ -23,6 +23,7 @@ use crate::error::{Error, Result, Side};
 use crate::fork;
 use crate::host::{HostFlags, Pinning};
 use crate::shape::Shape;
+use crate::slab;
 use crate::slots::{Lease, Segment, Slots};
 use crate::storage::{Form, Home, Storage};
 
@@ -203,6 +204,7 @@ impl<T: Pod> BufferPool<T> {
         }
         let inner = Inner { slots: Slots::new(threads()), form, device, options };
         if buffers > 0 {
+            slab::make_room(device);
             inner.slots.append(inner.segment(buffers)?);
         }
         Ok(BufferPool { inner: Arc::new(inner), elements: PhantomData })
@@ -279,7 +281,9 @@ impl<T: Pod> BufferPool<T> {
     ///
     /// `None` means that at some moment during the call each buffer was out, or being looked at by another thread that
     /// acquires; so where there are as many as all threads together hold and want, it is never the answer. By now
-    /// one may have been given back. In the forked child of a process that used CUDA, the answer for a CUDA device is `None`.
+    /// one may have been given back. Buffers that tensors of the feature `dlpack` left behind stay out until `acquire` or
+    /// `dlpack::reclaim` has them back. In the forked child of a process that used CUDA, the answer for a CUDA device is
+    /// `None`.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferPool, Device};

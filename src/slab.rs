@@ -12,6 +12,17 @@ use crate::device_memory::DeviceMemory;
 use crate::error::Result;
 use crate::host::HostMemory;
 
+/// Before memory is asked for: has back what tensors left behind. What cannot be had now is there the next time.
+///
+/// Not to be called under a lock, as [`reclaim`](crate::exports::reclaim) is not.
+pub(crate) fn make_room(device: Device) {
+    #[cfg(feature = "dlpack")]
+    if device != Device::Cpu {
+        let _ = crate::exports::reclaim();
+    }
+    let _ = device;
+}
+
 pub(crate) struct Slab {
     host: HostMemory,
     gpu: DeviceMemory,
@@ -27,11 +38,6 @@ impl Slab {
         device: Device,
         options: BufferOptions,
     ) -> Result<Slab> {
-        #[cfg(feature = "dlpack")]
-        if context.is_some() {
-            // What cannot be had now is there the next time.
-            let _ = crate::exports::reclaim();
-        }
         // The device first: it has less memory, and what it lacks need not be pinned in vain.
         let gpu = DeviceMemory::new(gpu, context, device)?;
         let host = HostMemory::new(host, options.pinning, options.host_flags, context, device)?;

@@ -274,17 +274,33 @@ impl<S> DerefMut for Lease<S> {
     }
 }
 
-impl<S> Drop for Lease<S> {
+impl<S> Lease<S> {
+    /// Gives the slot back. Where the pool is gone, the answer is the slot's share in the segment, to be dropped.
+    ///
+    /// # Safety
+    ///
+    /// Called once, and the value is neither used nor dropped any more.
     #[inline]
-    fn drop(&mut self) {
+    pub(crate) unsafe fn release(&mut self) -> Option<Arc<Segment<S>>> {
         let (word, bit) = self.segment.word_of(self.slot as usize);
         match release(&word.bits, bit) {
             // The reference is the slot's again.
-            Released::Free => {}
-            // SAFETY: once, at the end of the value.
-            Released::Closed => unsafe { ManuallyDrop::drop(&mut self.segment) },
-            Released::Twice => debug_assert!(false, "a slot was released twice"),
+            Released::Free => None,
+            // SAFETY: once, as the caller vouches.
+            Released::Closed => Some(unsafe { ManuallyDrop::take(&mut self.segment) }),
+            Released::Twice => {
+                debug_assert!(false, "a slot was released twice");
+                None
+            }
         }
+    }
+}
+
+impl<S> Drop for Lease<S> {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: the end of the value, which comes once.
+        drop(unsafe { self.release() });
     }
 }
 

@@ -35,8 +35,10 @@ use crate::fork;
 use crate::raw::{self, Direction};
 use crate::record::Record;
 use crate::shape::Shape;
-use crate::slab::Slab;
+use crate::slab::{self, Slab};
 use crate::slots::Lease;
+#[cfg(feature = "dlpack")]
+use crate::slots::Segment;
 use crate::stream::{EnteredStream, Stream};
 
 /// What most operations touch.
@@ -55,6 +57,7 @@ enum Place {
 impl Home {
     /// Two zeroed halves of a form, in a slab of their own.
     pub(crate) fn own(form: Form, device: Device, options: BufferOptions) -> Result<Home> {
+        slab::make_room(device);
         let mut one = Storage::slots(form, 1, device, options)?;
         Ok(Home::at(Place::Own(Box::new(one.pop().expect("one was asked for")))))
     }
@@ -80,6 +83,18 @@ impl Home {
             self.slab.abandon();
         }
         open
+    }
+
+    /// Gives a slot back to its pool, and calls nothing: the answer is what is to be dropped when no lock is held.
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn give_back(self) -> (Option<Home>, Option<Arc<Segment<Storage>>>) {
+        let mut home = ManuallyDrop::new(self);
+        // SAFETY: the end of the value, which is not dropped.
+        match unsafe { ManuallyDrop::take(&mut home.0) } {
+            own @ Place::Own(_) => (Some(Home::at(own)), None),
+            // SAFETY: the end of the lease, which is not dropped.
+            Place::Pool(slot) => (None, unsafe { ManuallyDrop::new(slot).release() }),
+        }
     }
 }
 

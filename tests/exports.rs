@@ -875,6 +875,115 @@ fn a_buffer_goes_back_to_its_pool_after_its_tensors_and_what_they_queued() {
     });
 }
 
+/// Leaves a buffer behind whose consumer's work stands behind the gate.
+fn left_behind_a_gate(mut buffer: CpuGpuBuffer<u32>, theirs: &Stream) -> Gate {
+    let consumer = Consumer::new(buffer.export_gpu(theirs).unwrap());
+    let gate = Gate::close(theirs);
+    common::store(consumer.data(), WORDS, NEW, theirs);
+    drop(buffer);
+    consumer.let_go();
+    gate
+}
+
+/// Until another thread waits for the devices, as far as that can be told.
+fn until_somebody_waits() {
+    match waits() {
+        Some(_) => {
+            while waits() == Some(0) {
+                thread::yield_now();
+            }
+        }
+        None => thread::sleep(Duration::from_millis(50)),
+    }
+}
+
+#[test]
+fn a_thread_that_waits_for_what_was_left_behind_hides_it_from_nobody() {
+    let test = "a_thread_that_waits_for_what_was_left_behind_hides_it_from_nobody";
+    cuda(test, |device| {
+        let theirs = Stream::new(device).unwrap();
+        let options = PoolOptions { max_buffers: Some(1), ..Default::default() };
+        let pool = BufferPool::<u32>::with_options(WORDS, device, 1, options).unwrap();
+        let gate = left_behind_a_gate(pool.acquire().unwrap(), &theirs);
+        reset();
+        thread::scope(|scope| {
+            scope.spawn(|| dlpack::reclaim().unwrap());
+            until_somebody_waits();
+            gate.waits(|| drop(pool.acquire().unwrap()));
+        });
+        theirs.synchronize().unwrap();
+    });
+}
+
+#[test]
+fn what_is_left_behind_during_a_wait_stays_for_the_next_one() {
+    let test = "what_is_left_behind_during_a_wait_stays_for_the_next_one";
+    cuda(test, |device| {
+        if !common::is_simulated() {
+            return common::left_out(test, "hardware may wait for what comes later, too");
+        }
+        let theirs = Stream::new(device).unwrap();
+        let (first, second) = (buffer(device).0, buffer(device).0);
+        let gate = left_behind_a_gate(first, &theirs);
+        reset();
+        thread::scope(|scope| {
+            let reclaims = scope.spawn(|| dlpack::reclaim().unwrap());
+            until_somebody_waits();
+            // A stream that the other thread has not heard of.
+            let later = Stream::new(device).unwrap();
+            let before = live();
+            let later_gate = left_behind_a_gate(second, &later);
+            gate.open();
+            reclaims.join().unwrap();
+            // The gate's page came, the first one went.
+            assert_eq!(more(before), Some([-1, 0]));
+            assert!(!later_gate.is_open());
+            later_gate.waits(|| dlpack::reclaim().unwrap());
+            assert_eq!(more(before), Some([-2, -1]));
+        });
+    });
+}
+
+/// The owner of a stream, which does something when it is let go.
+struct Owner<F: Fn()>(F);
+
+impl<F: Fn()> Drop for Owner<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+#[test]
+fn the_owner_of_a_stream_may_use_the_pool_that_has_it_let_go() {
+    cuda("the_owner_of_a_stream_may_use_the_pool_that_has_it_let_go", |device| {
+        let pool = BufferPool::<u32>::new(WORDS, device, 0).unwrap();
+        let stream = Stream::new(device).unwrap();
+        // A buffer whose stream's owner does this when it is given back.
+        let left_behind = |let_go: Box<dyn Fn() + Send + Sync>| {
+            let owner = std::sync::Arc::new(Owner(let_go));
+            let raw = stream.as_raw();
+            // SAFETY: the test keeps the stream.
+            let adopted = unsafe { Stream::from_raw(raw, device, Some(owner)) }.unwrap();
+            let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, device).unwrap();
+            buffer.copy_to_gpu(.., &adopted).unwrap();
+            let tensor = buffer.export_gpu(&stream).unwrap();
+            drop((buffer, adopted));
+            move || drop(tensor)
+        };
+        let acquires = {
+            let pool = pool.clone();
+            move || drop(pool.acquire().unwrap())
+        };
+        let last = Mutex::new(Some(left_behind(Box::new(acquires))));
+        // It leaves the other one behind, when somebody has looked already.
+        let first = left_behind(Box::new(move || last.lock().unwrap().take().unwrap()()));
+        first();
+        drop(pool.acquire().unwrap());
+        dlpack::reclaim().unwrap();
+        assert!((1..=2).contains(&pool.total()));
+    });
+}
+
 #[test]
 fn on_the_cpu_everything_goes_with_the_last_one() {
     let pool = BufferPool::<u32>::new(WORDS, Device::Cpu, 1).unwrap();
@@ -890,6 +999,11 @@ fn on_the_cpu_everything_goes_with_the_last_one() {
     thread::spawn(|| host.let_go()).join().unwrap();
     assert_eq!(pool.available(), 1);
     all(pool.acquire().unwrap().cpu().unwrap(), NEW);
+    // Nothing is queued there: when the tensor is gone, so is all that its consumer does.
+    let mut buffer = pool.acquire().unwrap();
+    drop((buffer.export_cpu().unwrap(), buffer.export_gpu(&stream).unwrap()));
+    assert_eq!(buffer.is_idle(), Ok(true));
+    assert!(buffer.try_cpu().unwrap().is_some() && buffer.try_cpu_mut().unwrap().is_some());
     // Of its own.
     let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, Device::Cpu).unwrap();
     let gpu = Consumer::new(buffer.export_gpu(&stream).unwrap());

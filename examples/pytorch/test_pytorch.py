@@ -198,6 +198,8 @@ def capsules_are_what_was_asked_for(library):
             del capsules
             buffer.synchronize()
         raises(ValueError, buffer.host().__dlpack__, stream=1)
+        assert '"dltensor_versioned"' in repr(buffer.unguarded(max_version=(1, 1)))
+        assert '"dltensor"' in repr(buffer.unguarded())
 
 
 def tensors_are_let_go_in_other_threads(library):
@@ -370,7 +372,7 @@ def one_unguarded_tensor_serves_all_steps():
     buffer = cgb.Buffer([1000], "f32", "cuda:0")
     buffer.fill(0, ours)
     with torch.cuda.stream(on(ours)):
-        tensor = torch.from_dlpack(buffer.unguarded())
+        tensor = torch.from_dlpack(buffer.unguarded(max_version=(1, 0)))
         out = torch.zeros(1000, device="cuda")
         (tensor * 2).sum()
         torch.cuda.synchronize()

@@ -267,10 +267,15 @@ impl Buffer {
 
     /// A capsule of the device half that is not guarded: `torch.from_dlpack` of it is one tensor for all steps. What uses it
     /// is sent to a stream of ours, each time after `use_on` with that stream, and before the buffer is used otherwise.
-    fn unguarded(&mut self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+    #[pyo3(signature = (*, max_version = None))]
+    fn unguarded(
+        &mut self,
+        py: Python<'_>,
+        max_version: Option<(u32, u32)>,
+    ) -> PyResult<Py<PyAny>> {
         // SAFETY: Python cannot vouch for it: whoever calls this does, as its description says.
         let tensor = unsafe { self.0.export_gpu_unguarded() }.map_err(raised)?;
-        capsule(py, tensor, true)
+        capsule(py, tensor, max_version)
     }
 
     /// The device half as a DLPack capsule: the array API's `__dlpack__`.
@@ -307,7 +312,7 @@ impl Buffer {
                 Ok(tensor)
             }
         });
-        capsule(py, tensor.map_err(raised)?, max_version.is_some_and(|(major, _)| major >= 1))
+        capsule(py, tensor.map_err(raised)?, max_version)
     }
 
     fn __dlpack_device__(&self) -> (i32, i32) {
@@ -352,7 +357,7 @@ impl Host {
         let mut buffer = self.0.try_borrow_mut(py)?;
         let halves = &mut buffer.0;
         let tensor = py.detach(|| halves.export_cpu()).map_err(raised)?.as_plain_cpu();
-        capsule(py, tensor, max_version.is_some_and(|(major, _)| major >= 1))
+        capsule(py, tensor, max_version)
     }
 
     fn __dlpack_device__(&self) -> (i32, i32) {
@@ -376,22 +381,55 @@ fn refuse(asked: Option<(i32, i32)>, device: (i32, i32), copy: Option<bool>) -> 
 const VERSIONED: &CStr = c"dltensor_versioned";
 const UNVERSIONED: &CStr = c"dltensor";
 
-/// A tensor as a capsule, which lets it go unless a consumer takes it: he renames the capsule then.
-fn capsule(py: Python<'_>, tensor: Tensor, versioned: bool) -> PyResult<Py<PyAny>> {
-    let capsule = match versioned {
-        true => {
-            let raw = tensor.into_raw().cast();
+/// A tensor as a capsule, which lets it go unless a consumer takes it, and renames the capsule then. Of the newest struct that
+/// the consumer says it knows.
+fn capsule(py: Python<'_>, tensor: Tensor, max_version: Option<(u32, u32)>) -> PyResult<Py<PyAny>> {
+    let capsule = match max_version {
+        Some((1.., _)) => {
+            let raw = tensor.into_raw();
+            let name = VERSIONED.as_ptr();
             // SAFETY: the name lives for ever, and the destructor is that of its kind.
-            unsafe { ffi::PyCapsule_New(raw, VERSIONED.as_ptr(), Some(let_versioned_go)) }
+            let capsule = unsafe { ffi::PyCapsule_New(raw.cast(), name, Some(let_versioned_go)) };
+            if capsule.is_null() {
+                // SAFETY: there is no capsule to do it.
+                unsafe { delete_versioned(raw) };
+            }
+            capsule
         }
-        false => {
-            let raw = tensor.into_raw_unversioned().cast();
+        _ => {
+            let raw = tensor.into_raw_unversioned();
+            let name = UNVERSIONED.as_ptr();
             // SAFETY: as above.
-            unsafe { ffi::PyCapsule_New(raw, UNVERSIONED.as_ptr(), Some(let_unversioned_go)) }
+            let capsule = unsafe { ffi::PyCapsule_New(raw.cast(), name, Some(let_unversioned_go)) };
+            if capsule.is_null() {
+                // SAFETY: as above.
+                unsafe { delete_unversioned(raw) };
+            }
+            capsule
         }
     };
-    // SAFETY: a new reference, or null with an error set. (Then the tensor is forgotten: there was no memory.)
+    // SAFETY: a new reference, or null with an error set.
     unsafe { Bound::from_owned_ptr_or_err(py, capsule) }.map(Bound::unbind)
+}
+
+/// # Safety
+///
+/// What `into_raw` gave, which nobody uses any more.
+unsafe fn delete_versioned(tensor: *mut DLManagedTensorVersioned) {
+    // SAFETY: the caller vouches for the tensor.
+    let deleter = unsafe { (*tensor).deleter };
+    // SAFETY: once, and nobody uses it again.
+    unsafe { deleter.expect("ours have one")(tensor) };
+}
+
+/// # Safety
+///
+/// What `into_raw_unversioned` gave, which nobody uses any more.
+unsafe fn delete_unversioned(tensor: *mut DLManagedTensor) {
+    // SAFETY: the caller vouches for the tensor.
+    let deleter = unsafe { (*tensor).deleter };
+    // SAFETY: once, and nobody uses it again.
+    unsafe { deleter.expect("ours have one")(tensor) };
 }
 
 /// The tensor in a capsule that nobody took over.
@@ -411,22 +449,16 @@ unsafe fn untaken(capsule: *mut ffi::PyObject, name: &CStr) -> Option<*mut c_voi
 unsafe extern "C" fn let_versioned_go(capsule: *mut ffi::PyObject) {
     // SAFETY: Python calls this with a capsule of ours.
     if let Some(tensor) = unsafe { untaken(capsule, VERSIONED) } {
-        let tensor: *mut DLManagedTensorVersioned = tensor.cast();
-        // SAFETY: what `capsule` put there.
-        let deleter = unsafe { (*tensor).deleter };
-        // SAFETY: once, and nobody uses it again.
-        unsafe { deleter.expect("ours have one")(tensor) };
+        // SAFETY: what `capsule` put there, and no consumer took.
+        unsafe { delete_versioned(tensor.cast()) };
     }
 }
 
 unsafe extern "C" fn let_unversioned_go(capsule: *mut ffi::PyObject) {
     // SAFETY: Python calls this with a capsule of ours.
     if let Some(tensor) = unsafe { untaken(capsule, UNVERSIONED) } {
-        let tensor: *mut DLManagedTensor = tensor.cast();
-        // SAFETY: what `capsule` put there.
-        let deleter = unsafe { (*tensor).deleter };
-        // SAFETY: once, and nobody uses it again.
-        unsafe { deleter.expect("ours have one")(tensor) };
+        // SAFETY: what `capsule` put there, and no consumer took.
+        unsafe { delete_unversioned(tensor.cast()) };
     }
 }
 
