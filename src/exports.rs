@@ -16,7 +16,7 @@
 //! |---|---|---|
 //! | the buffer | known to be over | goes as any other: is released, or goes back to its pool |
 //! | the buffer | unknown | is *left behind* |
-//! | a tensor | unknown, or not | is left behind |
+//! | a tensor | unknown, or not | is left behind; on the CPU it goes |
 //!
 //! What is left behind is released by [`reclaim`], which waits for the devices first. Where that fails, it stays.
 //!
@@ -26,7 +26,6 @@
 //! Operations"); in a forked child; after the runtime's end.
 
 use std::collections::VecDeque;
-use std::iter;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -178,7 +177,7 @@ impl Drop for Loan {
 /// Storages of CUDA devices that consumers may still be using, in the order in which they were left behind.
 struct Left {
     /// How many were before the first of them.
-    gone: u64,
+    gone: usize,
     homes: VecDeque<Home>,
 }
 
@@ -190,7 +189,7 @@ static ANY: AtomicBool = AtomicBool::new(false);
 fn left<R>(change: impl FnOnce(&mut Left) -> R) -> R {
     let mut left = LEFT.lock().unwrap_or_else(|poison| poison.into_inner());
     let result = change(&mut left);
-    ANY.store(!left.homes.is_empty(), Ordering::Relaxed);
+    ANY.store(!left.homes.is_empty(), Ordering::Release);
     result
 }
 
@@ -208,21 +207,22 @@ fn leave_behind(home: Home) {
 /// Not to be called under a lock: it waits for the devices, and owners of foreign streams may go with what it releases.
 pub(crate) fn reclaim() -> Result<()> {
     fork::refuse_child()?;
-    if !ANY.load(Ordering::Relaxed) {
+    if !ANY.load(Ordering::Acquire) {
         return Ok(());
     }
     // What comes behind these the wait need not cover. They stay until it is over, for other threads that want them.
-    let end = left(|left| left.gone + left.homes.len() as u64);
-    device::synchronize_all()?;
-    let next = || {
-        left(|left| {
-            let home = if left.gone < end { left.homes.pop_front() } else { None }?;
-            left.gone += 1;
-            // Under the lock: who finds nothing left behind finds the slots in their pools.
-            Some(home.give_back())
-        })
+    let end = left(|left| (!left.homes.is_empty()).then(|| left.gone + left.homes.len()));
+    let Some(end) = end else {
+        return Ok(());
     };
-    // The rest of each goes when the lock is free again.
-    iter::from_fn(next).for_each(drop);
+    device::synchronize_all()?;
+    let rest: Vec<_> = left(|left| {
+        // Other threads may have been here.
+        let covered = end.saturating_sub(left.gone);
+        left.gone += covered;
+        // Under the lock: who finds nothing left behind finds the slots in their pools.
+        left.homes.drain(..covered).map(Home::give_back).collect()
+    });
+    drop(rest);
     Ok(())
 }

@@ -33,7 +33,7 @@ use crate::layout::{Form, GroupLayout, Key, Member, MemberRows};
 use crate::moves::{Piece, Way, cheapest, join};
 use crate::raw::{self, Direction};
 use crate::record::Record;
-use crate::slab::{self, Slab};
+use crate::slab::Slab;
 use crate::stream::{EnteredStream, Stream};
 
 pub(crate) struct Members {
@@ -117,8 +117,7 @@ impl Members {
             Device::Cuda(ordinal) if one.size() > 0 => Some(context(ordinal)?),
             _ => None,
         };
-        slab::make_room(device);
-        let slab = Slab::new(host, one, context, device, options)?;
+        let slab = Slab::new(host, one, context, device, options, false)?;
         let mapped = match context {
             Some(context) if options.host_flags.contains(HostFlags::MAPPED) => {
                 let _current = context.enter()?;

@@ -23,7 +23,6 @@ use crate::error::{Error, Result, Side};
 use crate::fork;
 use crate::host::{HostFlags, Pinning};
 use crate::shape::Shape;
-use crate::slab;
 use crate::slots::{Lease, Segment, Slots};
 use crate::storage::{Form, Home, Storage};
 
@@ -204,8 +203,7 @@ impl<T: Pod> BufferPool<T> {
         }
         let inner = Inner { slots: Slots::new(threads()), form, device, options };
         if buffers > 0 {
-            slab::make_room(device);
-            inner.slots.append(inner.segment(buffers)?);
+            inner.slots.append(inner.segment(buffers, false)?);
         }
         Ok(BufferPool { inner: Arc::new(inner), elements: PhantomData })
     }
@@ -281,9 +279,9 @@ impl<T: Pod> BufferPool<T> {
     ///
     /// `None` means that at some moment during the call each buffer was out, or being looked at by another thread that
     /// acquires; so where there are as many as all threads together hold and want, it is never the answer. By now
-    /// one may have been given back. Buffers that tensors of the feature `dlpack` left behind stay out until `acquire` or
-    /// `dlpack::reclaim` has them back. In the forked child of a process that used CUDA, the answer for a CUDA device is
-    /// `None`.
+    /// one may have been given back. Buffers that tensors of the feature `dlpack` left behind stay out until something else has
+    /// them back: `acquire`, `dlpack::reclaim`, or whatever allocates for a CUDA device. In the forked child of a process
+    /// that used CUDA, the answer for a CUDA device is `None`.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferPool, Device};
@@ -392,10 +390,10 @@ impl<T: Pod> BufferPool<T> {
 }
 
 impl Inner {
-    fn segment(&self, count: usize) -> Result<Segment<Storage>> {
+    fn segment(&self, count: usize, locked: bool) -> Result<Segment<Storage>> {
         let PoolOptions { pinning, host_flags, .. } = self.options;
         let options = BufferOptions { pinning, host_flags };
-        let storages = Storage::slots(self.form, count, self.device, options)?;
+        let storages = Storage::slots(self.form, count, self.device, options, locked)?;
         self.slots.prepare(storages).ok_or(Error::OutOfMemory {
             side: Side::Host,
             bytes: count * size_of::<Storage>(),
@@ -403,7 +401,7 @@ impl Inner {
         })
     }
 
-    /// Slots for a pool that has `total`: as many again, or as many as there is memory for.
+    /// Slots for a pool that has `total`: as many again, or as many as there is memory for. Under the lock of growing.
     fn grow(&self, total: usize) -> Result<Segment<Storage>> {
         let room = self.options.max_buffers.map_or(usize::MAX, |most| most.saturating_sub(total));
         if room == 0 || self.slots.is_full() {
@@ -411,7 +409,7 @@ impl Inner {
         }
         let mut count = total.clamp(1, room);
         loop {
-            match self.segment(count) {
+            match self.segment(count, true) {
                 Err(
                     Error::OutOfMemory { .. }
                     | Error::PinningUnavailable { .. }

@@ -12,17 +12,6 @@ use crate::device_memory::DeviceMemory;
 use crate::error::Result;
 use crate::host::HostMemory;
 
-/// Before memory is asked for: has back what tensors left behind. What cannot be had now is there the next time.
-///
-/// Not to be called under a lock, as [`reclaim`](crate::exports::reclaim) is not.
-pub(crate) fn make_room(device: Device) {
-    #[cfg(feature = "dlpack")]
-    if device != Device::Cpu {
-        let _ = crate::exports::reclaim();
-    }
-    let _ = device;
-}
-
 pub(crate) struct Slab {
     host: HostMemory,
     gpu: DeviceMemory,
@@ -30,14 +19,22 @@ pub(crate) struct Slab {
 }
 
 impl Slab {
-    /// Halves of these sizes and alignments: the host half zeroed, the device half on the CPU too.
+    /// Halves of these sizes and alignments: the host half zeroed, the device half on the CPU too. Has back first what
+    /// tensors left behind, unless the caller holds a lock.
     pub(crate) fn new(
         host: Layout,
         gpu: Layout,
         context: Option<&'static Context>,
         device: Device,
         options: BufferOptions,
+        locked: bool,
     ) -> Result<Slab> {
+        #[cfg(feature = "dlpack")]
+        if context.is_some() && !locked {
+            // What cannot be had now is there the next time.
+            let _ = crate::exports::reclaim();
+        }
+        let _ = locked;
         // The device first: it has less memory, and what it lacks need not be pinned in vain.
         let gpu = DeviceMemory::new(gpu, context, device)?;
         let host = HostMemory::new(host, options.pinning, options.host_flags, context, device)?;

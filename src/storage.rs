@@ -35,7 +35,7 @@ use crate::fork;
 use crate::raw::{self, Direction};
 use crate::record::Record;
 use crate::shape::Shape;
-use crate::slab::{self, Slab};
+use crate::slab::Slab;
 use crate::slots::Lease;
 #[cfg(feature = "dlpack")]
 use crate::slots::Segment;
@@ -57,8 +57,7 @@ enum Place {
 impl Home {
     /// Two zeroed halves of a form, in a slab of their own.
     pub(crate) fn own(form: Form, device: Device, options: BufferOptions) -> Result<Home> {
-        slab::make_room(device);
-        let mut one = Storage::slots(form, 1, device, options)?;
+        let mut one = Storage::slots(form, 1, device, options, false)?;
         Ok(Home::at(Place::Own(Box::new(one.pop().expect("one was asked for")))))
     }
 
@@ -85,15 +84,21 @@ impl Home {
         open
     }
 
-    /// Gives a slot back to its pool, and calls nothing: the answer is what is to be dropped when no lock is held.
+    /// Gives a slot of which nothing is in flight back to its pool, and calls nothing: the answer is what is to be dropped
+    /// when no lock is held.
     #[cfg(feature = "dlpack")]
     pub(crate) fn give_back(self) -> (Option<Home>, Option<Arc<Segment<Storage>>>) {
         let mut home = ManuallyDrop::new(self);
         // SAFETY: the end of the value, which is not dropped.
         match unsafe { ManuallyDrop::take(&mut home.0) } {
             own @ Place::Own(_) => (Some(Home::at(own)), None),
-            // SAFETY: the end of the lease, which is not dropped.
-            Place::Pool(slot) => (None, unsafe { ManuallyDrop::new(slot).release() }),
+            Place::Pool(slot) => {
+                let mut slot = ManuallyDrop::new(slot);
+                // What could not be closed is over, too.
+                slot.cover_open();
+                // SAFETY: the end of the lease, which is not dropped.
+                (None, unsafe { slot.release() })
+            }
         }
     }
 }
@@ -195,12 +200,13 @@ const _: () = {
 };
 
 impl Storage {
-    /// Storages of one form in one slab, both halves of each zeroed.
+    /// Storages of one form in one slab, both halves of each zeroed. `locked`: as for [`Slab::new`].
     pub(crate) fn slots(
         form: Form,
         count: usize,
         device: Device,
         options: BufferOptions,
+        locked: bool,
     ) -> Result<Vec<Storage>> {
         let Form { shape, numel, layout } = form;
         u32::try_from(count).map_err(|_| Error::InvalidShape {
@@ -228,7 +234,7 @@ impl Storage {
             Device::Cuda(_) if whole.size() == 0 => None,
             Device::Cuda(ordinal) => Some(context(ordinal)?),
         };
-        let slab = Arc::new(Slab::new(whole, whole, context, device, options)?);
+        let slab = Arc::new(Slab::new(whole, whole, context, device, options, locked)?);
         let storage = |number| Storage {
             device,
             host: slab.host().as_ptr().wrapping_add(number * stride),
@@ -444,6 +450,16 @@ impl Storage {
         Ok(self.download.is_finished()?
             && self.upload.is_finished()?
             && self.device_use.is_finished()?)
+    }
+
+    /// What could not be [closed](Self::close) is over: somebody has waited for it.
+    #[cfg(feature = "dlpack")]
+    fn cover_open(&mut self) {
+        for record in [&mut self.upload, &mut self.download, &mut self.device_use] {
+            if record.is_lazy() {
+                record.cover();
+            }
+        }
     }
 
     /// No longer stands for what streams are sent from now on: they have nothing to do with the next holder, and may be

@@ -267,6 +267,8 @@ impl Buffer {
 
     /// A capsule of the device half that is not guarded: `torch.from_dlpack` of it is one tensor for all steps. What uses it
     /// is sent to a stream of ours, each time after `use_on` with that stream, and before the buffer is used otherwise.
+    ///
+    /// `max_version` as for `__dlpack__`: without it, a consumer from before DLPack 1.0 is meant.
     #[pyo3(signature = (*, max_version = None))]
     fn unguarded(
         &mut self,

@@ -1,8 +1,8 @@
 //! Streams as threads, events, and stream capture.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -195,12 +195,15 @@ impl Stream {
 
 struct Handles {
     streams: BTreeMap<usize, Arc<Stream>>,
+    /// Those that were destroyed: as long as they have work, their threads keep them.
+    ending: Vec<Weak<Stream>>,
     legacy: BTreeMap<usize, Arc<Stream>>,
     events: BTreeMap<usize, Arc<Mutex<Event>>>,
 }
 
 static HANDLES: Mutex<Handles> = Mutex::new(Handles {
     streams: BTreeMap::new(),
+    ending: Vec::new(),
     legacy: BTreeMap::new(),
     events: BTreeMap::new(),
 });
@@ -224,9 +227,13 @@ pub(crate) fn create(device: usize, non_blocking: bool, priority: i32) -> usize 
 
 /// The stream lets its work finish, and the caller does not wait.
 pub(crate) fn destroy(handle: usize) -> Result {
-    let stream = handles().streams.remove(&handle);
+    let mut handles = handles();
+    let stream = handles.streams.remove(&handle);
     let stream = stream.ok_or(Status::cudaErrorInvalidResourceHandle)?;
     stream.close();
+    handles.ending.retain(|stream| stream.strong_count() > 0);
+    handles.ending.push(Arc::downgrade(&stream));
+    drop(handles);
     control::died(Kind::Stream);
     Ok(())
 }
@@ -326,12 +333,16 @@ pub(crate) fn prohibited(mode: Mode) -> Result {
 
 /// Waits for all that was sent to a device.
 pub(crate) fn synchronize_device(device: usize) -> Result {
-    let streams: Vec<Arc<Stream>> = {
+    let (streams, ending): (Vec<_>, Vec<_>) = {
         let handles = handles();
-        handles.streams.values().chain(handles.legacy.values()).cloned().collect()
+        let streams = handles.streams.values().chain(handles.legacy.values()).cloned();
+        (streams.collect(), handles.ending.iter().filter_map(Weak::upgrade).collect())
     };
     for stream in streams.iter().filter(|stream| stream.device == device) {
         stream.synchronize()?;
+    }
+    for stream in ending.iter().filter(|stream| stream.device == device) {
+        stream.end().wait();
     }
     Ok(())
 }
