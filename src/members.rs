@@ -343,7 +343,7 @@ impl Members {
         let (pieces, memory) = (&self.pieces, self.slab.host());
         let bytes = pieces.iter().map(|piece| piece.bytes.len()).sum();
         let way = cheapest(pieces.len(), bytes, self.mapped);
-        self.calls[call].record.submit(entered, || match way {
+        self.calls[call].record.submit_standing(entered, || match way {
             // SAFETY: the pieces lie in both halves. The records keep the host half from being written (and, for a
             // download, read) and both halves from being released until the copies have finished.
             Way::Kernel => unsafe { gather::enqueue(to, from, pieces, entered) },

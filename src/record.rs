@@ -147,6 +147,16 @@ impl Record {
         enqueue: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         self.stand_for(entered)?;
+        self.submit_standing(entered, enqueue)
+    }
+
+    /// [`submit`](Self::submit), where the record stands for the stream already.
+    #[inline]
+    pub(crate) fn submit_standing(
+        &mut self,
+        entered: &EnteredStream<'_>,
+        enqueue: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         let event = self.event.as_ref().expect("made by `stand_for`");
         let ticket = entered.stream().tickets().submit(enqueue, || entered.record(event))?;
         self.stamp.set(ticket);
