@@ -71,7 +71,8 @@ use crate::exports::{self, Loan};
 use crate::shape::Shape;
 use crate::stream::Stream;
 
-// ---- DLPack's own types, as `dlpack.h` of version 1 has them ----
+// ---- DLPack's own types, as `dlpack.h` of version 1 has them. That is frozen; the types that a crate has for it, which
+// would be in the interface here, are not ----
 
 /// The version of the struct that it stands in.
 ///

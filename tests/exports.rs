@@ -570,12 +570,10 @@ fn what_a_consumer_queued_is_waited_for_also_where_its_stream_is_destroyed() {
         let [first, gate] = [(); 2].map(|()| Gate::close(&theirs));
         common::store(consumer.data(), WORDS, NEW, &theirs);
         drop(theirs);
-        first.passes(|| {
-            consumer.let_go();
+        first.passes(|| consumer.let_go());
+        gate.waits(|| {
             // SAFETY: nobody uses it any more. What was sent to it goes on.
             unsafe { destroy(raw) };
-        });
-        gate.waits(|| {
             buffer.copy_to_gpu(.., &stream).unwrap();
             stream.synchronize().unwrap();
         });
