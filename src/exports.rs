@@ -202,12 +202,17 @@ fn leave_behind(home: Home) {
     }
 }
 
+/// Whether anything is left behind.
+pub(crate) fn is_any_left() -> bool {
+    ANY.load(Ordering::Acquire)
+}
+
 /// Releases what tensors left behind, and gives buffers of pools back: see [`dlpack::reclaim`](crate::dlpack::reclaim).
 ///
 /// Not to be called under a lock: it waits for the devices, and owners of foreign streams may go with what it releases.
 pub(crate) fn reclaim() -> Result<()> {
     fork::refuse_child()?;
-    if !ANY.load(Ordering::Acquire) {
+    if !is_any_left() {
         return Ok(());
     }
     // What comes behind these the wait need not cover. They stay until it is over, for other threads that want them.

@@ -255,18 +255,9 @@ impl<T: Pod> BufferPool<T> {
         &self,
         claimed: Option<(Lease<Storage>, bool)>,
     ) -> Result<CpuGpuBuffer<T>> {
-        let Inner { slots, .. } = &*self.inner;
-        #[cfg(feature = "dlpack")]
-        let claimed = match claimed {
-            // Buffers that tensors left behind come before new ones.
-            None if self.inner.device != Device::Cpu && crate::exports::reclaim().is_ok() => {
-                slots.claim(Storage::is_known_ready)
-            }
-            claimed => claimed,
-        };
         let (slot, ready) = match claimed {
             Some(claimed) => claimed,
-            None => slots.claim_or_grow(Storage::is_known_ready, |total| self.inner.grow(total))?,
+            None => self.inner.claim_or_grow()?,
         };
         if !ready {
             slot.ask()?;
@@ -399,6 +390,23 @@ impl Inner {
             bytes: count * size_of::<Storage>(),
             device: self.device,
         })
+    }
+
+    /// A slot where none was free. Those that tensors left behind come before new ones, and are looked for again where
+    /// there can be no new ones: others may have taken what came back, and left theirs behind.
+    fn claim_or_grow(&self) -> Result<(Lease<Storage>, bool)> {
+        let claim_or_grow =
+            || self.slots.claim_or_grow(Storage::is_known_ready, |total| self.grow(total));
+        #[cfg(feature = "dlpack")]
+        if self.device != Device::Cpu && self.form.layout.size() > 0 {
+            while crate::exports::reclaim().is_ok() {
+                let slot = claim_or_grow();
+                if slot.is_ok() || !crate::exports::is_any_left() {
+                    return slot;
+                }
+            }
+        }
+        claim_or_grow()
     }
 
     /// Slots for a pool that has `total`: as many again, or as many as there is memory for. Under the lock of growing.

@@ -157,6 +157,7 @@ impl Record {
         entered: &EnteredStream<'_>,
         enqueue: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
+        debug_assert!(self.is_lazy(), "it does not stand for what comes");
         let event = self.event.as_ref().expect("made by `stand_for`");
         let ticket = entered.stream().tickets().submit(enqueue, || entered.record(event))?;
         self.stamp.set(ticket);

@@ -94,7 +94,7 @@ impl Home {
             own @ Place::Own(_) => (Some(Home::at(own)), None),
             Place::Pool(slot) => {
                 let mut slot = ManuallyDrop::new(slot);
-                // What could not be closed is over, too.
+                // The device was waited for.
                 slot.cover_open();
                 // SAFETY: the end of the lease, which is not dropped.
                 (None, unsafe { slot.release() })
@@ -452,7 +452,8 @@ impl Storage {
             && self.device_use.is_finished()?)
     }
 
-    /// What could not be [closed](Self::close) is over: somebody has waited for it.
+    /// What could not be [closed](Self::close) is over: somebody has waited for all that its stream was sent. (If that was
+    /// captured, nothing of the graph may use this memory: it belongs to a view that is gone.)
     #[cfg(feature = "dlpack")]
     fn cover_open(&mut self) {
         for record in [&mut self.upload, &mut self.download, &mut self.device_use] {

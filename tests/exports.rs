@@ -5,7 +5,7 @@
 mod common;
 
 use std::ffi::{CStr, c_void};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -577,6 +577,8 @@ fn what_a_consumer_queued_is_waited_for_also_where_its_stream_is_destroyed() {
             buffer.copy_to_gpu(.., &stream).unwrap();
             stream.synchronize().unwrap();
         });
+        // SAFETY: no arguments.
+        assert_eq!(unsafe { sys::cudaDeviceSynchronize() }, sys::cudaError::cudaSuccess);
         all(&gpu(&buffer), OLD);
     });
 }
@@ -980,31 +982,46 @@ impl<F: Fn()> Drop for Owner<F> {
     }
 }
 
+/// A tensor whose buffer is gone. When that is given back, the owner of its stream does this.
+fn lent_with_owner(stream: &Stream, let_go: impl Fn() + Send + Sync + 'static) -> Tensor {
+    let (raw, device) = (stream.as_raw(), stream.device());
+    // SAFETY: the tests keep the stream.
+    let adopted = unsafe { Stream::from_raw(raw, device, Some(Arc::new(Owner(let_go)))) }.unwrap();
+    let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, device).unwrap();
+    buffer.copy_to_gpu(.., &adopted).unwrap();
+    buffer.export_gpu(stream).unwrap()
+}
+
+#[test]
+fn a_pool_is_not_exhausted_while_a_buffer_of_it_is_left_behind() {
+    cuda("a_pool_is_not_exhausted_while_a_buffer_of_it_is_left_behind", |device| {
+        let stream = Stream::new(device).unwrap();
+        let options = PoolOptions { max_buffers: Some(1), ..Default::default() };
+        let pool = BufferPool::<u32>::with_options(WORDS, device, 1, options).unwrap();
+        // Takes what comes back before the one who waited for it, and leaves it behind, too.
+        let takes = {
+            let pool = pool.clone();
+            move || drop(pool.try_acquire().unwrap().export_cpu().unwrap())
+        };
+        drop(lent_with_owner(&stream, takes));
+        drop(pool.acquire().unwrap().export_cpu().unwrap());
+        assert_eq!(pool.available(), 0);
+        drop(pool.acquire().unwrap());
+    });
+}
+
 #[test]
 fn the_owner_of_a_stream_may_use_the_pool_that_has_it_let_go() {
     cuda("the_owner_of_a_stream_may_use_the_pool_that_has_it_let_go", |device| {
         let pool = BufferPool::<u32>::new(WORDS, device, 0).unwrap();
         let stream = Stream::new(device).unwrap();
-        // A buffer whose stream's owner does this when it is given back.
-        let left_behind = |let_go: Box<dyn Fn() + Send + Sync>| {
-            let owner = std::sync::Arc::new(Owner(let_go));
-            let raw = stream.as_raw();
-            // SAFETY: the test keeps the stream.
-            let adopted = unsafe { Stream::from_raw(raw, device, Some(owner)) }.unwrap();
-            let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, device).unwrap();
-            buffer.copy_to_gpu(.., &adopted).unwrap();
-            let tensor = buffer.export_gpu(&stream).unwrap();
-            drop((buffer, adopted));
-            move || drop(tensor)
-        };
         let acquires = {
             let pool = pool.clone();
             move || drop(pool.acquire().unwrap())
         };
-        let last = Mutex::new(Some(left_behind(Box::new(acquires))));
+        let last = Mutex::new(Some(lent_with_owner(&stream, acquires)));
         // It leaves the other one behind, when somebody has looked already.
-        let first = left_behind(Box::new(move || last.lock().unwrap().take().unwrap()()));
-        first();
+        drop(lent_with_owner(&stream, move || drop(last.lock().unwrap().take())));
         drop(pool.acquire().unwrap());
         dlpack::reclaim().unwrap();
         assert_eq!((pool.available(), pool.total()), (1, 1));
