@@ -1,8 +1,8 @@
 //! Streams as threads, events, and stream capture.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -114,7 +114,17 @@ impl Stream {
     /// Queues work behind what is there. While the stream is in capture, work goes into the graph instead,
     /// which nobody runs here.
     pub(crate) fn enqueue(self: &Arc<Self>, work: impl FnOnce() + Send + 'static) -> Result<Point> {
-        let others = others_first(self);
+        self.enqueue_behind(None, work)
+    }
+
+    /// As [`enqueue`](Self::enqueue), and behind a point of another stream.
+    fn enqueue_behind(
+        self: &Arc<Self>,
+        point: Option<Point>,
+        work: impl FnOnce() + Send + 'static,
+    ) -> Result<Point> {
+        let mut others = others_first(self);
+        others.extend(point);
         let mut queue = self.queue();
         if let Some(capture) = &queue.capture {
             return match capture.valid {
@@ -124,8 +134,9 @@ impl Stream {
         }
         let (device, breaks) = (self.device, context::breaks(self.device));
         queue.work.push_back(Box::new(move || {
+            // Also where the context broke, and what runs there comes to its end.
             others.iter().for_each(Point::wait);
-            // A broken context runs nothing any more.
+            // A broken context begins nothing any more.
             if context::sticky(device).is_none() && context::breaks(device) == breaks {
                 work();
             }
@@ -195,8 +206,8 @@ impl Stream {
 
 struct Handles {
     streams: BTreeMap<usize, Arc<Stream>>,
-    /// Those that were destroyed: as long as they have work, their threads keep them.
-    ending: Vec<Weak<Stream>>,
+    /// Those that were destroyed and may still have work.
+    ending: Vec<Arc<Stream>>,
     legacy: BTreeMap<usize, Arc<Stream>>,
     events: BTreeMap<usize, Arc<Mutex<Event>>>,
 }
@@ -231,8 +242,8 @@ pub(crate) fn destroy(handle: usize) -> Result {
     let stream = handles.streams.remove(&handle);
     let stream = stream.ok_or(Status::cudaErrorInvalidResourceHandle)?;
     stream.close();
-    handles.ending.retain(|stream| stream.strong_count() > 0);
-    handles.ending.push(Arc::downgrade(&stream));
+    handles.ending.retain(|stream| !stream.end().is_reached());
+    handles.ending.push(stream);
     drop(handles);
     control::died(Kind::Stream);
     Ok(())
@@ -335,8 +346,8 @@ pub(crate) fn prohibited(mode: Mode) -> Result {
 pub(crate) fn synchronize_device(device: usize) -> Result {
     let (streams, ending): (Vec<_>, Vec<_>) = {
         let handles = handles();
-        let streams = handles.streams.values().chain(handles.legacy.values()).cloned();
-        (streams.collect(), handles.ending.iter().filter_map(Weak::upgrade).collect())
+        let streams = handles.streams.values().chain(handles.legacy.values());
+        (streams.cloned().collect(), handles.ending.clone())
     };
     for stream in streams.iter().filter(|stream| stream.device == device) {
         stream.synchronize()?;
@@ -432,7 +443,7 @@ pub(crate) fn wait_event(stream: &Arc<Stream>, handle: usize) -> Result {
         Err(Status::cudaErrorCapturedEvent) => Err(Status::cudaErrorStreamCaptureIsolation),
         Err(error) => Err(error),
         Ok(None) => Ok(()),
-        Ok(Some((point, _))) => stream.enqueue(move || point.wait()).map(drop),
+        Ok(Some((point, _))) => stream.enqueue_behind(Some(point), || ()).map(drop),
     }
 }
 
