@@ -28,12 +28,14 @@ pub fn devices() -> Vec<Device> {
 
 /// The first CUDA device, and this thread's turn on it; where there is none, says what is left out.
 pub fn cuda(test: &str) -> Option<(Device, MutexGuard<'static, ()>)> {
+    // First: also what is asked here is a call, where the one whose turn it is counts them or makes one fail.
+    let turn = turn();
     match Device::auto() {
         Device::Cpu => {
             left_out(test, "no CUDA device");
             None
         }
-        device => Some((device, turn())),
+        device => Some((device, turn)),
     }
 }
 
