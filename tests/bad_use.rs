@@ -129,14 +129,17 @@ fn exhausted_memory_is_named_and_the_other_half_given_back() {
         buffer.fill(5, &stream).unwrap();
         // More than any GPU has; for the CPU, more than there are addresses.
         let bytes = if device == Device::Cpu { 1 << 62 } else { 1 << 46 };
-        let before = device.memory().map(|memory| memory.free);
+        let free = || match device {
+            Device::Cpu => 0,
+            Device::Cuda(_) => device.memory().unwrap().free,
+        };
+        let before = free();
         for result in [CpuGpuBuffer::<u8>::new(bytes, device).map(drop), buffer.resize(bytes)] {
             let expected = Error::OutOfMemory { side: Side::Device, bytes, device };
             assert_eq!(result, Err(expected));
         }
-        if device != Device::Cpu {
-            assert_eq!(device.memory().map(|memory| memory.free), before);
-        }
+        // The driver may have let go of what it had kept of earlier allocations.
+        assert!(free() >= before, "{} of {before}", free());
         assert_eq!(buffer.shape(), [1000]);
         buffer.copy_to_cpu(.., &stream).unwrap();
         assert_eq!(buffer.cpu().unwrap(), [5; 1000]);
