@@ -1,7 +1,10 @@
 // The standard library comes compiled without instrumentation, and ThreadSanitizer does not see the order that a thread
 // gets by waiting in it. These stand before the two functions in which threads wait for a mutex (the linker's --wrap),
 // and tell. What does not wait is compiled with the program, and seen.
-#include <sanitizer/tsan_interface.h>
+
+// ThreadSanitizer's.
+void __tsan_acquire(void *address);
+void __tsan_release(void *address);
 
 void contended(void *mutex) __asm__("__real_" LOCK_CONTENDED);
 void wrapped_contended(void *mutex) __asm__("__wrap_" LOCK_CONTENDED);
