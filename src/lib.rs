@@ -84,6 +84,7 @@ mod slab;
 mod slots;
 mod storage;
 mod stream;
+mod switches;
 mod sync;
 mod ticket;
 mod view;

@@ -35,6 +35,7 @@ use crate::raw::{self, Direction};
 use crate::record::Record;
 use crate::slab::Slab;
 use crate::stream::{EnteredStream, Stream};
+use crate::switches;
 
 pub(crate) struct Members {
     layout: GroupLayout,
@@ -119,7 +120,10 @@ impl Members {
         };
         let slab = Slab::new(host, one, context, device, options, false)?;
         let mapped = match context {
-            Some(context) if options.host_flags.contains(HostFlags::MAPPED) => {
+            Some(context)
+                if options.host_flags.contains(HostFlags::MAPPED)
+                    && !switches::are_mapped_kernels_off() =>
+            {
                 let _current = context.enter()?;
                 slab.host().is_mapped(host.size())
             }
