@@ -657,6 +657,22 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.is_pinned()
     }
 
+    /// Why the host side is pageable although [`Pinning::Preferred`] asked for pinned memory. `None` if
+    /// it is pinned, if [`Pinning::Never`] was asked for, if it has no bytes, and on [`Device::Cpu`].
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<u8>::new(1 << 20, Device::auto())?;
+    /// if let Some(reason) = buffer.pinning_error() {
+    ///     eprintln!("copies may make the caller wait: {reason}");
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn pinning_error(&self) -> Option<&Error> {
+        self.storage.pinning_error()
+    }
+
     /// The element type.
     ///
     /// ```

@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 
 use crate::error::{Error, Result};
@@ -162,6 +163,7 @@ fn host_memory() -> Option<MemoryInfo> {
 pub(crate) struct Context {
     handle: sys::CUcontext,
     pub(crate) kernels: Kernels,
+    keeps_memory: AtomicBool,
 }
 
 // SAFETY: a context may be used from any thread, and by several at once ("CUDA Driver API, Context
@@ -197,6 +199,23 @@ impl Context {
         match raw::current_context()? == self.handle {
             true => Ok(None),
             false => self.enter().map(Some),
+        }
+    }
+}
+
+impl Context {
+    /// Keeps the driver's chunk of device memory, from which it cuts small allocations, by one that is
+    /// never freed. Without it, a lone small allocation makes and releases a chunk. The context is
+    /// current.
+    pub(crate) fn keep_memory(&self) {
+        // Most calls find it set, and write nothing.
+        if self.keeps_memory.load(Ordering::Relaxed)
+            || self.keeps_memory.swap(true, Ordering::Relaxed)
+        {
+            return;
+        }
+        if raw::malloc(1).is_err() {
+            self.keeps_memory.store(false, Ordering::Relaxed);
         }
     }
 }
@@ -267,7 +286,7 @@ fn make(ordinal: u32) -> Result<Context> {
     // SAFETY: the line above retained it.
     let kernels = unsafe { raw::enter(handle) }.and_then(|_current| Kernels::load());
     match kernels {
-        Ok(kernels) => Ok(Context { handle, kernels }),
+        Ok(kernels) => Ok(Context { handle, kernels, keeps_memory: AtomicBool::new(false) }),
         Err(error) => {
             // What went wrong first is what the caller should hear.
             let _ = raw::release_primary(ordinal);

@@ -54,6 +54,7 @@ impl DeviceMemory {
             }
             other => other?,
         };
+        context.keep_memory();
         let aligned = base.addr().next_multiple_of(layout.align());
         Ok(DeviceMemory::Cuda { address: base.with_addr(aligned), base, context })
     }

@@ -1,12 +1,9 @@
-//! Host memory, pinned where CUDA is: zeroed, aligned, and given back as it was made.
+//! Host memory, pinned if there is a CUDA device: zeroed, aligned, and given back as it was made.
 //!
-//! There are two ways to pin memory, and where the first fails the second stands in. Large memory is fresh
-//! [pages](crate::pages), which are zero already, [registered](crate::registered) with the runtime: several times
-//! faster than `cudaHostAlloc`, which zeroes what it gives with one thread. Small memory comes from `cudaHostAlloc`,
-//! which cuts it from chunks that it keeps, while a registration is a matter of system calls.
-//!
-//! The pages are not inherited across `fork`. What `cudaHostAlloc` gives is the driver's own shared mapping, which no
-//! child's copy-on-write moves away from under the parent's transfers; a child is refused either way.
+//! Pinned memory is [pages](crate::pages) of this process, [registered](crate::registered) with the
+//! runtime; small memory is cut from [chunks](crate::chunks) of them. If CUDA refuses to register
+//! memory, `cudaHostAlloc` stands in. The runtime shares that memory with forked children, so a child's
+//! store is seen by the parent and by its copies; registered pages read as zeroes in a child.
 
 use std::alloc::{self, Layout};
 use std::iter;
@@ -16,18 +13,18 @@ use std::ptr::{self, NonNull};
 
 use bitflags::bitflags;
 
+#[cfg(unix)]
+use crate::chunks::{self, Piece};
 use crate::device::{Context, Device};
 use crate::error::{Error, Result, Side};
 use crate::fork;
 use crate::raw;
 #[cfg(unix)]
 use crate::registered::Registered;
+use crate::switches;
 use crate::sys;
-
-/// Memory of up to so many bytes comes from `cudaHostAlloc`, where that works. Measured on an H100, in us, zeroed and
-/// then released, against mapped, registered and then released: 4 KB 2.9 + 2.7, 68 + 43; 1 MB 39 + 2.9, 231 + 89; but
-/// 2 MB 555 + 227, 181 + 70. The small ones while one of the chunks is alive that they are cut from; a chunk costs 0.8 ms.
-const SMALL: usize = 1 << 20;
+#[cfg(unix)]
+use crate::sys::cudaError as Status;
 
 bitflags! {
     /// How pinned host memory is made: `cudaHostRegister`, `cudaHostAlloc`. Write-combined memory is not
@@ -85,10 +82,12 @@ pub enum Pinning {
 /// An owned piece of host memory.
 pub(crate) struct HostMemory {
     address: NonNull<u8>,
-    /// The bytes that one registration covers, from the first byte on; `usize::MAX` where one covers all, or none is
-    /// needed.
+    /// The bytes that one registration covers, from the first byte on. `usize::MAX` if one covers all,
+    /// or none is needed.
     piece: usize,
     kind: Kind,
+    /// Why memory is pageable that was to be pinned if that works.
+    pinning_error: Option<Box<Error>>,
 }
 
 enum Kind {
@@ -99,6 +98,9 @@ enum Kind {
     /// Pages that go with it.
     #[cfg(unix)]
     Registered { _pages: Registered },
+    /// A piece of registered pages that outlive it.
+    #[cfg(unix)]
+    Piece { _piece: Piece },
     /// From `cudaHostAlloc`, at an address that may lie before the aligned one.
     Allocated { base: *mut u8, context: &'static Context },
 }
@@ -120,23 +122,27 @@ impl HostMemory {
         if layout.size() == 0 {
             return Ok(HostMemory::empty(layout));
         }
-        let reason = match (pinning, context) {
+        let out_of_memory =
+            || Error::OutOfMemory { side: Side::Host, bytes: layout.size(), device };
+        let refused = match (pinning, context) {
             (Pinning::Never, _) => None,
-            (_, None) => Some("the device is the CPU".to_string()),
+            (Pinning::Preferred, None) => None,
+            (Pinning::Required, None) => Some("the device is the CPU".to_string()),
+            _ if switches::is_pinning_off() => Some("CPU_GPU_BUFFER_PINNING=never".to_string()),
             (_, Some(context)) => match HostMemory::pinned(layout, flags, context) {
                 Ok(memory) => return Ok(memory),
                 Err(error) => Some(error.to_string()),
             },
         };
-        match (pinning, reason) {
-            (Pinning::Required, Some(reason)) => {
-                Err(Error::PinningUnavailable { bytes: layout.size(), reason })
+        let error =
+            refused.map(|reason| Error::PinningUnavailable { bytes: layout.size(), reason });
+        match error {
+            Some(error) if pinning == Pinning::Required => Err(error),
+            error => {
+                let mut memory = HostMemory::pageable(layout).ok_or_else(out_of_memory)?;
+                memory.pinning_error = error.map(Box::new);
+                Ok(memory)
             }
-            _ => HostMemory::pageable(layout).ok_or(Error::OutOfMemory {
-                side: Side::Host,
-                bytes: layout.size(),
-                device,
-            }),
         }
     }
 
@@ -146,7 +152,7 @@ impl HostMemory {
     }
 
     fn whole(address: NonNull<u8>, kind: Kind) -> HostMemory {
-        HostMemory { address, piece: usize::MAX, kind }
+        HostMemory { address, piece: usize::MAX, kind, pinning_error: None }
     }
 
     /// Zeroed pageable memory of a layout that is not empty.
@@ -165,33 +171,46 @@ impl HostMemory {
         Some(HostMemory::whole(NonNull::new(address)?, Kind::Pageable { base, room }))
     }
 
-    /// Zeroed pinned memory of a layout that is not empty. Where neither way works, the error is `cudaHostAlloc`'s.
+    /// Zeroed pinned memory of a layout that is not empty. If neither way works, the error is
+    /// `cudaHostAlloc`'s.
     fn pinned(layout: Layout, flags: HostFlags, context: &'static Context) -> Result<HostMemory> {
         let _current = context.enter()?;
         // No bits but those that have a name: others mean other things to the two functions.
         let flags = flags & HostFlags::all();
-        let registered = || HostMemory::registered(layout, flags, context);
-        let allocated = || HostMemory::allocated(layout, flags, context);
-        match layout.size() {
-            ..=SMALL => allocated().or_else(|error| registered().ok_or(error)),
-            _ => registered().map_or_else(allocated, Ok),
-        }
+        #[cfg(unix)]
+        return HostMemory::registered_or_allocated(layout, flags, context);
+        #[cfg(not(unix))]
+        HostMemory::allocated(layout, flags, context)
     }
 
     #[cfg(unix)]
-    fn registered(
+    fn registered_or_allocated(
         layout: Layout,
         flags: HostFlags,
         context: &'static Context,
-    ) -> Option<HostMemory> {
-        let pages = Registered::new(layout, flags.bits(), context)?;
-        let (address, piece) = (pages.address(), pages.piece());
-        Some(HostMemory { address, piece, kind: Kind::Registered { _pages: pages } })
-    }
-
-    #[cfg(not(unix))]
-    fn registered(_: Layout, _: HostFlags, _: &'static Context) -> Option<HostMemory> {
-        None
+    ) -> Result<HostMemory> {
+        let device = chunks::of_device(context);
+        if device.refuses_registering() {
+            return HostMemory::allocated(layout, flags, context);
+        }
+        let registered = match chunks::fits(layout) {
+            true => device
+                .piece(layout, flags)
+                .map(|piece| HostMemory::whole(piece.address(), Kind::Piece { _piece: piece })),
+            false => Registered::new(layout, flags.bits(), context).map(|pages| {
+                let (address, piece) = (pages.address(), pages.piece());
+                let kind = Kind::Registered { _pages: pages };
+                HostMemory { address, piece, kind, pinning_error: None }
+            }),
+        };
+        registered.or_else(|refusal| {
+            let memory = HostMemory::allocated(layout, flags, context)?;
+            // `cudaHostAlloc` works, so the device is sound and refuses this alone.
+            if is_for_good(&refusal) {
+                device.remember_refusal();
+            }
+            Ok(memory)
+        })
     }
 
     fn allocated(
@@ -219,9 +238,14 @@ impl HostMemory {
         match &self.kind {
             Kind::Empty | Kind::Pageable { .. } => false,
             #[cfg(unix)]
-            Kind::Registered { .. } => true,
+            Kind::Registered { .. } | Kind::Piece { .. } => true,
             Kind::Allocated { .. } => true,
         }
+    }
+
+    /// Why it is pageable, if it was to be pinned and that did not work.
+    pub(crate) fn pinning_error(&self) -> Option<&Error> {
+        self.pinning_error.as_deref()
     }
 
     /// Whether kernels of the current device reach all `bytes` of the memory, under the addresses that it has here.
@@ -267,7 +291,7 @@ impl Drop for HostMemory {
                 unsafe { alloc::dealloc(*base, *room) };
             }
             #[cfg(unix)]
-            Kind::Registered { .. } => {}
+            Kind::Registered { .. } | Kind::Piece { .. } => {}
             Kind::Allocated { base, context } => {
                 if fork::forked() {
                     return;
@@ -292,20 +316,26 @@ pub(crate) fn parts(range: Range<usize>, piece: usize) -> impl Iterator<Item = R
     })
 }
 
-/// Whether host memory can be pinned: there is a CUDA device, and a page was pinned for it.
+/// Whether a failed registration says that this device refuses all of them, as it does under confidential
+/// computing. A shortage passes, and other errors may be those of earlier work.
+#[cfg(unix)]
+fn is_for_good(refusal: &Error) -> bool {
+    let refusals = [
+        Status::cudaErrorNotSupported,
+        Status::cudaErrorNotPermitted,
+        Status::cudaErrorOperatingSystem,
+    ];
+    matches!(refusal, Error::Cuda { code, .. } if refusals.contains(code))
+}
+
+/// Whether buffers of a CUDA device can be pinned: there is a device, and
+/// `CPU_GPU_BUFFER_PINNING=never` is not set. Creates no context and pins nothing.
 ///
 /// ```
 /// println!("pinned memory: {}", cpu_gpu_buffer::is_pinned_memory_available());
 /// ```
 pub fn is_pinned_memory_available() -> bool {
-    let Device::Cuda(ordinal) = Device::auto() else {
-        return false;
-    };
-    let layout = Layout::new::<[u8; 4096]>();
-    let flags = HostFlags::PORTABLE | HostFlags::MAPPED;
-    let pinned = crate::device::context(ordinal)
-        .and_then(|context| HostMemory::pinned(layout, flags, context));
-    pinned.is_ok()
+    Device::cuda_count() > 0 && !switches::is_pinning_off()
 }
 
 #[cfg(test)]

@@ -46,6 +46,8 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod buffer;
+#[cfg(unix)]
+mod chunks;
 mod device;
 mod device_memory;
 #[cfg(feature = "dlpack")]

@@ -1,6 +1,9 @@
-//! Pages of this process's own: fresh, hence zero; on hugepages where they fill some; not inherited across `fork`
-//! (`MADV_DONTFORK`), since a child's copy-on-write could otherwise move a page of the parent's away from under a
-//! transfer.
+//! Pages of this process's own: fresh, hence zero, and on hugepages if they fill some.
+//!
+//! A forked child reads them as zeroes, and writes to pages of its own (`MADV_WIPEONFORK`). Inherited
+//! pages would be copied on write, which can move a page of the parent's away from under a transfer.
+//! Kernels before 4.14 lack that advice. There the child has no pages (`MADV_DONTFORK`), and its next
+//! mapping may lie where a slice from before the fork still points.
 //!
 //! Most of what large pinned memory costs is the kernel's zeroing of it, page by page, when it is first touched. One
 //! thread does that at a fraction of what the memory can take, so several do.
@@ -84,9 +87,11 @@ impl Mapping {
             // SAFETY: advice on pages of this value's own. It may be refused, and small pages serve too.
             unsafe { libc::madvise(address, self.bytes, libc::MADV_HUGEPAGE) };
         }
-        // SAFETY: as above.
-        let advised = unsafe { libc::madvise(address, self.bytes, libc::MADV_DONTFORK) };
-        (advised == 0).then_some(())
+        let advised = [libc::MADV_WIPEONFORK, libc::MADV_DONTFORK].into_iter().any(|advice| {
+            // SAFETY: advice on pages of this value's own, to which nothing refers yet.
+            unsafe { libc::madvise(address, self.bytes, advice) == 0 }
+        });
+        advised.then_some(())
     }
 
     pub(crate) fn address(&self) -> NonNull<u8> {

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 
 use crate::device::Context;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::fork;
 use crate::host::parts;
 use crate::pages::Mapping;
@@ -32,29 +32,32 @@ pub(crate) struct Registered {
     context: &'static Context,
 }
 
-/// What an attempt to register leaves behind that failed.
-enum Left {
-    Nothing,
-    /// Perhaps registered pages.
-    Unknown,
+/// Why an attempt to register failed.
+struct Failed {
+    error: Error,
+    /// Pages may still be registered.
+    leaves_pages: bool,
 }
 
 impl Registered {
-    /// Zeroed memory of a layout, in the current context, which is `context`.
-    pub(crate) fn new(layout: Layout, flags: u32, context: &'static Context) -> Option<Registered> {
-        let mut mapping = Mapping::new(layout)?;
+    /// Zeroed memory of a layout, in the current context, which is `context`. The error is that of the
+    /// last attempt.
+    pub(crate) fn new(layout: Layout, flags: u32, context: &'static Context) -> Result<Registered> {
+        let no_pages = Error::Cuda { code: cudaError::cudaErrorMemoryAllocation, call: "mmap" };
+        let mut mapping = Mapping::new(layout).ok_or(no_pages.clone())?;
         mapping.touch();
+        let mut last = no_pages;
         for piece in sizes(mapping.bytes()) {
             match register(&mapping, piece, flags) {
-                Ok(()) => return Some(Registered { mapping, piece, context }),
-                Err(Left::Nothing) => {}
-                Err(Left::Unknown) => {
+                Ok(()) => return Ok(Registered { mapping, piece, context }),
+                Err(Failed { error, leaves_pages: false }) => last = error,
+                Err(Failed { error, leaves_pages: true }) => {
                     mapping.leak();
-                    return None;
+                    return Err(error);
                 }
             }
         }
-        None
+        Err(last)
     }
 
     pub(crate) fn address(&self) -> NonNull<u8> {
@@ -66,6 +69,11 @@ impl Registered {
         self.piece
     }
 }
+
+// SAFETY: the pages belong to the value alone, and can be unregistered and unmapped on any thread.
+unsafe impl Send for Registered {}
+// SAFETY: through a shared reference only the address can be read.
+unsafe impl Sync for Registered {}
 
 impl Drop for Registered {
     fn drop(&mut self) {
@@ -82,16 +90,15 @@ impl Drop for Registered {
 }
 
 /// Registers a mapping in pieces: all, or, as far as can be known, none.
-fn register(mapping: &Mapping, piece: usize, flags: u32) -> Result<(), Left> {
+fn register(mapping: &Mapping, piece: usize, flags: u32) -> std::result::Result<(), Failed> {
     for (number, range) in parts(0..mapping.bytes(), piece).enumerate() {
         // SAFETY: the piece lies within the mapping.
         let address = unsafe { mapping.address().add(range.start) }.as_ptr();
         // SAFETY: the pages are mapped, and unmapped only when they are known not to be registered.
-        if unsafe { raw::host_register(address, range.len(), flags) }.is_ok() {
+        let Err(error) = (unsafe { raw::host_register(address, range.len(), flags) }) else {
             continue;
-        }
-        // Why it failed matters to nobody, since something else is tried next; but the error may be that of
-        // earlier work, and the pages registered all the same.
+        };
+        // The error may be that of earlier work, and the pages registered all the same.
         // SAFETY: nothing was copied from or to them yet.
         let gone = match unsafe { raw::host_unregister(address) } {
             Ok(())
@@ -105,7 +112,7 @@ fn register(mapping: &Mapping, piece: usize, flags: u32) -> Result<(), Left> {
             Err(_) => false,
         };
         let before = unregister(mapping, parts(0..mapping.bytes(), piece).take(number));
-        return Err(if before && gone { Left::Nothing } else { Left::Unknown });
+        return Err(Failed { error, leaves_pages: !(before && gone) });
     }
     Ok(())
 }

@@ -292,6 +292,10 @@ impl Storage {
         self.slab.host().is_pinned()
     }
 
+    pub(crate) fn pinning_error(&self) -> Option<&Error> {
+        self.slab.host().pinning_error()
+    }
+
     #[inline]
     pub(crate) fn host_ptr(&self) -> *mut u8 {
         self.host

@@ -12,10 +12,13 @@ use cpu_gpu_buffer::{
     GroupRing, Key, Pinning, Result, Side, Stream,
 };
 
-const WORDS: usize = 100_000;
+/// More than the largest piece of a chunk, so that each host side is registered by itself.
+const WORDS: usize = 300_000;
 const BYTES: usize = WORDS * 4;
-/// The other way of pinning comes first for so many.
-const MANY_WORDS: usize = 20 * WORDS;
+/// cudaErrorMemoryAllocation.
+const SHORTAGE: u32 = 2;
+/// cudaErrorNotSupported, which a system returns that cannot register memory.
+const NOT_SUPPORTED: u32 = 801;
 const OLD: u32 = 0x0101_0101;
 const NEW: u32 = 0x1234_5678;
 
@@ -96,18 +99,15 @@ fn where_no_more_can_be_pinned_preferred_is_pageable_and_required_an_error() {
 fn either_way_of_pinning_is_enough() {
     let test = "either_way_of_pinning_is_enough";
     let Some((device, _limits)) = Limits::of(test) else { return };
-    let functions =
-        [(c"cudaHostRegister", c"cudaFreeHost"), (c"cudaHostAlloc", c"cudaHostUnregister")];
-    // cudaErrorMemoryAllocation, cudaErrorNotSupported: what a system answers that cannot register.
-    let kinds = functions.into_iter().flat_map(|pair| {
-        [(pair, 2, WORDS), (pair, 801, WORDS), (pair, 2, MANY_WORDS), (pair, 801, MANY_WORDS)]
-    });
-    for ((fails, releases), code, words) in kinds {
+    for (fails, releases) in
+        [(c"cudaHostRegister", c"cudaFreeHost"), (c"cudaHostAlloc", c"cudaHostUnregister")]
+    {
         let before = sim::live();
         sim::reset();
-        sim::fail_function(fails, code);
-        let mut buffer = of(words, Pinning::Required, device).unwrap();
-        assert!(buffer.is_pinned() && of(words, Pinning::Preferred, device).unwrap().is_pinned());
+        sim::fail_function(fails, SHORTAGE);
+        let mut buffer = with(Pinning::Required, device).unwrap();
+        assert!(buffer.is_pinned() && buffer.pinning_error().is_none());
+        assert!(with(Pinning::Preferred, device).unwrap().is_pinned());
         sim::heal();
         all(buffer.cpu().unwrap(), 0);
         works_and_is_guarded(&mut buffer, device);
@@ -125,16 +125,40 @@ fn either_way_of_pinning_is_enough() {
 }
 
 #[test]
-fn large_memory_is_registered_and_small_memory_is_not() {
-    let test = "large_memory_is_registered_and_small_memory_is_not";
-    let Some((device, _limits)) = Limits::of(test) else { return };
-    for (words, registered) in [(1, 0), (WORDS, 0), (MANY_WORDS, 1)] {
-        sim::reset();
-        drop(of(words, Pinning::Required, device).unwrap());
-        let calls = [c"cudaHostRegister", c"cudaHostUnregister", c"cudaHostAlloc", c"cudaFreeHost"];
-        let expected = [registered, registered, 1 - registered, 1 - registered];
-        assert_eq!(calls.map(sim::calls_of), expected, "{words} words");
+fn a_device_that_refuses_registering_is_not_asked_again() {
+    let test = "a_device_that_refuses_registering_is_not_asked_again";
+    if !common::is_simulated() {
+        return common::left_out(test, "only the simulated runtime refuses when it is told to");
     }
+    // The refusal is remembered for the life of the process.
+    if !common::is_own_process() {
+        let output = common::in_own_process(test, &[]);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        return assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
+    }
+    let Some((device, _limits)) = Limits::of(test) else { return };
+    sim::reset();
+    // A shortage passes, so it is asked again.
+    for number in 1..=2 {
+        sim::fail_function(c"cudaHostRegister", SHORTAGE);
+        assert!(of(100, Pinning::Required, device).unwrap().is_pinned());
+        assert_eq!(sim::calls_of(c"cudaHostRegister"), number);
+    }
+    sim::fail_function(c"cudaHostRegister", NOT_SUPPORTED);
+    for words in [100, WORDS, 10 * WORDS] {
+        assert!(of(words, Pinning::Required, device).unwrap().is_pinned());
+        assert_eq!(sim::calls_of(c"cudaHostRegister"), 3, "{words} words");
+    }
+    // The other device did not refuse.
+    sim::heal();
+    let other = Device::cuda(1).unwrap();
+    assert!(of(100, Pinning::Required, other).unwrap().is_pinned());
+    assert_eq!(sim::calls_of(c"cudaHostRegister"), 4);
+    // `cudaHostAlloc` gives memory that may hold anything.
+    let mut dirty = of(100, Pinning::Required, device).unwrap();
+    dirty.fill_cpu(OLD).unwrap();
+    drop(dirty);
+    all(of(100, Pinning::Required, device).unwrap().cpu().unwrap(), 0);
 }
 
 #[test]
@@ -142,18 +166,19 @@ fn where_neither_way_of_pinning_works_required_is_an_error_and_preferred_pageabl
     let test = "where_neither_way_of_pinning_works_required_is_an_error_and_preferred_pageable";
     let Some((device, limits)) = Limits::of(test) else { return };
     limits.pin(0);
-    for (fails, words) in [
-        (c"cudaHostRegister", WORDS),
-        (c"cudaHostAlloc", WORDS),
-        (c"cudaHostRegister", MANY_WORDS),
-        (c"cudaHostAlloc", MANY_WORDS),
-    ] {
+    for fails in [c"cudaHostRegister", c"cudaHostAlloc"] {
         sim::reset();
-        sim::fail_function(fails, 801);
+        sim::fail_function(fails, NOT_SUPPORTED);
         let before = sim::live();
-        let required = of(words, Pinning::Required, device);
-        assert!(matches!(required, Err(Error::PinningUnavailable { .. })));
-        assert!(!of(words, Pinning::Preferred, device).unwrap().is_pinned());
+        let Err(required) = with(Pinning::Required, device) else {
+            panic!("there was nothing left to pin");
+        };
+        assert!(matches!(required, Error::PinningUnavailable { .. }), "{required}");
+        let preferred = with(Pinning::Preferred, device).unwrap();
+        assert!(!preferred.is_pinned());
+        assert_eq!(preferred.pinning_error(), Some(&required));
+        drop(preferred);
+        assert!(with(Pinning::Never, device).unwrap().pinning_error().is_none());
         assert_eq!(sim::live(), before, "{fails:?}");
         sim::heal();
     }

@@ -6,7 +6,10 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use common::{Gate, in_own_process, is_own_process};
-use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Shape, Stream, sys};
+use cpu_gpu_buffer::{
+    BufferOptions, CpuGpuBuffer, Device, Error, Pinning, Shape, Stream, is_pinned_memory_available,
+    sys,
+};
 
 #[track_caller]
 fn succeeded(output: &Output) {
@@ -637,5 +640,55 @@ fn a_serving_loop_in_python_that_fails_is_an_error() {
         let text = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{text}");
         assert!(text.contains(python), "{text}");
+    }
+}
+
+// ---- pinning ----
+
+#[test]
+fn asking_whether_memory_can_be_pinned_makes_no_context() {
+    let test = "asking_whether_memory_can_be_pinned_makes_no_context";
+    if !is_own_process() {
+        return succeeded(&in_own_process(test, &[]));
+    }
+    let available = is_pinned_memory_available();
+    assert_eq!(available, Device::cuda_count() > 0);
+    if available {
+        assert!(!common::has_context(0));
+        let buffer = CpuGpuBuffer::<u8>::new(1, Device::Cuda(0)).unwrap();
+        assert!(common::has_context(0) && buffer.is_pinned());
+    }
+}
+
+#[test]
+fn a_variable_turns_pinning_off_and_the_buffer_says_so() {
+    let test = "a_variable_turns_pinning_off_and_the_buffer_says_so";
+    let variable = "CPU_GPU_BUFFER_PINNING";
+    if !is_own_process() {
+        for value in ["never", "no", ""] {
+            succeeded(&in_own_process(test, &[(variable, value)]));
+        }
+        return;
+    }
+    let off = std::env::var(variable).as_deref() == Ok("never");
+    let device = Device::auto();
+    assert_eq!(is_pinned_memory_available(), device != Device::Cpu && !off);
+    let with = |pinning| {
+        let options = BufferOptions { pinning, ..Default::default() };
+        CpuGpuBuffer::<u8>::with_options(100, device, options)
+    };
+    let preferred = with(Pinning::Preferred).unwrap();
+    assert_eq!(preferred.is_pinned(), device != Device::Cpu && !off);
+    if device == Device::Cpu {
+        return assert!(preferred.pinning_error().is_none());
+    }
+    match with(Pinning::Required) {
+        Ok(required) => {
+            assert!(!off && required.is_pinned() && preferred.pinning_error().is_none());
+        }
+        Err(error) => {
+            assert!(off && error.to_string().contains("CPU_GPU_BUFFER_PINNING=never"), "{error}");
+            assert_eq!(preferred.pinning_error(), Some(&error));
+        }
     }
 }

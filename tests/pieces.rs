@@ -37,7 +37,8 @@ fn in_pieces(limits: &Limits, device: Device) -> CpuGpuBuffer<u8> {
     buffer
 }
 
-/// The bytes that are mapped and not inherited across `fork`, which is what is mapped in order to be registered.
+/// The bytes that a forked child does not inherit (`MADV_WIPEONFORK`), which are mapped in order to be
+/// registered.
 fn mapped() -> usize {
     let table = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let (mut size, mut sum) = (0, 0);
@@ -45,7 +46,7 @@ fn mapped() -> usize {
         if let Some(rest) = line.strip_prefix("Size:") {
             size = rest.trim().trim_end_matches(" kB").parse::<usize>().unwrap() * 1024;
         } else if let Some(flags) = line.strip_prefix("VmFlags:")
-            && flags.split(' ').any(|flag| flag == "dc")
+            && flags.split(' ').any(|flag| flag == "wf")
         {
             sum += size;
         }
