@@ -46,6 +46,9 @@
 //!   either. Both leave the memory *behind*: [`reclaim`] gives it back, and so does whatever next allocates
 //!   for a CUDA device, and [`acquire`](crate::BufferPool::acquire) where a pool has no other buffer left.
 //!   To give it back at once, call [`synchronize`](CpuGpuBuffer::synchronize) between the tensors' end and the buffer's.
+//! - A forked child must not use a tensor of a CUDA buffer. Pinned host memory reads as zeroes there,
+//!   through a NumPy view, too, and the child's stores reach nobody. `SECURITY.md` has the exceptions.
+//!   Pageable memory is the child's own copy.
 //! - Waiting for a device **ends every capture** of a stream there, whoever's, as CUDA has no way to do the one
 //!   without the other ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"). The operation then answers
 //!   [`Error::StreamCapturing`], or goes on without the memory left behind. While something is being captured, let
