@@ -69,10 +69,11 @@ const _: () = assert!(
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum Pinning {
-    /// Pinned, or an error.
+    /// Pinned, or an error. A buffer without bytes has nothing to pin: it is made, and
+    /// [`is_pinned`](crate::CpuGpuBuffer::is_pinned) is `false`.
     Required,
-    /// Pinned where that works, and pageable where it does not, on the CPU for instance;
-    /// [`is_pinned`](crate::CpuGpuBuffer::is_pinned) says which.
+    /// Pinned if that works, and pageable otherwise, on the CPU for instance.
+    /// [`pinning_error`](crate::CpuGpuBuffer::pinning_error) says why.
     #[default]
     Preferred,
     /// Pageable. Copies of pageable memory are staged by the driver and may make the caller wait.

@@ -79,6 +79,14 @@ fn memory_above_the_largest_piece_is_registered_by_itself() {
 }
 
 #[test]
+fn a_buffer_without_bytes_has_nothing_to_pin_and_is_made_all_the_same() {
+    for device in common::devices() {
+        let empty = buffer(0, device);
+        assert!(!empty.is_pinned() && empty.pinning_error().is_none());
+    }
+}
+
+#[test]
 fn small_host_sides_never_overlap_and_begin_as_zeroes_whatever_the_piece_held() {
     // Other tests count calls.
     let _turn = common::turn();
