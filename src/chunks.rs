@@ -9,6 +9,7 @@
 
 use std::alloc::Layout;
 use std::collections::BTreeMap;
+use std::iter;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -141,11 +142,11 @@ struct Free(Vec<Range<usize>>);
 
 impl Free {
     fn all(bytes: usize) -> Free {
-        Free(vec![0..bytes])
+        Free(iter::once(0..bytes).collect())
     }
 
     fn is_all(&self, bytes: usize) -> bool {
-        self.0 == [0..bytes]
+        matches!(self.0.as_slice(), [range] if *range == (0..bytes))
     }
 
     /// The offset of the first range that the layout fits into.

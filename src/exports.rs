@@ -197,13 +197,18 @@ fn left<R>(change: impl FnOnce(&mut Left) -> R) -> R {
 /// may never come free there.
 fn leave_behind(home: Home) {
     match home.device() {
-        Device::Cuda(_) if !fork::forked() => left(|left| left.homes.push_back(home)),
+        Device::Cuda(_) if !fork::forked() => left(|left| {
+            if let Some(of_pool) = home.left_behind() {
+                of_pool.fetch_add(1, Ordering::Relaxed);
+            }
+            left.homes.push_back(home);
+        }),
         _ => drop(home),
     }
 }
 
 /// Whether anything is left behind.
-pub(crate) fn is_any_left() -> bool {
+fn is_any_left() -> bool {
     ANY.load(Ordering::Acquire)
 }
 
@@ -226,7 +231,16 @@ pub(crate) fn reclaim() -> Result<()> {
         let covered = end.saturating_sub(left.gone);
         left.gone += covered;
         // Under the lock: who finds nothing left behind finds the slots in their pools.
-        left.homes.drain(..covered).map(Home::give_back).collect()
+        let give_back = |home: Home| {
+            let of_pool = home.left_behind().cloned();
+            let rest = home.give_back();
+            // After the slot is free. `Release`: a thread that finds none left behind finds the slot.
+            if let Some(of_pool) = of_pool {
+                of_pool.fetch_sub(1, Ordering::Release);
+            }
+            rest
+        };
+        left.homes.drain(..covered).map(give_back).collect()
     });
     drop(rest);
     Ok(())

@@ -101,7 +101,7 @@ pub use event::Event;
 pub use group::{BufferGroup, GroupView, MembersMut};
 pub use host::{HostFlags, Pinning, is_pinned_memory_available};
 pub use layout::{GroupLayout, GroupLayoutBuilder, Key, MemberRows};
-pub use pool::{BufferPool, PoolOptions, PoolStats};
+pub use pool::{BufferPool, PoolGrowth, PoolOptions, PoolStats};
 pub use ring::{GroupRing, UploadRing};
 pub use shape::Shape;
 pub use stream::{Stream, StreamFlags, StreamOptions, WaitPolicy};

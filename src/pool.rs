@@ -11,6 +11,8 @@
 use std::any::type_name;
 use std::fmt;
 use std::marker::PhantomData;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
@@ -24,7 +26,7 @@ use crate::fork;
 use crate::host::{HostFlags, Pinning};
 use crate::shape::Shape;
 use crate::slots::{Lease, Segment, Slots};
-use crate::storage::{Form, Home, Storage};
+use crate::storage::{Form, Home, LeftBehind, Storage};
 
 /// How a pool is made.
 ///
@@ -42,6 +44,8 @@ use crate::storage::{Form, Home, Storage};
 pub struct PoolOptions {
     /// The most buffers that there will ever be; without a limit unless given.
     pub max_buffers: Option<usize>,
+    /// How many buffers the pool adds when all are out: [`PoolGrowth::Double`] unless given.
+    pub growth: PoolGrowth,
     /// Whether the host halves are pinned: [`Pinning::Preferred`] unless given.
     pub pinning: Pinning,
     /// How they are pinned: all flags unless given.
@@ -55,7 +59,55 @@ pub struct PoolOptions {
 impl Default for PoolOptions {
     fn default() -> PoolOptions {
         let BufferOptions { pinning, host_flags } = BufferOptions::default();
-        PoolOptions { max_buffers: None, pinning, host_flags, zeroed: false }
+        PoolOptions {
+            max_buffers: None,
+            growth: PoolGrowth::Double,
+            pinning,
+            host_flags,
+            zeroed: false,
+        }
+    }
+}
+
+/// How many buffers a pool adds when all are out. It adds fewer if there is no memory for them, and never
+/// more than [`max_buffers`](PoolOptions::max_buffers) allows. A pool grows at most 255 times.
+///
+/// ```
+/// use std::num::NonZeroUsize;
+///
+/// use cpu_gpu_buffer::{BufferPool, Device, PoolGrowth, PoolOptions};
+///
+/// let growth = PoolGrowth::By(NonZeroUsize::MIN);
+/// let options = PoolOptions { growth, ..Default::default() };
+/// let pool = BufferPool::<u8>::with_options(100, Device::auto(), 4, options)?;
+/// let held = (0..5).map(|_| pool.acquire()).collect::<Vec<_>>();
+/// assert_eq!(pool.total(), 5);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum PoolGrowth {
+    /// As many as there are. If these were more than 16 MB of either side, then 16 MB or an eighth of the
+    /// pool, whichever is more, and at least one buffer.
+    #[default]
+    Double,
+    /// This many.
+    By(NonZeroUsize),
+}
+
+impl PoolGrowth {
+    /// The most bytes that doubling adds to a side, unless an eighth of the pool is more.
+    const BOUND: usize = 16 << 20;
+
+    /// The buffers to be added to `total` buffers of `bytes` bytes each.
+    fn step(self, total: usize, bytes: usize) -> usize {
+        match self {
+            // An eighth, so that no pool ever needs more than 255 steps.
+            PoolGrowth::Double => {
+                let bound = Self::BOUND.checked_div(bytes).unwrap_or(usize::MAX);
+                total.min(bound.max(total / 8)).max(1)
+            }
+            PoolGrowth::By(count) => count.get(),
+        }
     }
 }
 
@@ -82,6 +134,11 @@ pub struct PoolStats {
     pub available: usize,
     /// The buffers that there are.
     pub total: usize,
+    /// Those whose host sides are pinned.
+    pub pinned: usize,
+    /// Those whose host sides are pageable. A pool of [`Pinning::Preferred`] has both if it grew when no
+    /// more could be pinned; [`pinning_error`](CpuGpuBuffer::pinning_error) of a buffer says why.
+    pub pageable: usize,
     /// The most buffers that were seen to be out at once. Exact where one thread acquires, from up to 4,096 buffers.
     /// Where several do, a peak that is over within some thousand acquisitions may be missed, and a buffer that
     /// changes hands while they are counted may count twice.
@@ -128,7 +185,11 @@ pub struct PoolStats {
 ///
 /// A buffer remembers the streams of its last transfers, also while nobody holds it: a stream that was dropped,
 /// or the owner of a foreign one, is let go when the buffer has been used elsewhere, or with the memory. An owner
-/// that keeps the pool is therefore kept by it.
+/// that keeps the pool is therefore kept by it. If two owners panic while a pool is dropped, the process aborts,
+/// as it does for the elements of a `Vec`.
+///
+/// If a buffer was given back while a stream of its [`gpu_on`](CpuGpuBuffer::gpu_on) was being captured, and was
+/// not handed out since, dropping the pool leaks the allocation that this buffer shares with others.
 pub struct BufferPool<T: Pod> {
     inner: Arc<Inner>,
     // What one thread leaves in a buffer another finds: the pool sends elements between threads.
@@ -140,6 +201,9 @@ struct Inner {
     form: Form,
     device: Device,
     options: PoolOptions,
+    /// Buffers whose host sides are pinned.
+    pinned: AtomicUsize,
+    left_behind: LeftBehind,
 }
 
 impl<T: Pod> Clone for BufferPool<T> {
@@ -201,21 +265,27 @@ impl<T: Pod> BufferPool<T> {
             // Also where nothing is allocated yet.
             Device::cuda(ordinal)?;
         }
-        let inner = Inner { slots: Slots::new(threads()), form, device, options };
+        let inner = Inner {
+            slots: Slots::new(threads()),
+            form,
+            device,
+            options,
+            pinned: AtomicUsize::new(0),
+            left_behind: LeftBehind::default(),
+        };
         if buffers > 0 {
             inner.slots.append(inner.segment(buffers, false)?);
         }
         Ok(BufferPool { inner: Arc::new(inner), elements: PhantomData })
     }
 
-    /// A buffer of the pool's shape. Where none is left the pool grows: it doubles, or grows by less where
-    /// there is no memory for that, but never beyond [`max_buffers`](PoolOptions::max_buffers), nor more than 255
-    /// times. ([`Pinning::Preferred`] doubles with pageable memory where no more can be pinned.)
+    /// A buffer of the pool's shape. If none is left, the pool grows as [`PoolGrowth`] says.
+    /// ([`Pinning::Preferred`] grows by pageable memory if no more can be pinned.)
     ///
     /// Prefers a buffer whose host half is not in flight. Where all of the few that it looks at may be, it asks
-    /// the driver about one (`cudaEventQuery`), and hands that out, in flight or not. It waits for no transfer. (Where
-    /// tensors of the feature `dlpack` left buffers behind and no other is left, it waits for the devices to have them
-    /// back.)
+    /// the driver about one (`cudaEventQuery`), and hands that out, in flight or not. It waits for no transfer. (If
+    /// tensors of the feature `dlpack` left buffers of this pool behind and no other is left, it waits for the
+    /// devices to have them back.)
     /// Growing takes what allocating takes; where it fails, giving the other half back waits for the device.
     ///
     /// # Errors
@@ -341,10 +411,15 @@ impl<T: Pod> BufferPool<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn stats(&self) -> PoolStats {
-        let slots = &self.inner.slots;
+        let Inner { slots, pinned, .. } = &*self.inner;
+        // Before the buffers are counted, which are then at least as many.
+        let pinned = pinned.load(Ordering::Relaxed);
+        let total = slots.total();
         PoolStats {
             available: slots.available(),
-            total: slots.total(),
+            total,
+            pinned: pinned.min(total),
+            pageable: total.saturating_sub(pinned),
             high_water: slots.high_water(),
             growths: slots.growths(),
             in_flight: slots.settled(),
@@ -384,38 +459,48 @@ impl Inner {
     fn segment(&self, count: usize, locked: bool) -> Result<Segment<Storage>> {
         let PoolOptions { pinning, host_flags, .. } = self.options;
         let options = BufferOptions { pinning, host_flags };
-        let storages = Storage::slots(self.form, count, self.device, options, locked)?;
-        self.slots.prepare(storages).ok_or(Error::OutOfMemory {
+        let left_behind = Some(&self.left_behind);
+        let storages = Storage::slots(self.form, count, self.device, options, locked, left_behind)?;
+        // One slab: all of them are, or none.
+        let are_pinned = storages.first().is_some_and(Storage::is_pinned);
+        let segment = self.slots.prepare(storages).ok_or(Error::OutOfMemory {
             side: Side::Host,
             bytes: count * size_of::<Storage>(),
             device: self.device,
-        })
+        })?;
+        if are_pinned {
+            self.pinned.fetch_add(count, Ordering::Relaxed);
+        }
+        Ok(segment)
     }
 
-    /// A slot where none was free. Those that tensors left behind come before new ones, and are looked for again where
-    /// there can be no new ones: others may have taken what came back, and left theirs behind.
+    /// A slot, although none was free. Those that tensors left behind come before new ones. The search goes
+    /// on while the pool itself has some left behind: other threads may have taken the ones that came back,
+    /// and left theirs behind.
     fn claim_or_grow(&self) -> Result<(Lease<Storage>, bool)> {
-        let claim_or_grow =
-            || self.slots.claim_or_grow(Storage::is_known_ready, |total| self.grow(total));
-        #[cfg(feature = "dlpack")]
-        if self.device != Device::Cpu && self.form.layout.size() > 0 {
-            while crate::exports::reclaim().is_ok() {
-                let slot = claim_or_grow();
-                if slot.is_ok() || !crate::exports::is_any_left() {
-                    return slot;
-                }
+        loop {
+            // Before the look. `Acquire`: if none is left behind, all that were are seen to be free.
+            let left_behind = self.left_behind.load(Ordering::Acquire);
+            #[cfg(feature = "dlpack")]
+            let left_behind = match left_behind {
+                0 => 0,
+                some => crate::exports::reclaim().map_or(0, |()| some),
+            };
+            let slot = self.slots.claim_or_grow(Storage::is_known_ready, |total| self.grow(total));
+            if slot.is_ok() || left_behind == 0 {
+                return slot;
             }
         }
-        claim_or_grow()
     }
 
-    /// Slots for a pool that has `total`: as many again, or as many as there is memory for. Under the lock of growing.
+    /// Slots for a pool that has `total`: as many as its options say, or as many as there is memory for. Under
+    /// the lock of growing.
     fn grow(&self, total: usize) -> Result<Segment<Storage>> {
         let room = self.options.max_buffers.map_or(usize::MAX, |most| most.saturating_sub(total));
         if room == 0 || self.slots.is_full() {
             return Err(Error::PoolExhausted { max_buffers: total });
         }
-        let mut count = total.clamp(1, room);
+        let mut count = self.options.growth.step(total, self.form.layout.size()).min(room);
         loop {
             match self.segment(count, true) {
                 Err(
@@ -457,5 +542,39 @@ impl<T: Pod> fmt::Debug for BufferPool<T> {
             self.available(),
             self.total()
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn doubling_is_bounded_by_16_mb_or_an_eighth_of_the_pool() {
+        const MB: usize = 1 << 20;
+        for (total, bytes, expected) in [
+            (0, 100, 1),
+            (1, 100, 1),
+            (64, 100, 64),
+            (1 << 20, 0, 1 << 20),
+            (4, 4 * MB, 4),
+            (33, 11 * MB / 10, 14),
+            (8, 4 * MB, 4),
+            (3, 100 * MB, 1),
+            (80, 100 * MB, 10),
+        ] {
+            assert_eq!(PoolGrowth::Double.step(total, bytes), expected, "{total} of {bytes}");
+        }
+        let by = PoolGrowth::By(NonZeroUsize::new(3).unwrap());
+        assert_eq!([by.step(0, 1), by.step(100, 100 * MB)], [3, 3]);
+    }
+
+    #[test]
+    fn buffers_of_any_size_double_to_any_number_within_255_steps() {
+        let mut total = 1;
+        for _ in 0..255 {
+            total += PoolGrowth::Double.step(total, 1 << 30);
+        }
+        assert!(total > 1 << 30, "{total}");
     }
 }

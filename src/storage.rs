@@ -22,7 +22,7 @@ use std::alloc::Layout;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::buffer::BufferOptions;
@@ -44,6 +44,9 @@ use crate::stream::{EnteredStream, Stream};
 /// What most operations touch.
 pub(crate) const BOTH: [Side; 2] = [Side::Host, Side::Device];
 
+/// How many buffers of a pool tensors left behind, to be had back by a wait for the devices.
+pub(crate) type LeftBehind = Arc<AtomicUsize>;
+
 /// A buffer's storage, which goes where it came from.
 pub(crate) struct Home(ManuallyDrop<Place>);
 
@@ -57,7 +60,7 @@ enum Place {
 impl Home {
     /// Two zeroed halves of a form, in a slab of their own.
     pub(crate) fn own(form: Form, device: Device, options: BufferOptions) -> Result<Home> {
-        let mut one = Storage::slots(form, 1, device, options, false)?;
+        let mut one = Storage::slots(form, 1, device, options, false, None)?;
         Ok(Home::at(Place::Own(Box::new(one.pop().expect("one was asked for")))))
     }
 
@@ -182,6 +185,9 @@ pub(crate) struct Storage {
     /// Where halves were lent to tensors.
     #[cfg(feature = "dlpack")]
     exports: Option<Arc<Exports>>,
+    /// How many buffers of its pool tensors left behind, if it is in one.
+    #[cfg(feature = "dlpack")]
+    left_behind: Option<LeftBehind>,
     /// Last: the events go before the memory, as they were made after it.
     slab: Arc<Slab>,
 }
@@ -200,14 +206,17 @@ const _: () = {
 };
 
 impl Storage {
-    /// Storages of one form in one slab, both halves of each zeroed. `locked`: as for [`Slab::new`].
+    /// Storages of one form in one slab, both sides of each zeroed. `locked`: as for [`Slab::new`]. A pool
+    /// gives its count of buffers that were left behind.
     pub(crate) fn slots(
         form: Form,
         count: usize,
         device: Device,
         options: BufferOptions,
         locked: bool,
+        left_behind: Option<&LeftBehind>,
     ) -> Result<Vec<Storage>> {
+        let _ = left_behind;
         let Form { shape, numel, layout } = form;
         u32::try_from(count).map_err(|_| Error::InvalidShape {
             reason: format!("{count} buffers are more than can be told apart"),
@@ -254,6 +263,8 @@ impl Storage {
             device_use: Record::idle(),
             #[cfg(feature = "dlpack")]
             exports: None,
+            #[cfg(feature = "dlpack")]
+            left_behind: left_behind.cloned(),
             slab: Arc::clone(&slab),
         };
         storages.extend((0..count).map(storage));
@@ -262,6 +273,11 @@ impl Storage {
 
     pub(crate) fn device(&self) -> Device {
         self.device
+    }
+
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn left_behind(&self) -> Option<&LeftBehind> {
+        self.left_behind.as_ref()
     }
 
     #[inline]
@@ -599,17 +615,18 @@ impl Storage {
         if !self.exports().is_lent(Side::Device) {
             self.settle(&[Side::Device])?;
         }
-        let loan = self.exports().lend(Side::Device);
         if let Some(entered) = &entered {
-            let ordered = self.order(entered).and_then(|()| self.define(entered));
+            self.order(entered)?;
+            self.define(entered)?;
             // The stream may be gone when somebody asks. Who does will wait for the devices, for the consumer's sake: what
             // could not be closed is over then, too.
             self.device_use.close();
             if self.device_use.is_lazy() {
                 self.device_use.cover();
             }
-            ordered?;
         }
+        // Last, so that an export that is refused changes nothing.
+        let loan = self.exports().lend(Side::Device);
         Ok((self.gpu, Some(loan)))
     }
 
@@ -772,10 +789,10 @@ impl Storage {
 }
 
 impl Drop for Storage {
-    /// Waits for what is in flight. Where that cannot be known, since the driver does not answer, the
-    /// memory is leaked: something may still be using it.
+    /// Waits for what is in flight. If the driver cannot say that it is over, the memory is leaked:
+    /// something may still be using it. Memory that is leaked already need not be waited for.
     fn drop(&mut self) {
-        if self.wait_for_all().is_err() {
+        if !self.slab.is_abandoned() && self.wait_for_all().is_err() {
             self.slab.abandon();
         }
     }

@@ -21,7 +21,8 @@ use cpu_gpu_buffer::{
 
 const OLD: u32 = 0x0101_0101;
 const NEW: u32 = 0x1234_5678;
-const WORDS: usize = 3000;
+/// More than the largest piece of a chunk, so that each host side is pinned memory that is counted.
+const WORDS: usize = 300_000;
 
 /// A library that took a tensor over.
 struct Consumer(*mut DLManagedTensorVersioned);
@@ -1007,6 +1008,126 @@ fn a_pool_is_not_exhausted_while_a_buffer_of_it_is_left_behind() {
         drop(pool.acquire().unwrap().export_cpu().unwrap());
         assert_eq!(pool.available(), 0);
         drop(pool.acquire().unwrap());
+    });
+}
+
+/// A pool of one buffer, which is out, and a buffer that has nothing to do with it and was left behind.
+fn exhausted_beside_one_left_behind(device: Device) -> (BufferPool<u32>, CpuGpuBuffer<u32>) {
+    let options = PoolOptions { max_buffers: Some(1), ..Default::default() };
+    let pool = BufferPool::<u32>::with_options(WORDS, device, 1, options).unwrap();
+    let held = pool.acquire().unwrap();
+    drop(buffer(device).0.export_cpu().unwrap());
+    (pool, held)
+}
+
+#[test]
+fn an_exhausted_pool_waits_for_no_device_while_others_left_buffers_behind() {
+    cuda("an_exhausted_pool_waits_for_no_device_while_others_left_buffers_behind", |device| {
+        let (pool, held) = exhausted_beside_one_left_behind(device);
+        let stream = Stream::new(device).unwrap();
+        reset();
+        let gate = Gate::close(&stream);
+        gate.passes(|| {
+            assert_eq!(pool.acquire().err(), Some(Error::PoolExhausted { max_buffers: 1 }));
+        });
+        assert_eq!(waits().unwrap_or(0), 0);
+        gate.open();
+        // Nor does it end a capture.
+        common::begin_capture(&stream);
+        assert_eq!(pool.acquire().err(), Some(Error::PoolExhausted { max_buffers: 1 }));
+        common::end_capture(&stream);
+        // Its own it has back, by one wait.
+        drop(CpuGpuBuffer::export_cpu(&mut { held }).unwrap());
+        reset();
+        drop(pool.acquire().unwrap());
+        assert!(waits().is_none_or(|waits| waits == 1));
+    });
+}
+
+#[test]
+fn an_owner_that_leaves_one_behind_each_time_makes_a_pool_wait_once() {
+    cuda("an_owner_that_leaves_one_behind_each_time_makes_a_pool_wait_once", |device| {
+        let options = PoolOptions { max_buffers: Some(1), ..Default::default() };
+        let pool = BufferPool::<u32>::with_options(WORDS, device, 1, options).unwrap();
+        let stream = Stream::new(device).unwrap();
+        // Each that is given back leaves the next one behind, and the first takes the pool's buffer, too.
+        type Kept = Arc<Mutex<Option<CpuGpuBuffer<u32>>>>;
+        let kept: Kept = Arc::default();
+        fn leaves_another(stream: Stream, left: usize) {
+            if left > 0 {
+                let next = stream.clone();
+                drop(lent_with_owner(&stream, move || leaves_another(next.clone(), left - 1)));
+            }
+        }
+        let (takes, keeps, again) = (pool.clone(), Arc::clone(&kept), stream.clone());
+        drop(lent_with_owner(&stream, move || {
+            *keeps.lock().unwrap() = takes.try_acquire();
+            leaves_another(again.clone(), 100);
+        }));
+        drop(pool.acquire().unwrap().export_cpu().unwrap());
+        reset();
+        assert_eq!(pool.acquire().err(), Some(Error::PoolExhausted { max_buffers: 1 }));
+        assert!(waits().is_none_or(|waits| waits <= 2), "{:?} waits", waits());
+        drop(kept.lock().unwrap().take());
+        drop(pool.acquire().unwrap());
+        // Otherwise the rest would be there for the next test.
+        while waits().is_some() {
+            reset();
+            dlpack::reclaim().unwrap();
+            if waits() == Some(0) {
+                break;
+            }
+        }
+    });
+}
+
+#[test]
+fn an_export_that_is_refused_changes_nothing() {
+    cuda("an_export_that_is_refused_changes_nothing", |device| {
+        let (mut buffer, stream) = buffer(device);
+        let other = Stream::new(device).unwrap();
+        let before = live();
+        buffer.gpu_on(&other).unwrap();
+        // What the other stream was sent cannot be waited for.
+        common::begin_capture(&other);
+        assert_eq!(buffer.export_gpu(&stream).err(), Some(Error::StreamCapturing));
+        common::end_capture(&other);
+        reset();
+        let gate = Gate::close(&stream);
+        gate.passes(|| buffer.copy_to_gpu(.., &other).unwrap());
+        buffer.synchronize().unwrap();
+        assert!(buffer.is_idle().unwrap());
+        assert_eq!(waits().unwrap_or(0), 0);
+        gate.open();
+        drop(buffer);
+        if let Some(more) = more(before) {
+            // The gate's page came, and the buffer went, with nothing left behind.
+            assert_eq!(more, [-1, 0]);
+        }
+    });
+}
+
+#[test]
+fn dropping_a_lent_buffer_never_waits_also_where_its_memory_is_given_up() {
+    cuda("dropping_a_lent_buffer_never_waits_also_where_its_memory_is_given_up", |device| {
+        let (mut buffer, stream) = buffer(device);
+        let captured = Stream::new(device).unwrap();
+        // SAFETY: nothing uses the tensor.
+        let tensor = unsafe { buffer.export_gpu_unguarded() }.unwrap();
+        buffer.gpu_on(&captured).unwrap();
+        let gate = Gate::close(&stream);
+        // SAFETY: the words are the test's own, and live until the stream was waited for.
+        let foreign = Foreign::new(WORDS, 0);
+        // SAFETY: as above.
+        unsafe { buffer.copy_to_device_ptr(.., foreign.as_ptr(), &stream) }.unwrap();
+        buffer.gpu_on(&captured).unwrap();
+        common::begin_capture(&captured);
+        gate.passes(|| drop(buffer));
+        common::end_capture(&captured);
+        gate.open();
+        stream.synchronize().unwrap();
+        all(&foreign.words(), OLD);
+        drop(tensor);
     });
 }
 

@@ -4,6 +4,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::mem;
+use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
@@ -11,7 +12,7 @@ use std::thread;
 
 use common::{Gate, all, device_words};
 use cpu_gpu_buffer::{
-    BufferPool, CpuGpuBuffer, Device, Error, Pinning, PoolOptions, Shape, Stream, sys,
+    BufferPool, CpuGpuBuffer, Device, Error, Pinning, PoolGrowth, PoolOptions, Shape, Stream, sys,
 };
 
 const OLD: u32 = 0x0101_0101;
@@ -687,6 +688,47 @@ fn a_pool_that_grows_by_one_again_and_again_goes_on_growing() {
         held.push(pool.acquire().unwrap());
         assert_eq!(pool.total(), 200);
     });
+}
+
+#[test]
+fn a_pool_of_large_buffers_grows_by_16_mb_or_by_the_number_that_its_options_say() {
+    each(|device, _stream| {
+        // 33 buffers of 1.1 MB, and one more.
+        let pool = BufferPool::<u8>::new(1_100_000, device, 33).unwrap();
+        let _held: Vec<_> = (0..34).map(|_| pool.acquire().unwrap()).collect();
+        assert_eq!(pool.total(), 33 + 15);
+
+        for by in [1, 3] {
+            let growth = PoolGrowth::By(NonZeroUsize::new(by).unwrap());
+            let options = PoolOptions { growth, max_buffers: Some(7), ..Default::default() };
+            let pool = BufferPool::<u8>::with_options(100, device, 2, options).unwrap();
+            let _held: Vec<_> = (0..3).map(|_| pool.acquire().unwrap()).collect();
+            assert_eq!(pool.total(), 2 + by);
+            let _others: Vec<_> = (0..4).map(|_| pool.acquire().unwrap()).collect();
+            assert_eq!(pool.total(), 7);
+            assert_eq!(pool.acquire().err(), Some(Error::PoolExhausted { max_buffers: 7 }));
+        }
+    });
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_pool_that_falls_back_counts_its_pinned_and_its_pageable_buffers() {
+    let test = "a_pool_that_falls_back_counts_its_pinned_and_its_pageable_buffers";
+    let Some((device, limits)) = common::sim::Limits::of(test) else { return };
+    const BYTES: usize = 2 << 20;
+    let pool = BufferPool::<u8>::new(BYTES, device, 2).unwrap();
+    let counts = || (pool.stats().pinned, pool.stats().pageable);
+    assert_eq!(counts(), (2, 0));
+    limits.pin(0);
+    let held: Vec<_> = (0..3).map(|_| pool.acquire().unwrap()).collect();
+    assert_eq!(counts(), (2, 2));
+    let pageable: Vec<_> = held.iter().filter(|buffer| !buffer.is_pinned()).collect();
+    assert_eq!(pageable.len(), 1);
+    let reason = pageable[0].pinning_error().unwrap().to_string();
+    assert!(reason.contains("cudaHostAlloc"), "{reason}");
+    let cpu = BufferPool::<u8>::new(BYTES, Device::Cpu, 2).unwrap();
+    assert_eq!((cpu.stats().pinned, cpu.stats().pageable), (0, 2));
 }
 
 #[test]
