@@ -1115,10 +1115,9 @@ fn dropping_a_lent_buffer_never_waits_also_where_its_memory_is_given_up() {
         // SAFETY: nothing uses the tensor.
         let tensor = unsafe { buffer.export_gpu_unguarded() }.unwrap();
         buffer.gpu_on(&captured).unwrap();
+        let foreign = Foreign::new(WORDS, 0);
         let gate = Gate::close(&stream);
         // SAFETY: the words are the test's own, and live until the stream was waited for.
-        let foreign = Foreign::new(WORDS, 0);
-        // SAFETY: as above.
         unsafe { buffer.copy_to_device_ptr(.., foreign.as_ptr(), &stream) }.unwrap();
         buffer.gpu_on(&captured).unwrap();
         common::begin_capture(&captured);
@@ -1140,9 +1139,7 @@ fn the_owner_of_a_stream_may_use_the_pool_that_has_it_let_go() {
             let pool = pool.clone();
             move || drop(pool.acquire().unwrap())
         };
-        let last = Mutex::new(Some(lent_with_owner(&stream, acquires)));
-        // It leaves the other one behind, when somebody has looked already.
-        drop(lent_with_owner(&stream, move || drop(last.lock().unwrap().take())));
+        drop(lent_with_owner(&stream, acquires));
         drop(pool.acquire().unwrap());
         dlpack::reclaim().unwrap();
         assert_eq!((pool.available(), pool.total()), (1, 1));
