@@ -181,17 +181,6 @@ impl Context {
         unsafe { raw::enter(self.handle) }
     }
 
-    /// Makes the context current where the thread has none: enough for calls whose arguments say which
-    /// device they are of.
-    #[inline]
-    pub(crate) fn enter_if_none(&self) -> Result<Option<raw::Entered>> {
-        fork::refuse_child()?;
-        match raw::current_context()?.is_null() {
-            false => Ok(None),
-            true => self.enter().map(Some),
-        }
-    }
-
     /// Makes the context current where it is not: enough where nothing makes another one current meanwhile.
     #[inline]
     pub(crate) fn enter_unless_current(&self) -> Result<Option<raw::Entered>> {

@@ -29,7 +29,6 @@ bitflags! {
 /// An event of the runtime's, destroyed with the value.
 pub(crate) struct EventHandle {
     raw: sys::cudaEvent_t,
-    flags: EventFlags,
     context: &'static Context,
 }
 
@@ -43,15 +42,11 @@ impl EventHandle {
     pub(crate) fn new(entered: &EnteredStream<'_>, flags: EventFlags) -> Result<EventHandle> {
         // The entry has the stream's context current.
         let raw = raw::event_create(flags.bits())?;
-        Ok(EventHandle { raw, flags, context: entered.context() })
+        Ok(EventHandle { raw, context: entered.context() })
     }
 
     pub(crate) fn raw(&self) -> sys::cudaEvent_t {
         self.raw
-    }
-
-    pub(crate) fn flags(&self) -> EventFlags {
-        self.flags
     }
 
     pub(crate) fn is_complete(&self) -> Result<bool> {
@@ -69,7 +64,7 @@ impl EventHandle {
 
     /// Milliseconds since `earlier`, an event of the same device.
     fn since(&self, earlier: &EventHandle) -> Result<f32> {
-        let _current = self.context.enter_if_none()?;
+        let _current = self.context.enter_unless_current()?;
         // SAFETY: both are live, and of one device.
         unsafe { raw::event_elapsed(earlier.raw, self.raw) }
     }
@@ -80,8 +75,9 @@ impl Drop for EventHandle {
         if fork::forked() {
             return;
         }
-        // The handle says enough, should the context not be had.
-        let _current = self.context.enter_if_none();
+        // Its own context: a broken one would refuse to destroy the event. The handle says enough, should the
+        // context not be had.
+        let _current = self.context.enter_unless_current();
         // SAFETY: the value owns the event, and this is its end. An event may be destroyed before it
         // has finished (CUDA Runtime API, `cudaEventDestroy`).
         let destroyed = unsafe { raw::event_destroy(self.raw) };
@@ -233,8 +229,10 @@ impl Event {
             (Kind::Cuda { handle: from, .. }, Kind::Cuda { handle: to, .. })
                 if earlier.device() == self.device() =>
             {
-                earlier.synchronize()?;
-                self.synchronize()?;
+                // Not by the watermark: an event is recorded after its ticket is taken, and so may still be to come
+                // when a later ticket's event is seen finished.
+                from.synchronize()?;
+                to.synchronize()?;
                 Duration::try_from_secs_f64(f64::from(to.since(from)?) / 1e3)
                     .map_err(|_| Error::EventOrder)
             }

@@ -110,6 +110,7 @@ struct Driver {
     exchange_capture_mode: unsafe extern "C" fn(*mut sys::CUstreamCaptureMode) -> sys::CUresult,
     is_capturing:
         unsafe extern "C" fn(sys::CUstream, *mut sys::CUstreamCaptureStatus) -> sys::CUresult,
+    stream_query: unsafe extern "C" fn(sys::CUstream) -> sys::CUresult,
     event_record: unsafe extern "C" fn(sys::CUevent, sys::CUstream) -> sys::CUresult,
     event_query: unsafe extern "C" fn(sys::CUevent) -> sys::CUresult,
     event_synchronize: unsafe extern "C" fn(sys::CUevent) -> sys::CUresult,
@@ -194,6 +195,7 @@ fn load_driver() -> Result<&'static Driver> {
     let exchange_capture_mode: sys::PFN_cuThreadExchangeStreamCaptureMode_v10010 =
         entry(c"cuThreadExchangeStreamCaptureMode", 10010)?;
     let is_capturing: sys::PFN_cuStreamIsCapturing_v10000 = entry(c"cuStreamIsCapturing", 10000)?;
+    let stream_query: sys::PFN_cuStreamQuery_v2000 = entry(c"cuStreamQuery", 2000)?;
     let event_record: sys::PFN_cuEventRecord_v2000 = entry(c"cuEventRecord", 2000)?;
     let event_query: sys::PFN_cuEventQuery_v2000 = entry(c"cuEventQuery", 2000)?;
     let event_synchronize: sys::PFN_cuEventSynchronize_v2000 = entry(c"cuEventSynchronize", 2000)?;
@@ -226,6 +228,7 @@ fn load_driver() -> Result<&'static Driver> {
             memcpy_d2h: memcpy_d2h?,
             exchange_capture_mode: exchange_capture_mode?,
             is_capturing: is_capturing?,
+            stream_query: stream_query?,
             event_record: event_record?,
             event_query: event_query?,
             event_synchronize: event_synchronize?,
@@ -536,8 +539,9 @@ pub(crate) unsafe fn stream_synchronize(stream: sys::cudaStream_t) -> Result<()>
 /// As for [`refuse_capture`].
 pub(crate) unsafe fn stream_query(stream: sys::cudaStream_t) -> Result<bool> {
     let _relaxed = RelaxedCapture::begin();
+    let query = driver()?.stream_query;
     // SAFETY: the caller vouches for the stream.
-    ready(check(unsafe { sys::cudaStreamQuery(stream) }, "cudaStreamQuery"))
+    ready(check_driver(unsafe { query(stream) }, "cuStreamQuery"))
 }
 
 /// # Safety

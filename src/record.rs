@@ -7,21 +7,52 @@
 
 use crate::error::Result;
 use crate::event::EventHandle;
-use crate::stream::{EnteredStream, Stream};
+use crate::stream::{EnteredStream, Stream, WaitPolicy};
 use crate::ticket::Stamp;
 
 pub(crate) struct Record {
     stands: bool,
-    // The stream of the last use and the event that answers for it, kept for the next one. Both are there
-    // where the record stands.
+    // The stream of the last use, kept for the next one. It is there where the record stands, and so is the event of
+    // its wait policy, which answers for it.
     stream: Option<Stream>,
-    event: Option<EventHandle>,
+    events: Events,
     stamp: Stamp,
+}
+
+/// An event for each wait policy, made when a stream of that policy is first used: a record whose streams alternate
+/// makes no event for each use.
+#[derive(Default)]
+struct Events {
+    spinning: Option<EventHandle>,
+    blocking: Option<EventHandle>,
+}
+
+impl Events {
+    #[inline]
+    fn of(&self, stream: &Stream) -> Option<&EventHandle> {
+        match stream.wait_policy() {
+            WaitPolicy::Spin => self.spinning.as_ref(),
+            WaitPolicy::Block => self.blocking.as_ref(),
+        }
+    }
+
+    /// Makes sure that there is one for the stream.
+    fn make(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
+        let stream = entered.stream();
+        let event = match stream.wait_policy() {
+            WaitPolicy::Spin => &mut self.spinning,
+            WaitPolicy::Block => &mut self.blocking,
+        };
+        if event.is_none() {
+            *event = Some(EventHandle::new(entered, stream.event_flags())?);
+        }
+        Ok(())
+    }
 }
 
 impl Record {
     pub(crate) fn idle() -> Record {
-        Record { stands: false, stream: None, event: None, stamp: Stamp::lazy() }
+        Record { stands: false, stream: None, events: Events::default(), stamp: Stamp::lazy() }
     }
 
     /// The work that stands, unless it is known to have finished. Asks nobody.
@@ -30,7 +61,8 @@ impl Record {
         if !self.stands {
             return None;
         }
-        let (stream, event) = self.stream.as_ref().zip(self.event.as_ref())?;
+        let stream = self.stream.as_ref()?;
+        let event = self.events.of(stream)?;
         match self.stamp.ticket() {
             Some(ticket) if stream.tickets().is_complete(ticket) => None,
             _ => Some((stream, event)),
@@ -124,11 +156,8 @@ impl Record {
     /// it stood for: order that before first.
     pub(crate) fn stand_for(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         let stream = entered.stream();
-        let flags = stream.event_flags();
         // Before anything changes, since this may fail.
-        if self.event.as_ref().is_none_or(|event| event.flags() != flags) {
-            self.event = Some(EventHandle::new(entered, flags)?);
-        }
+        self.events.make(entered)?;
         self.stands = true;
         self.stamp.set_lazy();
         if self.stream.as_ref().is_none_or(|known| !known.is(stream)) {
@@ -158,7 +187,7 @@ impl Record {
         enqueue: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         debug_assert!(self.is_lazy(), "it does not stand for what comes");
-        let event = self.event.as_ref().expect("made by `stand_for`");
+        let event = self.events.of(entered.stream()).expect("made by `stand_for`");
         let ticket = entered.stream().tickets().submit(enqueue, || entered.record(event))?;
         self.stamp.set(ticket);
         Ok(())

@@ -151,8 +151,9 @@ impl Drop for CudaStream {
         }
         match &mut self.ownership {
             Ownership::Owned => {
-                // The handle says enough, should the context not be had.
-                let _current = self.context.enter_if_none();
+                // Its own context: a broken one would refuse to destroy the stream. The handle says enough, should
+                // the context not be had.
+                let _current = self.context.enter_unless_current();
                 // SAFETY: the last handle is gone. Destroying a stream does not wait for its work, and lets
                 // the work finish (CUDA Runtime API, `cudaStreamDestroy`).
                 let destroyed = unsafe { raw::stream_destroy(self.raw) };
@@ -515,10 +516,15 @@ impl<'a> EnteredStream<'a> {
     }
 
     /// Records `event`, which is of this stream's device, behind what was sent so far.
+    ///
+    /// Another thread may have begun to capture the stream since it was asked about. The event, and work sent before
+    /// it, then went into a graph and never ran, but a later event's ticket would say that they had. So the stream is
+    /// asked once more. A capture that has ended by then is not noticed, and is the caller's to prevent.
     #[inline]
     pub(crate) fn record(&self, event: &EventHandle) -> Result<()> {
         // SAFETY: the handles keep both, they are of one device, and the stream is entered.
-        unsafe { raw::event_record(event.raw(), self.raw) }
+        unsafe { raw::event_record(event.raw(), self.raw) }?;
+        self.refuse_capture()
     }
 
     /// Makes what is sent from now on wait for `event`.

@@ -142,7 +142,7 @@ mod generate {
         cuDevicePrimaryCtxGetState_v7000|\
         cuDevicePrimaryCtxRelease_v11000|cuDevicePrimaryCtxRetain_v7000|cuLaunchKernel_v4000|cuMemsetD(16|32)Async_v3020|\
         cuModuleGetFunction_v2000|cuModuleLoadData_v2000|cuModuleUnload_v2000|\
-        cuEvent(Query|Record|Synchronize)_v2000|cuMemcpy(DtoH|HtoD)Async_v3020|cuStreamIsCapturing_v10000|\
+        cuEvent(Query|Record|Synchronize)_v2000|cuMemcpy(DtoH|HtoD)Async_v3020|cuStreamIsCapturing_v10000|cuStreamQuery_v2000|\
         cuGraph(AddKernelNode|ExecKernelNodeSetParams)_v12000|cuGraph(Create|Destroy|ExecDestroy|Launch)_v10000|\
         cuGraphInstantiateWithFlags_v11040|\
         cuThreadExchangeStreamCaptureMode_v10010)";

@@ -817,6 +817,9 @@ pub type PFN_cuMemsetD32Async_v3020 = ::std::option::Option<
         hStream: CUstream,
     ) -> CUresult,
 >;
+pub type PFN_cuStreamQuery_v2000 = ::std::option::Option<
+    unsafe extern "C" fn(hStream: CUstream) -> CUresult,
+>;
 pub type PFN_cuEventRecord_v2000 = ::std::option::Option<
     unsafe extern "C" fn(hEvent: CUevent, hStream: CUstream) -> CUresult,
 >;

@@ -463,6 +463,13 @@ unsafe extern "C" fn memcpy_d2h(
     })
 }
 
+unsafe extern "C" fn stream_query(on: CUstream) -> CUresult {
+    call("cuStreamQuery", || {
+        current()?;
+        stream::query(on.addr())
+    })
+}
+
 unsafe extern "C" fn event_record(event: CUevent, on: CUstream) -> CUresult {
     call("cuEventRecord", || {
         current()?;
@@ -489,6 +496,7 @@ const _: cudart_sys::PFN_cuThreadExchangeStreamCaptureMode_v10010 = Some(exchang
 const _: cudart_sys::PFN_cuMemcpyHtoDAsync_v3020 = Some(memcpy_h2d);
 const _: cudart_sys::PFN_cuMemcpyDtoHAsync_v3020 = Some(memcpy_d2h);
 const _: cudart_sys::PFN_cuStreamIsCapturing_v10000 = Some(is_capturing);
+const _: cudart_sys::PFN_cuStreamQuery_v2000 = Some(stream_query);
 const _: cudart_sys::PFN_cuEventRecord_v2000 = Some(event_record);
 const _: cudart_sys::PFN_cuEventQuery_v2000 = Some(event_query);
 const _: cudart_sys::PFN_cuEventSynchronize_v2000 = Some(event_synchronize);
@@ -525,6 +533,7 @@ pub(crate) fn entry_point(name: &CStr) -> *const c_void {
         b"cuMemcpyHtoDAsync" => memcpy_h2d as *const c_void,
         b"cuMemcpyDtoHAsync" => memcpy_d2h as *const c_void,
         b"cuStreamIsCapturing" => is_capturing as *const c_void,
+        b"cuStreamQuery" => stream_query as *const c_void,
         b"cuEventRecord" => event_record as *const c_void,
         b"cuEventQuery" => event_query as *const c_void,
         b"cuEventSynchronize" => event_synchronize as *const c_void,

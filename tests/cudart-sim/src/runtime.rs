@@ -112,7 +112,7 @@ pub(crate) fn copy(
             let mut staged = staged;
             on.enqueue(move || transfer(staged.as_mut_ptr())).map(drop)
         }
-        Pinned::No => on.enqueue(move || transfer(memory::at(host)))?.wait_for(),
+        Pinned::No => on.enqueue(move || transfer(memory::at(host)))?.wait_until_done(),
     }
 }
 
@@ -281,11 +281,8 @@ export! {
         context::bind()
     }
     fn cudaStreamQuery(on: cudaStream_t) {
-        prohibited()?;
-        match stream::stream(on.addr())?.is_idle()? {
-            true => Ok(()),
-            false => Err(Status::cudaErrorNotReady),
-        }
+        context::bind()?;
+        stream::query(on.addr())
     }
     fn cudaStreamWaitEvent(on: cudaStream_t, event: cudaEvent_t, _flags: c_uint) {
         context::bind()?;

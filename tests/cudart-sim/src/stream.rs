@@ -1,8 +1,8 @@
 //! Streams as threads, events, and stream capture.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,12 +16,16 @@ use crate::{Result, Status};
 
 type Work = Box<dyn FnOnce() + Send>;
 
+/// How much a stream's queue holds.
+const MOST_QUEUED: usize = 1024;
+
 /// A stream: a queue, and a thread that works it off in order, late.
 pub(crate) struct Stream {
     pub(crate) device: usize,
     /// Does not wait for the legacy stream, nor the legacy stream for it.
     pub(crate) non_blocking: bool,
     pub(crate) priority: i32,
+    legacy: bool,
     queue: Mutex<Queue>,
     moved: Condvar,
 }
@@ -31,15 +35,72 @@ struct Queue {
     work: VecDeque<Work>,
     submitted: u64,
     done: u64,
-    capture: Option<Capture>,
+    capture: Option<Mark>,
     closed: bool,
 }
 
+/// A capture. One stream began it, and those that wait for its events join it ("CUDA C++ Programming Guide,
+/// Cross-stream Dependencies and Events").
 struct Capture {
     mode: Mode,
-    valid: bool,
     /// As `this_thread` says.
     thread: usize,
+    /// The address of the stream that began it, which alone can end it.
+    origin: usize,
+    valid: AtomicBool,
+    ended: AtomicBool,
+    /// How much was captured, in all its streams.
+    nodes: AtomicU64,
+}
+
+impl Capture {
+    /// The capture can only be ended from now on ("CUDA C++ Programming Guide, Invalidation").
+    fn invalidate(&self) {
+        self.valid.store(false, Ordering::SeqCst);
+    }
+
+    fn is_valid(&self) -> bool {
+        self.valid.load(Ordering::SeqCst)
+    }
+}
+
+/// A point in a capture.
+#[derive(Clone)]
+struct Mark {
+    capture: Arc<Capture>,
+    /// What comes before it, by number.
+    before: BTreeSet<u64>,
+}
+
+impl Mark {
+    fn is_of(&self, capture: &Arc<Capture>) -> bool {
+        Arc::ptr_eq(&self.capture, capture)
+    }
+
+    /// One more piece of work.
+    fn add(&mut self) {
+        self.before.insert(self.capture.nodes.fetch_add(1, Ordering::SeqCst));
+    }
+}
+
+impl Queue {
+    /// The capture that the stream is in. Streams that joined one leave it when it ends.
+    fn capture(&mut self) -> Option<&mut Mark> {
+        if self.capture.as_ref().is_some_and(|mark| mark.capture.ended.load(Ordering::SeqCst)) {
+            self.capture = None;
+        }
+        self.capture.as_mut()
+    }
+
+    /// As [`capture`](Self::capture); an error where it is void.
+    fn valid_capture(&mut self) -> Result<Option<&mut Mark>> {
+        match self.capture() {
+            Some(mark) if !mark.capture.is_valid() => {
+                Err(Status::cudaErrorStreamCaptureInvalidated)
+            }
+            mark => Ok(mark),
+        }
+    }
 }
 
 /// A point in a stream's work.
@@ -55,7 +116,7 @@ impl Point {
     }
 
     /// Waits, for a call that returns only when its work is done.
-    pub(crate) fn wait_for(self) -> Result {
+    pub(crate) fn wait_until_done(self) -> Result {
         self.wait();
         context::sticky(self.stream.device).map_or(Ok(()), Err)
     }
@@ -69,11 +130,12 @@ impl Point {
 }
 
 impl Stream {
-    pub(crate) fn new(device: usize, non_blocking: bool, priority: i32) -> Arc<Stream> {
+    fn new(device: usize, non_blocking: bool, priority: i32, legacy: bool) -> Arc<Stream> {
         let stream = Arc::new(Stream {
             device,
             non_blocking,
             priority,
+            legacy,
             queue: Mutex::default(),
             moved: Condvar::new(),
         });
@@ -114,28 +176,36 @@ impl Stream {
     /// Queues work behind what is there. While the stream is in capture, work goes into the graph instead,
     /// which nobody runs here.
     pub(crate) fn enqueue(self: &Arc<Self>, work: impl FnOnce() + Send + 'static) -> Result<Point> {
-        self.enqueue_behind(None, work)
+        let before = others_first(self)?;
+        let mut queue = self.room();
+        if let Some(mark) = queue.valid_capture()? {
+            mark.add();
+            return Ok(Point { stream: Arc::clone(self), position: 0 });
+        }
+        Ok(self.push(queue, before, work))
     }
 
-    /// As [`enqueue`](Self::enqueue), and behind a point of another stream.
-    fn enqueue_behind(
-        self: &Arc<Self>,
-        point: Option<Point>,
-        work: impl FnOnce() + Send + 'static,
-    ) -> Result<Point> {
-        let mut others = others_first(self);
-        others.extend(point);
+    /// The queue, once it has room for more: launches wait for that ("CUDA C++ Best Practices Guide",
+    /// asynchronous calls; the limit is not documented, and 1,024 were seen).
+    fn room(&self) -> MutexGuard<'_, Queue> {
         let mut queue = self.queue();
-        if let Some(capture) = &queue.capture {
-            return match capture.valid {
-                true => Ok(Point { stream: Arc::clone(self), position: 0 }),
-                false => Err(Status::cudaErrorStreamCaptureInvalidated),
-            };
+        while queue.work.len() >= MOST_QUEUED {
+            self.moved.wait(&mut queue);
         }
+        queue
+    }
+
+    /// Queues work outside a capture.
+    fn push(
+        self: &Arc<Self>,
+        mut queue: MutexGuard<'_, Queue>,
+        before: Vec<Point>,
+        work: impl FnOnce() + Send + 'static,
+    ) -> Point {
         let (device, breaks) = (self.device, context::breaks(self.device));
         queue.work.push_back(Box::new(move || {
             // Also where the context broke, and what runs there comes to its end.
-            others.iter().for_each(Point::wait);
+            before.iter().for_each(Point::wait);
             // A broken context begins nothing any more.
             if context::sticky(device).is_none() && context::breaks(device) == breaks {
                 work();
@@ -145,7 +215,46 @@ impl Stream {
         let position = queue.submitted;
         drop(queue);
         self.moved.notify_all();
-        Ok(Point { stream: Arc::clone(self), position })
+        Point { stream: Arc::clone(self), position }
+    }
+
+    /// What is sent from now on comes after a point of another stream.
+    fn wait_for(self: &Arc<Self>, point: Point) -> Result {
+        let mut before = others_first(self)?;
+        before.push(point);
+        let mut queue = self.room();
+        if let Some(mark) = queue.capture() {
+            // A dependency across the capture's bounds ("CUDA Runtime API, `cudaErrorStreamCaptureIsolation`").
+            mark.capture.invalidate();
+            return Err(Status::cudaErrorStreamCaptureIsolation);
+        }
+        self.push(queue, before, || ());
+        Ok(())
+    }
+
+    /// What is sent from now on comes after a point of a capture, and so goes into that capture, too.
+    fn join(self: &Arc<Self>, event: Mark) -> Result {
+        if self.legacy {
+            event.capture.invalidate();
+            return Err(Status::cudaErrorStreamCaptureImplicit);
+        }
+        if event.capture.ended.load(Ordering::SeqCst) {
+            return Err(Status::cudaErrorInvalidValue);
+        }
+        if !event.capture.is_valid() {
+            return Err(Status::cudaErrorStreamCaptureInvalidated);
+        }
+        let mut queue = self.queue();
+        match queue.valid_capture()? {
+            Some(mark) if mark.is_of(&event.capture) => mark.before.extend(event.before),
+            Some(mark) => {
+                mark.capture.invalidate();
+                event.capture.invalidate();
+                return Err(Status::cudaErrorStreamCaptureMerge);
+            }
+            None => queue.capture = Some(event),
+        }
+        Ok(())
     }
 
     /// Behind everything that was queued so far.
@@ -166,33 +275,84 @@ impl Stream {
 
     /// Asking a stream in capture how far it is ends the capture.
     fn not_in_capture(&self) -> Result {
-        match &mut self.queue().capture {
+        self.not_implicitly()?;
+        match self.queue().capture() {
             None => Ok(()),
-            Some(capture) => {
-                capture.valid = false;
+            Some(mark) => {
+                mark.capture.invalidate();
                 Err(Status::cudaErrorStreamCaptureUnsupported)
             }
         }
     }
 
-    pub(crate) fn is_capturing(&self) -> bool {
-        self.queue().capture.is_some()
+    /// The legacy stream comes after the blocking streams of its device. While one of them is in capture it cannot
+    /// be used, and to try ends the capture ("CUDA Runtime API, `cudaErrorStreamCaptureImplicit`").
+    fn not_implicitly(&self) -> Result {
+        if !self.legacy {
+            return Ok(());
+        }
+        let mut answer = Ok(());
+        let handles = handles();
+        for stream in handles.blocking(self.device) {
+            if let Some(mark) = stream.queue().capture() {
+                mark.capture.invalidate();
+                answer = Err(Status::cudaErrorStreamCaptureImplicit);
+            }
+        }
+        answer
     }
 
-    pub(crate) fn begin_capture(&self, mode: Mode) -> Result {
+    fn capture_status(&self) -> cudaStreamCaptureStatus {
+        match self.queue().capture() {
+            None => cudaStreamCaptureStatus::cudaStreamCaptureStatusNone,
+            Some(mark) if mark.capture.is_valid() => {
+                cudaStreamCaptureStatus::cudaStreamCaptureStatusActive
+            }
+            Some(_) => cudaStreamCaptureStatus::cudaStreamCaptureStatusInvalidated,
+        }
+    }
+
+    pub(crate) fn begin_capture(self: &Arc<Self>, mode: Mode) -> Result {
+        if self.legacy {
+            return Err(Status::cudaErrorStreamCaptureUnsupported);
+        }
         let mut queue = self.queue();
-        if queue.capture.is_some() {
+        if queue.capture().is_some() {
             return Err(Status::cudaErrorIllegalState);
         }
-        queue.capture = Some(Capture { mode, valid: true, thread: this_thread() });
+        let capture = Arc::new(Capture {
+            mode,
+            thread: this_thread(),
+            origin: Arc::as_ptr(self).addr(),
+            valid: AtomicBool::new(true),
+            ended: AtomicBool::new(false),
+            nodes: AtomicU64::new(0),
+        });
+        queue.capture = Some(Mark { capture, before: BTreeSet::new() });
         Ok(())
     }
 
-    pub(crate) fn end_capture(&self) -> Result {
-        match self.queue().capture.take() {
-            None => Err(Status::cudaErrorIllegalState),
-            Some(capture) if !capture.valid => Err(Status::cudaErrorStreamCaptureInvalidated),
-            Some(_) => Ok(()),
+    pub(crate) fn end_capture(self: &Arc<Self>) -> Result {
+        let mut queue = self.queue();
+        let Some(mark) = queue.capture() else {
+            return Err(Status::cudaErrorIllegalState);
+        };
+        let capture = &mark.capture;
+        if capture.origin != Arc::as_ptr(self).addr() {
+            capture.invalidate();
+            return Err(Status::cudaErrorStreamCaptureUnmatched);
+        }
+        if capture.mode != Mode::cudaStreamCaptureModeRelaxed && capture.thread != this_thread() {
+            return Err(Status::cudaErrorStreamCaptureWrongThread);
+        }
+        capture.ended.store(true, Ordering::SeqCst);
+        if !capture.is_valid() {
+            return Err(Status::cudaErrorStreamCaptureInvalidated);
+        }
+        // What streams that joined did has to come before the end.
+        match capture.nodes.load(Ordering::SeqCst) == mark.before.len() as u64 {
+            true => Ok(()),
+            false => Err(Status::cudaErrorStreamCaptureUnjoined),
         }
     }
 
@@ -231,7 +391,7 @@ pub(crate) fn next_handle() -> usize {
 
 pub(crate) fn create(device: usize, non_blocking: bool, priority: i32) -> usize {
     let handle = next_handle();
-    handles().streams.insert(handle, Stream::new(device, non_blocking, priority));
+    handles().streams.insert(handle, Stream::new(device, non_blocking, priority, false));
     control::born(Kind::Stream);
     handle
 }
@@ -264,47 +424,48 @@ pub(crate) fn stream(handle: usize) -> Result<Arc<Stream>> {
     }
     let device = context::current_device();
     let mut handles = handles();
-    let legacy = handles.legacy.entry(device).or_insert_with(|| Stream::new(device, false, 0));
+    let legacy = handles.legacy.entry(device).or_insert_with(|| Stream::new(device, false, 0, true));
     Ok(Arc::clone(legacy))
+}
+
+impl Handles {
+    /// The streams that the legacy stream of the device waits for.
+    fn blocking(&self, device: usize) -> impl Iterator<Item = &Arc<Stream>> {
+        let streams = self.streams.values();
+        streams.filter(move |stream| !stream.non_blocking && stream.device == device)
+    }
 }
 
 /// What work on this stream waits for: the legacy stream waits for the blocking streams of its device, and
 /// they for it ("CUDA Runtime API, Stream synchronization behavior").
-fn others_first(stream: &Arc<Stream>) -> Vec<Point> {
+fn others_first(stream: &Arc<Stream>) -> Result<Vec<Point>> {
+    stream.not_implicitly()?;
     if stream.non_blocking {
-        return Vec::new();
+        return Ok(Vec::new());
     }
     let handles = handles();
-    let legacy = handles.legacy.get(&stream.device);
-    let is_legacy = legacy.is_some_and(|legacy| Arc::ptr_eq(legacy, stream));
-    match (is_legacy, legacy) {
-        (true, _) => {
-            let blocking = handles.streams.values();
-            let blocking =
-                blocking.filter(|other| !other.non_blocking && other.device == stream.device);
-            blocking.map(Stream::end).collect()
-        }
-        (false, Some(legacy)) => vec![legacy.end()],
-        (false, None) => Vec::new(),
+    Ok(match stream.legacy {
+        true => handles.blocking(stream.device).map(Stream::end).collect(),
+        false => handles.legacy.get(&stream.device).map(Stream::end).into_iter().collect(),
+    })
+}
+
+pub(crate) fn query(handle: usize) -> Result {
+    prohibited(context::capture_mode())?;
+    match stream(handle)?.is_idle()? {
+        true => Ok(()),
+        false => Err(Status::cudaErrorNotReady),
     }
 }
 
-/// Whether a stream that the legacy stream would wait for is in capture.
-fn legacy_is_blocked(device: usize) -> bool {
-    let handles = handles();
-    let mut blocking = handles.streams.values().filter(|other| !other.non_blocking);
-    blocking.any(|other| other.device == device && other.is_capturing())
-}
-
-/// Whether a stream is in capture; the legacy stream is that of `device`.
+/// Whether a stream is in capture; the legacy stream is that of `device`. Of that one the question is an error while
+/// a stream that it would wait for is in capture, which goes on ("CUDA Runtime API, `cudaStreamIsCapturing`").
 pub(crate) fn capture_status(handle: usize, device: usize) -> Result<cudaStreamCaptureStatus> {
-    if handle <= 1 && legacy_is_blocked(device) {
+    const NONE: cudaStreamCaptureStatus = cudaStreamCaptureStatus::cudaStreamCaptureStatusNone;
+    if handle <= 1 && handles().blocking(device).any(|stream| stream.capture_status() != NONE) {
         return Err(Status::cudaErrorStreamCaptureImplicit);
     }
-    Ok(match stream(handle)?.is_capturing() {
-        true => cudaStreamCaptureStatus::cudaStreamCaptureStatusActive,
-        false => cudaStreamCaptureStatus::cudaStreamCaptureStatusNone,
-    })
+    Ok(stream(handle)?.capture_status())
 }
 
 /// The calling thread. Unlike the standard library's, it can be asked for in destructors of thread-locals.
@@ -322,7 +483,7 @@ pub(crate) fn prohibited(mode: Mode) -> Result {
     let this = this_thread();
     let mut ended = false;
     for stream in handles().streams.values() {
-        if let Some(capture) = &mut stream.queue().capture {
+        if let Some(Mark { capture, .. }) = stream.queue().capture() {
             let concerns = match capture.mode {
                 Mode::cudaStreamCaptureModeGlobal => {
                     capture.thread == this || mode == Mode::cudaStreamCaptureModeGlobal
@@ -331,7 +492,7 @@ pub(crate) fn prohibited(mode: Mode) -> Result {
                 _ => false,
             };
             if concerns {
-                capture.valid = false;
+                capture.invalidate();
                 ended = true;
             }
         }
@@ -364,9 +525,18 @@ pub(crate) fn synchronize_device(device: usize) -> Result {
 pub(crate) struct Event {
     device: usize,
     timing: bool,
-    point: Option<Point>,
-    captured: bool,
+    recorded: Recorded,
     reached_at: Arc<Mutex<Option<Instant>>>,
+}
+
+/// What an event stands for.
+#[derive(Clone, Default)]
+enum Recorded {
+    /// It was never recorded, and so is complete.
+    #[default]
+    Never,
+    At(Point),
+    InCapture(Mark),
 }
 
 pub(crate) fn create_event(device: usize, timing: bool) -> usize {
@@ -399,23 +569,32 @@ pub(crate) fn record(handle: usize, stream: &Arc<Stream>) -> Result {
     if event.device != stream.device {
         return Err(Status::cudaErrorInvalidResourceHandle);
     }
-    event.captured = stream.is_capturing();
     let reached_at = Arc::new(Mutex::new(None));
     event.reached_at = Arc::clone(&reached_at);
-    let point = stream.enqueue(move || {
-        *reached_at.lock() = Some(Instant::now());
-    })?;
-    event.point = Some(point);
+    let before = others_first(stream)?;
+    let mut queue = stream.room();
+    event.recorded = match queue.valid_capture()? {
+        Some(mark) => Recorded::InCapture(mark.clone()),
+        None => Recorded::At(stream.push(queue, before, move || {
+            *reached_at.lock() = Some(Instant::now());
+        })),
+    };
     Ok(())
 }
 
-/// The point that an event stands for; `None` where it was never recorded, and so is complete.
+/// The point that an event stands for. In a capture it is none that is ever reached: to ask for it ends the capture
+/// ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"), and the answer is what an H200 was seen to
+/// answer.
 fn point(handle: usize) -> Result<Option<(Point, usize)>> {
     let event = event(handle)?;
     let event = lock(&event);
-    match event.captured {
-        true => Err(Status::cudaErrorCapturedEvent),
-        false => Ok(event.point.clone().map(|point| (point, event.device))),
+    match &event.recorded {
+        Recorded::Never => Ok(None),
+        Recorded::At(point) => Ok(Some((point.clone(), event.device))),
+        Recorded::InCapture(mark) => {
+            mark.capture.invalidate();
+            Err(Status::cudaErrorInvalidValue)
+        }
     }
 }
 
@@ -438,12 +617,12 @@ pub(crate) fn synchronize_event(handle: usize) -> Result {
 }
 
 pub(crate) fn wait_event(stream: &Arc<Stream>, handle: usize) -> Result {
-    match point(handle) {
-        // A wait of a stream outside the capture for an event inside it.
-        Err(Status::cudaErrorCapturedEvent) => Err(Status::cudaErrorStreamCaptureIsolation),
-        Err(error) => Err(error),
-        Ok(None) => Ok(()),
-        Ok(Some((point, _))) => stream.enqueue_behind(Some(point), || ()).map(drop),
+    let event = event(handle)?;
+    let recorded = lock(&event).recorded.clone();
+    match recorded {
+        Recorded::Never => Ok(()),
+        Recorded::At(point) => stream.wait_for(point),
+        Recorded::InCapture(mark) => stream.join(mark),
     }
 }
 
