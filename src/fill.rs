@@ -42,7 +42,8 @@ const MOST_THREADS: usize = 1024;
 #[repr(C, align(16))]
 struct Pattern<const VECTORS: usize>([[u8; 16]; VECTORS]);
 
-/// Enqueues a fill of `bytes` bytes at `to` with copies of `element`.
+/// Enqueues a fill of `bytes` bytes at `to` with copies of `element`. An error where another thread's capture took the
+/// fill, as for [`EnteredStream::record`].
 ///
 /// # Safety
 ///
@@ -58,7 +59,7 @@ pub(crate) unsafe fn enqueue(
         return Ok(());
     }
     let raw = entered.raw();
-    match choose(element, to.addr(), bytes) {
+    let sent = match choose(element, to.addr(), bytes) {
         Way::One(value) => {
             // SAFETY: the caller vouches for the range.
             unsafe { raw::memset_d8(to, value, bytes, raw) }
@@ -75,7 +76,8 @@ pub(crate) unsafe fn enqueue(
             // SAFETY: the caller vouches for the range, and the entry has the kernel's context current.
             unsafe { launch(&entered.context().kernels, to, bytes, unit, raw) }
         }
-    }
+    };
+    sent.and_then(|()| entered.refuse_capture())
 }
 
 /// What writes a range.

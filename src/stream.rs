@@ -240,11 +240,13 @@ impl Stream {
     ///
     /// # Safety
     ///
-    /// `raw` is a stream of `device`'s primary context, live for as long as `owner` is kept, or, without
-    /// one, for as long as any handle to it or buffer used on it is; and as a pool or a tensor is, where such a buffer was
-    /// given back to the one or dropped before the other while the stream was being captured or the driver answered with
-    /// errors. While work of
-    /// this crate's is sent to it, or a pool's buffer used on it is given back, nobody begins to capture it.
+    /// - `raw` is a stream of `device`'s primary context.
+    /// - It stays live while `owner` is kept. Without an owner, it stays live while any handle to it, any event
+    ///   recorded on it, or any buffer, group or ring last used on it lives.
+    /// - Without an owner, it also outlives a pool to which such a buffer was given back, and a tensor that was made of
+    ///   such a buffer, if at that time the stream was being captured or the driver returned errors.
+    /// - Nobody captures it, or makes it join a capture by waiting for an event of that capture, while a buffer, group
+    ///   or ring last used on it is in use by any call, or is given back to its pool. See [`as_raw`](Self::as_raw).
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Stream};
@@ -296,6 +298,16 @@ impl Stream {
     }
 
     /// The stream as the CUDA runtime knows it, borrowed from this handle; null on the CPU.
+    ///
+    /// The pointer is valid while any handle to the stream lives. Who uses it in `unsafe` code owes two things:
+    ///
+    /// - Nobody destroys the stream.
+    /// - Nobody begins to capture the stream while another thread uses a buffer, group or ring on it. Waiting for an
+    ///   event that was recorded in a capture begins one, too. Work sent to a stream that is being captured goes into a
+    ///   graph instead of running.
+    ///
+    /// Calls of this crate return [`Error::StreamCapturing`] if the stream is being captured when they begin or right
+    /// after they have sent their work. They cannot notice a capture that begins and ends between.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Stream};

@@ -266,3 +266,30 @@ fn a_gather_does_not_wait_for_a_thread_that_is_at_the_streams_graph() {
         two.verify(&[0]);
     }
 }
+
+#[test]
+fn a_streams_graph_goes_with_it_also_where_a_broken_device_is_current() {
+    let test = "a_streams_graph_goes_with_it_also_where_a_broken_device_is_current";
+    // The context stays broken.
+    if !common::is_own_process() {
+        let output = common::in_own_process(test, &[]);
+        return assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if Device::cuda_count() < 2 {
+        return common::left_out(test, "one CUDA device");
+    }
+    let stream = Stream::new(device).unwrap();
+    let mut it = Fixture::new(device);
+    (0..3).for_each(|from| it.upload(from, &stream));
+    it.verify(&[0, 1, 2]);
+    drop(it);
+    #[cfg(target_os = "linux")]
+    let graphs = common::is_simulated().then(|| sim::live()[4]);
+    common::break_device(1);
+    drop(stream);
+    #[cfg(target_os = "linux")]
+    if let Some(graphs) = graphs {
+        assert_eq!((graphs, sim::live()[4]), (2, 0));
+    }
+}

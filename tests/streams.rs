@@ -5,8 +5,10 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+#[cfg(target_os = "linux")]
+use common::sim::{self, Held};
 use common::{Gate, all};
 use cpu_gpu_buffer::{
     CpuGpuBuffer, Device, Error, Stream, StreamFlags, StreamOptions, WaitPolicy, sys,
@@ -312,4 +314,239 @@ fn streams_of_the_cpu_are_always_done() {
     let clone = stream.clone();
     assert_eq!(clone.device(), Device::Cpu);
     assert!(!matches!(clone.synchronize(), Err(Error::StreamCapturing)));
+}
+
+/// Whether the last error of the raw runtime's calls in this thread is still this.
+fn last_error() -> sys::cudaError_t {
+    // SAFETY: no arguments.
+    unsafe { sys::cudaPeekAtLastError() }
+}
+
+#[test]
+fn asking_a_busy_stream_leaves_another_librarys_last_error_alone() {
+    let test = "asking_a_busy_stream_leaves_another_librarys_last_error_alone";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let stream = Stream::new(device).unwrap();
+    let gate = Gate::close(&stream);
+    gate.passes(|| {
+        // SAFETY: no pointers.
+        let status = unsafe { sys::cudaSetDevice(1000) };
+        assert_eq!(status, sys::cudaError::cudaErrorInvalidDevice);
+        assert!(!stream.is_idle().unwrap());
+        assert_eq!(last_error(), status);
+    });
+    stream.synchronize().unwrap();
+    assert!(stream.is_idle().unwrap());
+    // SAFETY: no arguments.
+    assert_eq!(unsafe { sys::cudaGetLastError() }, sys::cudaError::cudaErrorInvalidDevice);
+}
+
+#[test]
+fn the_time_between_two_events_is_the_devices_in_seconds() {
+    let test = "the_time_between_two_events_is_the_devices_in_seconds";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let stream = Stream::new(device).unwrap();
+    let warm = Gate::close(&stream);
+    warm.open();
+    stream.synchronize().unwrap();
+    let span = Duration::from_millis(50);
+
+    let begin = Instant::now();
+    let before = stream.record().unwrap();
+    before.synchronize().unwrap();
+    let gate = Gate::close(&stream);
+    let after = stream.record().unwrap();
+    thread::sleep(span);
+    gate.open();
+    let elapsed = after.elapsed_since(&before).unwrap();
+    let all = begin.elapsed();
+
+    // The two clocks may differ a little.
+    assert!(elapsed >= span * 99 / 100, "{elapsed:?} for at least {span:?}");
+    assert!(elapsed <= all * 101 / 100, "{elapsed:?} within {all:?}");
+    assert_eq!(before.elapsed_since(&after), Err(Error::EventOrder));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn the_time_between_events_is_waited_for_also_when_a_later_one_was_seen_first() {
+    let test = "the_time_between_events_is_waited_for_also_when_a_later_one_was_seen_first";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if !common::is_simulated() {
+        return common::left_out(test, "calls are held back on the simulated runtime alone");
+    }
+    let stream = Stream::new(device).unwrap();
+    let before = stream.record().unwrap();
+    // One event has its ticket, and is recorded only behind the gate; by then a later one has been seen.
+    let held = Held::next(c"cuEventRecord");
+    let (late, gate) = thread::scope(|scope| {
+        let late = scope.spawn(|| stream.record().unwrap());
+        held.wait();
+        stream.record().unwrap().synchronize().unwrap();
+        let gate = Gate::close(&stream);
+        drop(held);
+        (late.join().unwrap(), gate)
+    });
+    assert!(late.is_complete().unwrap(), "what was sent before it has finished");
+    let elapsed = gate.waits(|| late.elapsed_since(&before));
+    assert!(elapsed.unwrap() >= Duration::from_millis(90));
+}
+
+/// Begins to capture the stream, and ends that when it goes.
+#[cfg(target_os = "linux")]
+struct Captured<'a>(&'a Stream);
+
+#[cfg(target_os = "linux")]
+impl Captured<'_> {
+    /// Runs `action` in another thread, and begins to capture the stream when it makes its next call of this
+    /// function: after it has asked whether the stream is being captured.
+    fn while_calling<'a, R: Send>(
+        function: &std::ffi::CStr,
+        stream: &'a Stream,
+        action: impl FnOnce() -> R + Send,
+    ) -> (Captured<'a>, R) {
+        let held = Held::next(function);
+        thread::scope(|scope| {
+            let action = scope.spawn(action);
+            held.wait();
+            common::begin_capture(stream);
+            let captured = Captured(stream);
+            drop(held);
+            (captured, action.join().unwrap())
+        })
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for Captured<'_> {
+    fn drop(&mut self) {
+        common::end_capture(self.0);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_copy_that_another_threads_capture_swallows_is_refused_and_not_taken_for_finished() {
+    let test = "a_copy_that_another_threads_capture_swallows_is_refused_and_not_taken_for_finished";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if !common::is_simulated() {
+        return common::left_out(test, "calls are held back on the simulated runtime alone");
+    }
+    let stream = Stream::new(device).unwrap();
+    let mut buffer = CpuGpuBuffer::<u32>::new(1 << 10, device).unwrap();
+    let mut other = CpuGpuBuffer::<u32>::new(1 << 10, device).unwrap();
+    buffer.copy_to_gpu(.., &stream).unwrap();
+    buffer.cpu_mut().unwrap().fill(7);
+    let upload = || buffer.copy_to_gpu(.., &stream);
+    let (captured, answer) = Captured::while_calling(c"cuMemcpyHtoDAsync", &stream, upload);
+    assert_eq!(answer, Err(Error::StreamCapturing));
+    assert_eq!(buffer.try_cpu_mut().err(), Some(Error::StreamCapturing), "nothing is known");
+    drop(captured);
+
+    // Nor does a later copy's ticket say that it has run.
+    other.copy_to_gpu(.., &stream).unwrap();
+    other.synchronize().unwrap();
+    let gate = Gate::close(&stream);
+    assert!(gate.passes(|| buffer.try_cpu_mut().unwrap().is_none()), "the record is not open");
+    buffer.copy_to_gpu(.., &stream).unwrap();
+    gate.open();
+    buffer.fill_cpu(0).unwrap();
+    buffer.copy_to_cpu(.., &stream).unwrap();
+    all(buffer.cpu().unwrap(), 7);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_event_or_a_fill_that_another_threads_capture_swallows_is_refused() {
+    let test = "an_event_or_a_fill_that_another_threads_capture_swallows_is_refused";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if !common::is_simulated() {
+        return common::left_out(test, "calls are held back on the simulated runtime alone");
+    }
+    let stream = Stream::new(device).unwrap();
+    let record = || stream.record().map(drop);
+    let (captured, answer) = Captured::while_calling(c"cuEventRecord", &stream, record);
+    drop(captured);
+    assert_eq!(answer, Err(Error::StreamCapturing));
+
+    let mut buffer = CpuGpuBuffer::<u32>::new(1 << 10, device).unwrap();
+    let fill = || buffer.fill_gpu(0x0101_0101, &stream);
+    let (captured, answer) = Captured::while_calling(c"cudaMemsetAsync", &stream, fill);
+    drop(captured);
+    assert_eq!(answer, Err(Error::StreamCapturing));
+    // The device half is still to be zeroed.
+    buffer.cpu_mut().unwrap().fill(7);
+    buffer.copy_to_cpu(.., &stream).unwrap();
+    all(buffer.cpu().unwrap(), 0);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn streams_whose_wait_policies_alternate_make_no_event_for_each_copy() {
+    let test = "streams_whose_wait_policies_alternate_make_no_event_for_each_copy";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if !common::is_simulated() {
+        return common::left_out(test, "calls are counted on the simulated runtime alone");
+    }
+    let streams = [WaitPolicy::Spin, WaitPolicy::Block].map(|wait| {
+        Stream::with_options(device, StreamOptions { wait, ..Default::default() }).unwrap()
+    });
+    let mut buffer = CpuGpuBuffer::<u32>::new(1 << 10, device).unwrap();
+    let mut round = |value| {
+        for stream in &streams {
+            buffer.cpu_mut().unwrap().fill(value);
+            buffer.copy_to_gpu(.., stream).unwrap();
+            buffer.fill_cpu(0).unwrap();
+            buffer.copy_to_cpu(.., stream).unwrap();
+            all(buffer.cpu().unwrap(), value);
+            buffer.gpu_on(stream).unwrap();
+        }
+    };
+    round(1);
+    sim::reset();
+    (2..20).for_each(round);
+    assert_eq!(sim::calls_of(c"cudaEventCreateWithFlags"), 0);
+}
+
+#[test]
+fn a_broken_device_that_is_current_does_not_spoil_streams_and_events_of_another() {
+    let test = "a_broken_device_that_is_current_does_not_spoil_streams_and_events_of_another";
+    // The context stays broken.
+    if !common::is_own_process() {
+        let output = common::in_own_process(test, &[]);
+        let text = String::from_utf8_lossy(&output.stderr);
+        if text.contains("left out") {
+            common::left_out(test, "see its own process");
+        }
+        return assert!(
+            output.status.success(),
+            "{text}{}",
+            String::from_utf8_lossy(&output.stdout)
+        );
+    }
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if Device::cuda_count() < 2 {
+        return common::left_out(test, "one CUDA device");
+    }
+    let stream = Stream::new(device).unwrap();
+    let events = [stream.record().unwrap(), stream.record().unwrap()];
+    let mut buffer = CpuGpuBuffer::<u32>::new(1 << 10, device).unwrap();
+    buffer.cpu_mut().unwrap().fill(5);
+    common::break_device(1);
+    #[cfg(target_os = "linux")]
+    let before = common::is_simulated().then(sim::live);
+
+    events[1].elapsed_since(&events[0]).unwrap();
+    buffer.copy_to_gpu(.., &stream).unwrap();
+    buffer.fill_cpu(0).unwrap();
+    buffer.copy_to_cpu(.., &stream).unwrap();
+    all(buffer.cpu().unwrap(), 5);
+    assert!(Stream::new(device).unwrap().record().unwrap().elapsed_since(&events[0]).is_ok());
+    assert!(stream.is_idle().unwrap());
+    drop((stream, events, buffer));
+    #[cfg(target_os = "linux")]
+    if let Some([device, pinned, streams, events, graphs]) = before {
+        // The buffer's records made two more.
+        assert_eq!(sim::live(), [device - 1, pinned - 1, streams - 1, events - 2, graphs]);
+    }
 }

@@ -129,23 +129,28 @@ fn entry<F>(name: &CStr) -> F {
 fn kernels() -> &'static Kernels {
     static LOADED: OnceLock<Kernels> = OnceLock::new();
     LOADED.get_or_init(|| {
-        let load: sys::PFN_cuModuleLoadData_v2000 = entry(c"cuModuleLoadData");
-        let get: sys::PFN_cuModuleGetFunction_v2000 = entry(c"cuModuleGetFunction");
-        let (load, get) = (load.unwrap(), get.unwrap());
-        let mut module = ptr::null_mut();
         use_first_device();
-        // SAFETY: PTX that ends with a NUL.
-        let status = unsafe { load(&mut module, KERNELS.as_ptr().cast()) };
-        assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
-        let function = |name: &CStr| {
-            let mut function = ptr::null_mut();
-            // SAFETY: the module was just loaded.
-            let status = unsafe { get(&mut function, module, name.as_ptr()) };
-            assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
-            function
-        };
-        Kernels { gate: function(c"gate"), store: function(c"store") }
+        load_kernels()
     })
+}
+
+/// Loads the kernels into the current context.
+fn load_kernels() -> Kernels {
+    let load: sys::PFN_cuModuleLoadData_v2000 = entry(c"cuModuleLoadData");
+    let get: sys::PFN_cuModuleGetFunction_v2000 = entry(c"cuModuleGetFunction");
+    let (load, get) = (load.unwrap(), get.unwrap());
+    let mut module = ptr::null_mut();
+    // SAFETY: PTX that ends with a NUL.
+    let status = unsafe { load(&mut module, KERNELS.as_ptr().cast()) };
+    assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
+    let function = |name: &CStr| {
+        let mut function = ptr::null_mut();
+        // SAFETY: the module was just loaded.
+        let status = unsafe { get(&mut function, module, name.as_ptr()) };
+        assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
+        function
+    };
+    Kernels { gate: function(c"gate"), store: function(c"store") }
 }
 
 /// Whether the device's primary context exists.
@@ -160,15 +165,18 @@ pub fn has_context(device: i32) -> bool {
 }
 
 pub fn use_first_device() {
+    use_device(0);
+}
+
+pub fn use_device(ordinal: i32) {
     // SAFETY: no pointers.
-    assert_eq!(unsafe { sys::cudaSetDevice(0) }, SUCCESS);
+    assert_eq!(unsafe { sys::cudaSetDevice(ordinal) }, SUCCESS);
 }
 
 fn launch(function: sys::CUfunction, blocks: u32, parameters: &mut [*mut c_void], stream: &Stream) {
     let launch: sys::PFN_cuLaunchKernel_v4000 = entry(c"cuLaunchKernel");
     let (launch, parameters) = (launch.unwrap(), parameters.as_mut_ptr());
-    use_first_device();
-    // SAFETY: the callers pass the parameters of the kernel.
+    // SAFETY: the callers pass the parameters of the kernel, and its context is current.
     let status = unsafe {
         let raw = stream.as_raw();
         launch(function, blocks, 1, 1, 128, 1, 1, 0, raw, parameters, ptr::null_mut())
@@ -180,12 +188,24 @@ fn launch(function: sys::CUfunction, blocks: u32, parameters: &mut [*mut c_void]
 pub fn store(to: *mut u32, count: usize, value: u32, stream: &Stream) {
     let (mut to, mut count, mut value) = (to, count as u64, value);
     let parameters = &mut [(&raw mut to).cast(), (&raw mut count).cast(), (&raw mut value).cast()];
-    launch(kernels().store, 64, parameters, stream);
+    let kernels = kernels();
+    use_first_device();
+    launch(kernels.store, 64, parameters, stream);
 }
 
 /// Sends a kernel that breaks the context: it writes where there is no memory.
 pub fn break_context(stream: &Stream) {
     store(ptr::without_provenance_mut(0x10), 4, 1, stream);
+}
+
+/// Breaks the context of any device, which is this thread's current one from now on.
+pub fn break_device(ordinal: i32) {
+    use_device(ordinal);
+    let stream = Stream::new(Device::Cuda(ordinal as u32)).unwrap();
+    let (mut to, mut count, mut value) = (0x10u64, 4u64, 1u32);
+    let parameters = &mut [(&raw mut to).cast(), (&raw mut count).cast(), (&raw mut value).cast()];
+    launch(load_kernels().store, 1, parameters, &stream);
+    assert!(stream.synchronize().is_err());
 }
 
 /// Holds a stream: what is sent to it after the gate waits until the gate is opened.

@@ -63,6 +63,7 @@ unsafe extern "C" fn create(place: *mut CUgraph, flags: c_uint) -> CUresult {
 
 unsafe extern "C" fn destroy(graph: CUgraph) -> CUresult {
     call("cuGraphDestroy", || {
+        current()?;
         let graph = GRAPHS.lock().remove(&graph.addr());
         graph.ok_or(Status::cudaErrorInvalidValue)?;
         control::died(Kind::Graph);
@@ -114,6 +115,7 @@ unsafe extern "C" fn instantiate(
 
 unsafe extern "C" fn exec_destroy(exec: CUgraphExec) -> CUresult {
     call("cuGraphExecDestroy", || {
+        current()?;
         prohibited(context::capture_mode())?;
         let exec = EXECS.lock().remove(&exec.addr());
         exec.ok_or(Status::cudaErrorInvalidValue)?;

@@ -424,7 +424,8 @@ pub(crate) fn stream(handle: usize) -> Result<Arc<Stream>> {
     }
     let device = context::current_device();
     let mut handles = handles();
-    let legacy = handles.legacy.entry(device).or_insert_with(|| Stream::new(device, false, 0, true));
+    let legacy =
+        handles.legacy.entry(device).or_insert_with(|| Stream::new(device, false, 0, true));
     Ok(Arc::clone(legacy))
 }
 
