@@ -15,6 +15,7 @@ use cudart_sys::{
     CUstreamCaptureMode, CUstreamCaptureStatus, cudaMemcpyKind, cudaStreamCaptureMode,
 };
 
+use crate::memory::Target;
 use crate::stream::Stream;
 use crate::{Result, Status, context, control, graph, memory, put, runtime, stream};
 
@@ -258,18 +259,22 @@ pub(crate) unsafe fn kernel(
 /// Copies pieces between device memory and pinned host memory. One of no bytes is not looked at.
 fn gather(to: usize, from: usize, pieces: Vec<[u64; 2]>, on: &Arc<Stream>) -> Result {
     let device = on.device;
+    let pieces = pieces.into_iter().map(|piece| piece.map(|word| word as usize));
+    let pieces = pieces.filter(|[_, bytes]| *bytes > 0).map(|[offset, bytes]| {
+        let (to, from) = (to + offset, from + offset);
+        let up = Target::of(to, bytes).is_memory();
+        let (host, gpu) = if up { (from, to) } else { (to, from) };
+        (up, host, Target::of(gpu, bytes), bytes)
+    });
+    let pieces: Vec<_> = pieces.collect();
     let queued = on.enqueue(move || {
-        let pieces = pieces.iter().map(|piece| piece.map(|word| word as usize));
-        for [offset, bytes] in pieces.filter(|[_, bytes]| *bytes > 0) {
-            let (to, from) = (to + offset, from + offset);
-            let up = memory::is_device(to, bytes);
-            let (host, gpu) = if up { (from, to) } else { (to, from) };
-            // Kernels reach no host memory but what is pinned; all of it, whatever registrations it is of.
-            if !memory::reached(host, bytes) {
+        for (up, host, gpu, bytes) in pieces {
+            // Kernels reach no host memory but what is mapped; all of it, whatever registrations it is of.
+            if !memory::reached(host, bytes) || !gpu.is_reached_from(device) {
                 return illegal(None, device);
             }
             let host = memory::at(host);
-            let done = memory::with_device(gpu, bytes, |gpu| {
+            let done = gpu.with(|gpu| {
                 let (to, from) = if up { (gpu, host) } else { (host, gpu) };
                 // SAFETY: one lies in device memory; the caller of the launch vouches for the other.
                 unsafe { ptr::copy_nonoverlapping(from, to, bytes) };
@@ -332,8 +337,12 @@ fn on_range(
     body: impl FnOnce(&mut [u8]) + Send + 'static,
 ) -> Result {
     let device = on.device;
+    let to = Target::of(to, bytes);
     let queued = on.enqueue(move || {
-        let done = memory::with_device(to, bytes, |to| {
+        if !to.is_reached_from(device) {
+            return illegal(None, device);
+        }
+        let done = to.with(|to| {
             // SAFETY: within device memory, which the streams alone touch.
             body(unsafe { std::slice::from_raw_parts_mut(to, bytes) });
         });
@@ -372,7 +381,10 @@ fn repeat(to: usize, bytes: usize, period: Vec<u8>, on: &Arc<Stream>) -> Result 
 }
 
 pub(crate) fn fill(to: usize, value: u8, bytes: usize, on: &Arc<Stream>) -> Result {
-    if bytes > 0 && !memory::is_device(to, bytes) {
+    if bytes == 0 {
+        return Ok(());
+    }
+    if !Target::of(to, bytes).is_reached_from(on.device) {
         return Err(Status::cudaErrorInvalidValue);
     }
     repeat(to, bytes, vec![value; 4096], on)
@@ -382,10 +394,10 @@ pub(crate) fn fill(to: usize, value: u8, bytes: usize, on: &Arc<Stream>) -> Resu
 fn memset(name: &'static str, to: u64, unit: &[u8], count: usize, on: CUstream) -> CUresult {
     call(name, || {
         let (to, bytes) = (to as usize, count * unit.len());
-        if !to.is_multiple_of(unit.len()) || !memory::is_device(to, bytes) {
+        let on = stream::stream(on.addr())?;
+        if !to.is_multiple_of(unit.len()) || !Target::of(to, bytes).is_reached_from(on.device) {
             return Err(Status::cudaErrorInvalidValue);
         }
-        let on = stream::stream(on.addr())?;
         context::sticky(on.device).map_or(Ok(()), Err)?;
         repeat(to, bytes, unit.repeat(1024), &on)
     })

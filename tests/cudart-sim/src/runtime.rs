@@ -10,7 +10,7 @@ use cudart_sys::{
 };
 
 use crate::control;
-use crate::memory::{self, Pinned};
+use crate::memory::{self, Pinned, Target};
 use crate::{Result, Status, context, driver, put, stream};
 
 /// Exports functions: each is counted and may be made to fail, and an error becomes the last error.
@@ -68,16 +68,23 @@ pub(crate) fn copy(
     let (host, gpu) = match kind {
         cudaMemcpyKind::cudaMemcpyHostToDevice => (Some(from), to),
         cudaMemcpyKind::cudaMemcpyDeviceToHost => (Some(to), from),
-        cudaMemcpyKind::cudaMemcpyDeviceToDevice if memory::is_device(from, bytes) => (None, to),
+        cudaMemcpyKind::cudaMemcpyDeviceToDevice => (None, to),
         _ => return Err(Status::cudaErrorInvalidValue),
     };
-    if !memory::is_device(gpu, bytes) {
+    // On whatever device that is: copies find their way between devices that do not reach each other ("CUDA C++
+    // Programming Guide, Peer-to-Peer Memory Copy").
+    let gpu = Target::of(gpu, bytes);
+    if !gpu.is_memory() {
         return Err(Status::cudaErrorInvalidValue);
     }
     let Some(host) = host else {
+        let from = Target::of(from, bytes);
+        if !from.is_memory() {
+            return Err(Status::cudaErrorInvalidValue);
+        }
         on.enqueue(move || {
-            memory::with_device(to, bytes, |to| {
-                memory::with_device(from, bytes, |from| {
+            gpu.with(|to| {
+                from.with(|from| {
                     // SAFETY: both lie in device memory, which the streams alone touch.
                     unsafe { ptr::copy(from, to, bytes) };
                 })
@@ -88,7 +95,7 @@ pub(crate) fn copy(
     let upload = kind == cudaMemcpyKind::cudaMemcpyHostToDevice;
     let pinned = memory::pinned(host, bytes);
     let transfer = move |host: *mut u8| {
-        memory::with_device(gpu, bytes, |gpu| {
+        gpu.with(|gpu| {
             let (to, from) = if upload { (gpu, host) } else { (host, gpu) };
             // SAFETY: one lies in device memory; the caller of the copy vouches for the other.
             unsafe { ptr::copy_nonoverlapping(from, to, bytes) };
@@ -96,22 +103,26 @@ pub(crate) fn copy(
     };
     match pinned {
         Pinned::Partly => Err(Status::cudaErrorInvalidValue),
-        Pinned::Whole => on
+        Pinned::Whole(_) => on
             .enqueue(move || {
-                if memory::pinned(host, bytes) != Pinned::Whole {
+                if memory::pinned(host, bytes) != pinned {
                     control::violation("a copy runs on host memory that is no longer pinned");
                 }
                 transfer(memory::at(host));
             })
             .map(drop),
-        // Pageable memory is staged before the call returns, or waited for ("CUDA Runtime API, API
-        // synchronization behavior").
-        Pinned::No if upload => {
-            // SAFETY: the caller of the copy vouches for the range.
-            let staged = unsafe { std::slice::from_raw_parts(memory::at(host), bytes) }.to_vec();
-            let mut staged = staged;
-            on.enqueue(move || transfer(staged.as_mut_ptr())).map(drop)
-        }
+        // "CUDA Runtime API, API synchronization behavior": pageable memory may be staged before the call returns or
+        // read when its turn comes, and the call may wait for that.
+        Pinned::No if upload => match control::random() % 3 {
+            0 => {
+                // SAFETY: the caller of the copy vouches for the range.
+                let staged = unsafe { std::slice::from_raw_parts(memory::at(host), bytes) };
+                let mut staged = staged.to_vec();
+                on.enqueue(move || transfer(staged.as_mut_ptr())).map(drop)
+            }
+            1 => on.enqueue(move || transfer(memory::at(host))).map(drop),
+            _ => on.enqueue(move || transfer(memory::at(host)))?.wait_until_done(),
+        },
         Pinned::No => on.enqueue(move || transfer(memory::at(host)))?.wait_until_done(),
     }
 }
@@ -119,6 +130,8 @@ pub(crate) fn copy(
 fn fill(to: usize, value: c_int, bytes: usize, on: cudaStream_t) -> Result {
     driver::fill(to, value as u8, bytes, &stream::stream(on.addr())?)
 }
+
+const MAPPED: c_uint = cudart_sys::cudaHostRegisterMapped;
 
 /// As an H100 has it; the least is 0.
 const GREATEST_PRIORITY: c_int = -5;
@@ -212,22 +225,23 @@ export! {
         if flags > 15 {
             return Err(Status::cudaErrorInvalidValue);
         }
-        memory::register(address.addr(), bytes)
+        // "CUDA Runtime API, `cudaHostRegister`": without flags it is mapped. Otherwise the flags are "orthogonal".
+        memory::register(address.addr(), bytes, flags == 0 || flags & MAPPED != 0)
     }
     fn cudaHostUnregister(address: *mut c_void) {
         release(address, memory::unregister)
     }
     fn cudaHostGetDevicePointer(place: *mut *mut c_void, address: *mut c_void, _flags: c_uint) {
         context::bind()?;
-        match memory::pinned(address.addr(), 1) {
-            Pinned::Whole => put(place, address),
-            _ => Err(Status::cudaErrorInvalidValue),
+        match memory::reached(address.addr(), 1) {
+            true => put(place, address),
+            false => Err(Status::cudaErrorInvalidValue),
         }
     }
     fn cudaHostGetFlags(place: *mut c_uint, address: *mut c_void) {
         context::bind()?;
         match memory::pinned(address.addr(), 1) {
-            Pinned::Whole => put(place, 3),
+            Pinned::Whole(_) => put(place, 3),
             _ => Err(Status::cudaErrorInvalidValue),
         }
     }
