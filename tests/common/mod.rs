@@ -198,13 +198,18 @@ pub fn break_context(stream: &Stream) {
     store(ptr::without_provenance_mut(0x10), 4, 1, stream);
 }
 
+/// As [`store`], on a stream of any device, which is this thread's current one from now on.
+pub fn store_on(ordinal: i32, to: *mut u32, count: usize, value: u32, stream: &Stream) {
+    use_device(ordinal);
+    let (mut to, mut count, mut value) = (to, count as u64, value);
+    let parameters = &mut [(&raw mut to).cast(), (&raw mut count).cast(), (&raw mut value).cast()];
+    launch(load_kernels().store, 64, parameters, stream);
+}
+
 /// Breaks the context of any device, which is this thread's current one from now on.
 pub fn break_device(ordinal: i32) {
-    use_device(ordinal);
     let stream = Stream::new(Device::Cuda(ordinal as u32)).unwrap();
-    let (mut to, mut count, mut value) = (0x10u64, 4u64, 1u32);
-    let parameters = &mut [(&raw mut to).cast(), (&raw mut count).cast(), (&raw mut value).cast()];
-    launch(load_kernels().store, 1, parameters, &stream);
+    store_on(ordinal, ptr::without_provenance_mut(0x10), 4, 1, &stream);
     assert!(stream.synchronize().is_err());
 }
 

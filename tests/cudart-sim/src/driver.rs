@@ -91,6 +91,7 @@ unsafe extern "C" fn module_load(place: *mut CUmodule, image: *const c_void) -> 
         let device = context::current().ok_or(Status::cudaErrorDeviceUninitialized)?;
         context::sticky(device).map_or(Ok(()), Err)?;
         stream::prohibited(context::capture_mode())?;
+        stream::wait_from(1);
         // SAFETY: an image is longer than a word.
         let begin: [u8; 4] = unsafe { image.cast::<[u8; 4]>().read() };
         let is_text = begin.iter().all(|byte| byte.is_ascii());

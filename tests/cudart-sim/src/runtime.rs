@@ -50,6 +50,7 @@ fn release(address: *mut c_void, release: fn(usize) -> Result) -> Result {
         memory::give_up(address.addr());
     }
     allowed?;
+    stream::wait_from(1);
     release(address.addr())
 }
 
@@ -184,6 +185,7 @@ export! {
     }
     fn cudaMalloc(place: *mut *mut c_void, bytes: usize) {
         prohibited()?;
+        stream::wait_from(2);
         let address = memory::allocate_device(context::current_device(), bytes)?;
         put(place, memory::at(address).cast())
     }
@@ -214,6 +216,7 @@ export! {
         if flags > 7 {
             return Err(Status::cudaErrorInvalidValue);
         }
+        stream::wait_from(2);
         put(place, memory::at(memory::allocate_pinned(bytes)?).cast())
     }
     fn cudaFreeHost(address: *mut c_void) {
@@ -225,6 +228,7 @@ export! {
         if flags > 15 {
             return Err(Status::cudaErrorInvalidValue);
         }
+        stream::wait_from(2);
         // "CUDA Runtime API, `cudaHostRegister`": without flags it is mapped. Otherwise the flags are "orthogonal".
         memory::register(address.addr(), bytes, flags == 0 || flags & MAPPED != 0)
     }

@@ -504,20 +504,29 @@ pub(crate) fn prohibited(mode: Mode) -> Result {
     }
 }
 
+/// The streams of a device: those that live, and those that were destroyed.
+fn streams_of(device: usize) -> (Vec<Arc<Stream>>, Vec<Arc<Stream>>) {
+    let handles = handles();
+    let is_there = |stream: &&Arc<Stream>| stream.device == device;
+    let live = handles.streams.values().chain(handles.legacy.values()).filter(is_there);
+    let ending = handles.ending.iter().filter(is_there);
+    (live.cloned().collect(), ending.cloned().collect())
+}
+
 /// Waits for all that was sent to a device.
 pub(crate) fn synchronize_device(device: usize) -> Result {
-    let (streams, ending): (Vec<_>, Vec<_>) = {
-        let handles = handles();
-        let streams = handles.streams.values().chain(handles.legacy.values());
-        (streams.cloned().collect(), handles.ending.clone())
-    };
-    for stream in streams.iter().filter(|stream| stream.device == device) {
-        stream.synchronize()?;
-    }
-    for stream in ending.iter().filter(|stream| stream.device == device) {
-        stream.end().wait();
-    }
+    let (live, ending) = streams_of(device);
+    live.iter().try_for_each(Stream::synchronize)?;
+    ending.iter().for_each(|stream| stream.end().wait());
     Ok(())
+}
+
+/// What a call does that waits for the current device from this setting of [`context::waiting`] on. It ends no capture.
+pub(crate) fn wait_from(setting: u32) {
+    if context::waiting() >= setting {
+        let (live, ending) = streams_of(context::current_device());
+        live.iter().chain(&ending).for_each(|stream| stream.end().wait());
+    }
 }
 
 // ---- events ----

@@ -1,0 +1,466 @@
+//! What the simulated runtime forbids, joins and delays, rule by rule, by the raw functions: on the simulated runtime each
+//! rule is as strict as CUDA allows it to be, and on hardware the answer must be among those that the simulation knows of.
+//!
+//! Each test runs in a process of its own: some leave a broken context behind.
+
+mod common;
+
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use common::Gate;
+use cpu_gpu_buffer::{Device, Stream, StreamFlags, StreamOptions, sys};
+use sys::cudaError as Status;
+use sys::cudaMemcpyKind as Kind;
+use sys::cudaStreamCaptureMode as Mode;
+use sys::cudaStreamCaptureStatus as Capture;
+
+const SUCCESS: Status = Status::cudaSuccess;
+const WORDS: usize = 1 << 10;
+
+/// Runs a test in a process of its own, on the first device.
+fn rule(test: &str, variables: &[(&str, &str)], body: impl FnOnce(Device)) {
+    if common::is_own_process() {
+        let Some((device, _turn)) = common::cuda(test) else { return };
+        common::use_first_device();
+        return body(device);
+    }
+    let output = common::in_own_process(test, variables);
+    let said = String::from_utf8_lossy(&output.stderr);
+    for line in said.lines().filter(|line| line.contains("left out") || line.contains("on CUDA")) {
+        common::left_out(test, line);
+    }
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stdout));
+}
+
+/// The simulation's answer is the strict one. CUDA's may be another of those that are allowed, and is told.
+#[track_caller]
+fn strict<T: PartialEq + std::fmt::Debug>(what: &str, seen: T, strict: T, also: &[T]) {
+    if common::is_simulated() {
+        return assert_eq!(seen, strict, "{what}");
+    }
+    eprintln!("on CUDA, {what}: {seen:?}; simulated: {strict:?}");
+    assert!(seen == strict || also.contains(&seen), "{what}: {seen:?} is not expected");
+}
+
+fn stream(device: Device) -> Stream {
+    Stream::new(device).unwrap()
+}
+
+/// A stream that waits for the legacy stream, which waits for it.
+fn blocking(device: Device) -> Stream {
+    let options = StreamOptions { flags: StreamFlags::empty(), ..Default::default() };
+    Stream::with_options(device, options).unwrap()
+}
+
+fn begin(stream: &Stream, mode: Mode) -> Status {
+    // SAFETY: the stream is live.
+    unsafe { sys::cudaStreamBeginCapture(stream.as_raw(), mode) }
+}
+
+fn end(stream: &Stream) -> Status {
+    let mut graph = ptr::null_mut();
+    // SAFETY: the stream is live, the place valid.
+    let status = unsafe { sys::cudaStreamEndCapture(stream.as_raw(), &mut graph) };
+    assert_eq!(status == SUCCESS, !graph.is_null());
+    if !graph.is_null() {
+        // SAFETY: the capture made it.
+        assert_eq!(unsafe { sys::cudaGraphDestroy(graph) }, SUCCESS);
+    }
+    status
+}
+
+fn capture_status(stream: &Stream) -> Capture {
+    let mut status = Capture::cudaStreamCaptureStatusNone;
+    // SAFETY: the stream is live, the place valid.
+    let answer = unsafe { sys::cudaStreamIsCapturing(stream.as_raw(), &mut status) };
+    assert_eq!(answer, SUCCESS);
+    status
+}
+
+fn event() -> sys::cudaEvent_t {
+    let mut event = ptr::null_mut();
+    let flags = sys::cudaEventDisableTiming;
+    // SAFETY: a valid place.
+    assert_eq!(unsafe { sys::cudaEventCreateWithFlags(&mut event, flags) }, SUCCESS);
+    event
+}
+
+fn record(event: sys::cudaEvent_t, stream: &Stream) -> Status {
+    // SAFETY: both are live.
+    unsafe { sys::cudaEventRecord(event, stream.as_raw()) }
+}
+
+fn wait(stream: &Stream, event: sys::cudaEvent_t) -> Status {
+    // SAFETY: both are live.
+    unsafe { sys::cudaStreamWaitEvent(stream.as_raw(), event, 0) }
+}
+
+/// Waits for an event of the first of two streams on the second.
+fn lead(from: &Stream, to: &Stream) -> Status {
+    let event = event();
+    assert_eq!(record(event, from), SUCCESS);
+    wait(to, event)
+}
+
+/// Device memory, of the device that is current.
+fn malloc(bytes: usize) -> *mut u32 {
+    let mut address = ptr::null_mut();
+    // SAFETY: a valid place.
+    assert_eq!(unsafe { sys::cudaMalloc(&mut address, bytes) }, SUCCESS);
+    address.cast()
+}
+
+fn free(address: *mut u32) -> Status {
+    // SAFETY: the callers allocated it.
+    unsafe { sys::cudaFree(address.cast()) }
+}
+
+/// Pinned words, never given back.
+fn pinned(value: u32) -> &'static mut [u32] {
+    let mut address: *mut c_void = ptr::null_mut();
+    // SAFETY: a valid place.
+    assert_eq!(unsafe { sys::cudaHostAlloc(&mut address, WORDS * 4, 0) }, SUCCESS);
+    // SAFETY: as large, and any bits are words.
+    let words = unsafe { std::slice::from_raw_parts_mut(address.cast::<u32>(), WORDS) };
+    words.fill(value);
+    words
+}
+
+fn upload(to: *mut u32, from: *const u32, stream: &Stream) -> Status {
+    let kind = Kind::cudaMemcpyHostToDevice;
+    // SAFETY: both have so many words, and the callers keep them.
+    unsafe { sys::cudaMemcpyAsync(to.cast(), from.cast(), WORDS * 4, kind, stream.as_raw()) }
+}
+
+fn synchronize(stream: &Stream) -> Status {
+    // SAFETY: the stream is live.
+    unsafe { sys::cudaStreamSynchronize(stream.as_raw()) }
+}
+
+fn words(from: *const u32) -> Vec<u32> {
+    common::device_words(Device::Cuda(0), from, WORDS)
+}
+
+/// This thread's calls end no capture of another mode.
+fn relax() {
+    let mut mode = Mode::cudaStreamCaptureModeRelaxed;
+    // SAFETY: a valid place.
+    assert_eq!(unsafe { sys::cudaThreadExchangeStreamCaptureMode(&mut mode) }, SUCCESS);
+}
+
+// ---- captures ----
+
+#[test]
+fn a_stream_that_waits_for_an_event_of_a_capture_joins_it() {
+    let test = "a_stream_that_waits_for_an_event_of_a_capture_joins_it";
+    rule(test, &[], |device| {
+        let (origin, other) = (stream(device), stream(device));
+        let (to, ones, twos) = (malloc(WORDS * 4), pinned(1), pinned(2));
+        assert_eq!(upload(to, ones.as_ptr(), &other), SUCCESS);
+        assert_eq!(synchronize(&other), SUCCESS);
+
+        assert_eq!(begin(&origin, Mode::cudaStreamCaptureModeGlobal), SUCCESS);
+        assert_eq!(lead(&origin, &other), SUCCESS);
+        assert_eq!(capture_status(&other), Capture::cudaStreamCaptureStatusActive);
+        assert_eq!(upload(to, twos.as_ptr(), &other), SUCCESS);
+        assert_eq!(lead(&other, &origin), SUCCESS);
+        assert_eq!(end(&origin), SUCCESS);
+
+        assert_eq!(capture_status(&other), Capture::cudaStreamCaptureStatusNone);
+        assert_eq!(synchronize(&other), SUCCESS);
+        common::all(&words(to), 1);
+    });
+}
+
+#[test]
+fn joined_work_that_is_not_joined_back_spoils_the_capture() {
+    rule("joined_work_that_is_not_joined_back_spoils_the_capture", &[], |device| {
+        let (origin, other) = (stream(device), stream(device));
+        let (to, ones) = (malloc(WORDS * 4), pinned(1));
+        assert_eq!(begin(&origin, Mode::cudaStreamCaptureModeGlobal), SUCCESS);
+        assert_eq!(lead(&origin, &other), SUCCESS);
+        assert_eq!(upload(to, ones.as_ptr(), &other), SUCCESS);
+        assert_eq!(end(&origin), Status::cudaErrorStreamCaptureUnjoined);
+        assert_eq!(capture_status(&origin), Capture::cudaStreamCaptureStatusNone);
+        assert_eq!(capture_status(&other), Capture::cudaStreamCaptureStatusNone);
+    });
+}
+
+#[test]
+fn a_capture_that_waits_for_an_event_from_outside_is_void() {
+    rule("a_capture_that_waits_for_an_event_from_outside_is_void", &[], |device| {
+        let (captured, other) = (stream(device), stream(device));
+        let event = event();
+        assert_eq!(record(event, &other), SUCCESS);
+        assert_eq!(begin(&captured, Mode::cudaStreamCaptureModeGlobal), SUCCESS);
+        assert_eq!(wait(&captured, event), Status::cudaErrorStreamCaptureIsolation);
+        assert_eq!(capture_status(&captured), Capture::cudaStreamCaptureStatusInvalidated);
+        assert_eq!(end(&captured), Status::cudaErrorStreamCaptureInvalidated);
+        assert_eq!(capture_status(&captured), Capture::cudaStreamCaptureStatusNone);
+    });
+}
+
+#[test]
+fn two_captures_do_not_become_one() {
+    rule("two_captures_do_not_become_one", &[], |device| {
+        let (one, two) = (stream(device), stream(device));
+        assert_eq!(begin(&one, Mode::cudaStreamCaptureModeRelaxed), SUCCESS);
+        assert_eq!(begin(&two, Mode::cudaStreamCaptureModeRelaxed), SUCCESS);
+        assert_eq!(lead(&one, &two), Status::cudaErrorStreamCaptureMerge);
+        let void = Status::cudaErrorStreamCaptureInvalidated;
+        strict("the capture whose event was waited for", end(&one), void, &[SUCCESS]);
+        assert_eq!(end(&two), void);
+    });
+}
+
+#[test]
+fn the_thread_and_the_stream_that_began_a_capture_end_it() {
+    rule("the_thread_and_the_stream_that_began_a_capture_end_it", &[], |device| {
+        let (origin, other) = (stream(device), stream(device));
+        assert_eq!(begin(&origin, Mode::cudaStreamCaptureModeGlobal), SUCCESS);
+        let ended = thread::scope(|scope| scope.spawn(|| end(&origin)).join().unwrap());
+        assert_eq!(ended, Status::cudaErrorStreamCaptureWrongThread);
+        let status = end(&origin);
+        strict(
+            "end after another thread tried",
+            status,
+            SUCCESS,
+            &[Status::cudaErrorStreamCaptureInvalidated],
+        );
+
+        assert_eq!(begin(&origin, Mode::cudaStreamCaptureModeGlobal), SUCCESS);
+        assert_eq!(lead(&origin, &other), SUCCESS);
+        assert_eq!(end(&other), Status::cudaErrorStreamCaptureUnmatched);
+        let void = Status::cudaErrorStreamCaptureInvalidated;
+        strict("end after a joined stream tried", end(&origin), void, &[SUCCESS]);
+    });
+}
+
+#[test]
+fn the_legacy_stream_cannot_be_captured() {
+    rule("the_legacy_stream_cannot_be_captured", &[], |device| {
+        // SAFETY: the legacy stream lives as long as its context.
+        let legacy = unsafe { Stream::from_raw(ptr::null_mut(), device, None) }.unwrap();
+        let refused = Status::cudaErrorStreamCaptureUnsupported;
+        assert_eq!(begin(&legacy, Mode::cudaStreamCaptureModeRelaxed), refused);
+        assert_eq!(synchronize(&legacy), SUCCESS);
+    });
+}
+
+#[test]
+fn work_on_the_legacy_stream_voids_the_capture_of_a_blocking_stream() {
+    let test = "work_on_the_legacy_stream_voids_the_capture_of_a_blocking_stream";
+    rule(test, &[], |device| {
+        let (captured, to) = (blocking(device), malloc(WORDS * 4));
+        assert_eq!(begin(&captured, Mode::cudaStreamCaptureModeThreadLocal), SUCCESS);
+        // SAFETY: memory of the test's own.
+        let set = unsafe { sys::cudaMemsetAsync(to.cast(), 0, WORDS * 4, ptr::null_mut()) };
+        assert_eq!(set, Status::cudaErrorStreamCaptureImplicit);
+        let void = Status::cudaErrorStreamCaptureInvalidated;
+        strict("end after legacy work", end(&captured), void, &[SUCCESS]);
+        // To ask is an error, too, and voids nothing.
+        assert_eq!(begin(&captured, Mode::cudaStreamCaptureModeThreadLocal), SUCCESS);
+        let mut status = Capture::cudaStreamCaptureStatusNone;
+        // SAFETY: a valid place.
+        let asked = unsafe { sys::cudaStreamIsCapturing(ptr::null_mut(), &mut status) };
+        assert_eq!(asked, Status::cudaErrorStreamCaptureImplicit);
+        assert_eq!(end(&captured), SUCCESS);
+    });
+}
+
+#[test]
+fn asking_for_an_event_of_a_capture_is_an_error() {
+    rule("asking_for_an_event_of_a_capture_is_an_error", &[], |device| {
+        let (captured, event) = (stream(device), event());
+        relax();
+        assert_eq!(begin(&captured, Mode::cudaStreamCaptureModeRelaxed), SUCCESS);
+        assert_eq!(record(event, &captured), SUCCESS);
+        // SAFETY: the event is live.
+        let asked = unsafe { sys::cudaEventQuery(event) };
+        let refused = Status::cudaErrorInvalidValue;
+        strict("querying it", asked, refused, &[Status::cudaErrorCapturedEvent]);
+        let void = Status::cudaErrorStreamCaptureInvalidated;
+        strict("end after a query", end(&captured), void, &[SUCCESS]);
+        // Nor is it ever reached.
+        // SAFETY: the event is live.
+        let asked = unsafe { sys::cudaEventQuery(event) };
+        strict("querying it afterwards", asked, refused, &[Status::cudaErrorCapturedEvent]);
+        // SAFETY: the event is live.
+        let waited = unsafe { sys::cudaEventSynchronize(event) };
+        strict("waiting for it", waited, refused, &[Status::cudaErrorCapturedEvent]);
+        assert_eq!(record(event, &captured), SUCCESS);
+        // SAFETY: the event is live.
+        assert_eq!(unsafe { sys::cudaEventSynchronize(event) }, SUCCESS);
+    });
+}
+
+// ---- memory ----
+
+#[test]
+fn registered_memory_has_a_device_address_if_it_is_mapped() {
+    rule("registered_memory_has_a_device_address_if_it_is_mapped", &[], |_| {
+        let address = |host: *mut c_void| {
+            let mut mapped = ptr::null_mut();
+            // SAFETY: a valid place.
+            unsafe { sys::cudaHostGetDevicePointer(&mut mapped, host, 0) }
+        };
+        let layout = std::alloc::Layout::from_size_align(4096, 4096).unwrap();
+        let registered = |flags| {
+            // SAFETY: not of size 0.
+            let page: *mut c_void = unsafe { std::alloc::alloc_zeroed(layout) }.cast();
+            // SAFETY: a page of the test's own, which is never given back.
+            assert_eq!(unsafe { sys::cudaHostRegister(page, 4096, flags) }, SUCCESS);
+            let status = address(page);
+            // SAFETY: no arguments.
+            let _ = unsafe { sys::cudaGetLastError() };
+            // SAFETY: registered above, and in no use.
+            assert_eq!(unsafe { sys::cudaHostUnregister(page) }, SUCCESS);
+            status
+        };
+        assert_eq!(registered(sys::cudaHostRegisterDefault), SUCCESS);
+        assert_eq!(registered(sys::cudaHostRegisterMapped), SUCCESS);
+        let refused = Status::cudaErrorInvalidValue;
+        let portable = registered(sys::cudaHostRegisterPortable);
+        strict("the address of portable memory", portable, refused, &[SUCCESS]);
+        // What is allocated is mapped, whatever the flags say.
+        assert_eq!(address(pinned(0).as_mut_ptr().cast()), SUCCESS);
+    });
+}
+
+#[test]
+fn a_kernel_does_not_reach_the_memory_of_another_device_and_a_copy_does() {
+    let test = "a_kernel_does_not_reach_the_memory_of_another_device_and_a_copy_does";
+    rule(test, &[], |_| {
+        if Device::cuda_count() < 2 {
+            return common::left_out(test, "one CUDA device");
+        }
+        let (to, ones) = (malloc(WORDS * 4), pinned(1));
+        let far = stream(Device::Cuda(1));
+        assert_eq!(upload(to, ones.as_ptr(), &far), SUCCESS);
+        assert_eq!(synchronize(&far), SUCCESS);
+        common::all(&words(to), 1);
+        common::store_on(1, to, WORDS, 2, &far);
+        assert_eq!(synchronize(&far), Status::cudaErrorIllegalAddress);
+    });
+}
+
+#[test]
+fn an_address_is_used_again_at_once() {
+    rule("an_address_is_used_again_at_once", &[], |_| {
+        let before = malloc(1 << 22);
+        assert_eq!(free(before), SUCCESS);
+        let same = malloc(1 << 22) == before;
+        strict("the same address", same, true, &[false]);
+    });
+}
+
+#[test]
+fn an_upload_from_pageable_memory_is_read_at_the_call_or_late() {
+    rule("an_upload_from_pageable_memory_is_read_at_the_call_or_late", &[], |device| {
+        let (stream, to) = (stream(device), malloc(WORDS * 4));
+        let [mut early, mut late, mut waited] = [false; 3];
+        for _ in 0..24 {
+            let mut pageable = vec![1u32; WORDS];
+            let gate = Gate::close(&stream);
+            let ((), before) = gate.during(Duration::from_millis(30), || {
+                assert_eq!(upload(to, pageable.as_ptr(), &stream), SUCCESS);
+            });
+            // What the gate still holds back sees this.
+            pageable.fill(2);
+            gate.open();
+            assert_eq!(synchronize(&stream), SUCCESS);
+            match words(to)[0] {
+                1 if before => early = true,
+                1 => waited = true,
+                _ => late = true,
+            }
+        }
+        if common::is_simulated() {
+            return assert!(early && late && waited, "{early} {late} {waited}");
+        }
+        eprintln!("on CUDA, pageable uploads: at the call {early}, late {late}, waited {waited}");
+    });
+}
+
+#[test]
+fn what_is_sent_waits_while_a_queue_is_full() {
+    rule("what_is_sent_waits_while_a_queue_is_full", &[], |device| {
+        let (stream, to) = (stream(device), malloc(WORDS * 4));
+        let gate = Gate::close(&stream);
+        let ((), before) = gate.during(Duration::from_millis(500), || {
+            for _ in 0..4000 {
+                // SAFETY: memory of the test's own.
+                let status = unsafe { sys::cudaMemsetAsync(to.cast(), 1, 4, stream.as_raw()) };
+                assert_eq!(status, SUCCESS);
+            }
+        });
+        strict("4,000 fills wait", !before, true, &[false]);
+        assert_eq!(synchronize(&stream), SUCCESS);
+    });
+}
+
+/// Whether a call waits for a stream that is held.
+fn waits(device: Device, call: impl FnOnce() -> Status) -> bool {
+    let stream = stream(device);
+    let gate = Gate::close(&stream);
+    let (status, before) = gate.during(Duration::from_millis(200), call);
+    assert_eq!(status, SUCCESS);
+    assert_eq!(synchronize(&stream), SUCCESS);
+    !before
+}
+
+#[test]
+fn releasing_memory_waits_for_nothing_or_for_the_device() {
+    let test = "releasing_memory_waits_for_nothing_or_for_the_device";
+    for setting in ["0", "1"] {
+        rule(test, &[("CUDART_SIM_WAITING", setting)], |device| {
+            let setting = std::env::var("CUDART_SIM_WAITING").unwrap();
+            let memory = malloc(1 << 20);
+            let waits = waits(device, || free(memory));
+            strict("cudaFree waits", waits, setting == "1", &[true, false]);
+        });
+    }
+}
+
+#[test]
+fn allocating_memory_waits_for_nothing_or_for_the_device() {
+    let test = "allocating_memory_waits_for_nothing_or_for_the_device";
+    for setting in ["1", "2"] {
+        rule(test, &[("CUDART_SIM_WAITING", setting)], |device| {
+            let setting = std::env::var("CUDART_SIM_WAITING").unwrap();
+            let waits = waits(device, || {
+                malloc(1 << 20);
+                SUCCESS
+            });
+            strict("cudaMalloc waits", waits, setting == "2", &[true, false]);
+        });
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_forked_child_writes_the_parents_pinned_memory() {
+    rule("a_forked_child_writes_the_parents_pinned_memory", &[], |_| {
+        // SAFETY: aligned, never given back, and nobody else uses it.
+        let word = unsafe { AtomicU32::from_ptr(&mut pinned(1)[0]) };
+        // SAFETY: the child calls what is allowed in one, and ends.
+        match unsafe { libc::fork() } {
+            0 => {
+                word.store(2, Ordering::SeqCst);
+                // SAFETY: no arguments that are addresses.
+                unsafe { libc::_exit(0) };
+            }
+            child => {
+                let mut status = 0;
+                // SAFETY: a valid place.
+                assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+                assert_eq!(status, 0);
+                assert_eq!(word.load(Ordering::SeqCst), 2);
+            }
+        }
+    });
+}
