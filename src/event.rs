@@ -75,8 +75,8 @@ impl Drop for EventHandle {
         if fork::forked() {
             return;
         }
-        // Its own context: a broken one would refuse to destroy the event. The handle says enough, should the
-        // context not be had.
+        // Its own context: a broken one would refuse to destroy the event. The handle says enough,
+        // should the context not be had.
         let _current = self.context.enter_unless_current();
         // SAFETY: the value owns the event, and this is its end. An event may be destroyed before it
         // has finished (CUDA Runtime API, `cudaEventDestroy`).
@@ -229,8 +229,8 @@ impl Event {
             (Kind::Cuda { handle: from, .. }, Kind::Cuda { handle: to, .. })
                 if earlier.device() == self.device() =>
             {
-                // Not by the watermark: an event is recorded after its ticket is taken, and so may still be to come
-                // when a later ticket's event is seen finished.
+                // Not by the watermark: an event is recorded after its ticket is taken, and so may
+                // still be to come when a later ticket's event is seen finished.
                 from.synchronize()?;
                 to.synchronize()?;
                 Duration::try_from_secs_f64(f64::from(to.since(from)?) / 1e3)

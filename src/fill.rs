@@ -42,8 +42,8 @@ const MOST_THREADS: usize = 1024;
 #[repr(C, align(16))]
 struct Pattern<const VECTORS: usize>([[u8; 16]; VECTORS]);
 
-/// Enqueues a fill of `bytes` bytes at `to` with copies of `element`. An error where another thread's capture took the
-/// fill, as for [`EnteredStream::record`].
+/// Enqueues a fill of `bytes` bytes at `to` with copies of `element`. Returns an error if another
+/// thread's capture took the fill, as [`EnteredStream::record`] does.
 ///
 /// # Safety
 ///

@@ -120,7 +120,8 @@ impl Drop for KernelGraph {
         if fork::forked() {
             return;
         }
-        // Its own context: a broken one would refuse. The handles say enough, should the context not be had.
+        // Its own context: a broken one would refuse. The handles say enough, should the context
+        // not be had.
         let _current = self.context.enter_unless_current();
         // Nobody could act on the errors, and there is nothing left to give back.
         if !self.exec.is_null() {

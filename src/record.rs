@@ -12,15 +12,15 @@ use crate::ticket::Stamp;
 
 pub(crate) struct Record {
     stands: bool,
-    // The stream of the last use, kept for the next one. It is there where the record stands, and so is the event of
-    // its wait policy, which answers for it.
+    // The stream of the last use, kept for the next one. It is there where the record stands, and
+    // so is the event of its wait policy, which answers for it.
     stream: Option<Stream>,
     events: Events,
     stamp: Stamp,
 }
 
-/// An event for each wait policy, made when a stream of that policy is first used: a record whose streams alternate
-/// makes no event for each use.
+/// An event for each wait policy, made when a stream of that policy is first used: a record whose
+/// streams alternate makes no event for each use.
 #[derive(Default)]
 struct Events {
     spinning: Option<EventHandle>,

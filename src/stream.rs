@@ -151,8 +151,8 @@ impl Drop for CudaStream {
         }
         match &mut self.ownership {
             Ownership::Owned => {
-                // Its own context: a broken one would refuse to destroy the stream. The handle says enough, should
-                // the context not be had.
+                // Its own context: a broken one would refuse to destroy the stream. The handle says
+                // enough, should the context not be had.
                 let _current = self.context.enter_unless_current();
                 // SAFETY: the last handle is gone. Destroying a stream does not wait for its work, and lets
                 // the work finish (CUDA Runtime API, `cudaStreamDestroy`).
@@ -241,12 +241,14 @@ impl Stream {
     /// # Safety
     ///
     /// - `raw` is a stream of `device`'s primary context.
-    /// - It stays live while `owner` is kept. Without an owner, it stays live while any handle to it, any event
-    ///   recorded on it, or any buffer, group or ring last used on it lives.
-    /// - Without an owner, it also outlives a pool to which such a buffer was given back, and a tensor that was made of
-    ///   such a buffer, if at that time the stream was being captured or the driver returned errors.
-    /// - Nobody captures it, or makes it join a capture by waiting for an event of that capture, while a buffer, group
-    ///   or ring last used on it is in use by any call, or is given back to its pool. See [`as_raw`](Self::as_raw).
+    /// - It stays live while `owner` is kept. Without an owner, it stays live while any handle to
+    ///   it, any event recorded on it, or any buffer, group or ring last used on it lives.
+    /// - Without an owner, it also outlives a pool to which such a buffer was given back, and a
+    ///   tensor that was made of such a buffer, if at that time the stream was being captured or
+    ///   the driver returned errors.
+    /// - Nobody captures it, or makes it join a capture by waiting for an event of that capture,
+    ///   while a buffer, group or ring last used on it is in use by any call, or is given back to
+    ///   its pool. See [`as_raw`](Self::as_raw).
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Stream};
@@ -299,15 +301,16 @@ impl Stream {
 
     /// The stream as the CUDA runtime knows it, borrowed from this handle; null on the CPU.
     ///
-    /// The pointer is valid while any handle to the stream lives. Who uses it in `unsafe` code owes two things:
+    /// The pointer is valid while any handle to the stream lives. Code that uses it owes two things:
     ///
     /// - Nobody destroys the stream.
-    /// - Nobody begins to capture the stream while another thread uses a buffer, group or ring on it. Waiting for an
-    ///   event that was recorded in a capture begins one, too. Work sent to a stream that is being captured goes into a
-    ///   graph instead of running.
+    /// - Nobody begins to capture the stream while another thread uses a buffer, group or ring on
+    ///   it. Waiting for an event that was recorded in a capture begins one, too. Work sent to a
+    ///   stream that is being captured goes into a graph instead of running.
     ///
-    /// Calls of this crate return [`Error::StreamCapturing`] if the stream is being captured when they begin or right
-    /// after they have sent their work. They cannot notice a capture that begins and ends between.
+    /// Calls of this crate return [`Error::StreamCapturing`] if the stream is being captured when
+    /// they begin or right after they have sent their work. They cannot notice a capture that
+    /// begins and ends between.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Stream};
@@ -529,9 +532,10 @@ impl<'a> EnteredStream<'a> {
 
     /// Records `event`, which is of this stream's device, behind what was sent so far.
     ///
-    /// Another thread may have begun to capture the stream since it was asked about. The event, and work sent before
-    /// it, then went into a graph and never ran, but a later event's ticket would say that they had. So the stream is
-    /// asked once more. A capture that has ended by then is not noticed, and is the caller's to prevent.
+    /// Another thread may have begun to capture the stream since it was asked about. The event, and
+    /// work sent before it, then went into a graph and never ran, but a later event's ticket would
+    /// say that they had. So the stream is asked once more. A capture that has ended by then is not
+    /// noticed, and is the caller's to prevent.
     #[inline]
     pub(crate) fn record(&self, event: &EventHandle) -> Result<()> {
         // SAFETY: the handles keep both, they are of one device, and the stream is entered.

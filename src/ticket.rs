@@ -15,6 +15,10 @@
 //! |---|---|---|
 //! | enqueued before `u` was taken (1, 2) | taken after `u` (the counter) | recorded after `t` was taken (2, 3) |
 //!
+//! A copy or an event that went into a stream's capture did not run, and the table says nothing
+//! about it: [`EnteredStream::record`](crate::stream::EnteredStream::record) refuses to be the
+//! third step then.
+//!
 //! Taking the ticket before the copy, or after the event, breaks the table's first or last column. The
 //! read-modify-writes of `submitted` are `AcqRel`, so that the order of tickets is an order of the calls
 //! around them; `completed` is raised with `Release` and read with `Acquire`, so that whoever finds a

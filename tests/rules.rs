@@ -1,5 +1,6 @@
-//! What the simulated runtime forbids, joins and delays, rule by rule, by the raw functions: on the simulated runtime each
-//! rule is as strict as CUDA allows it to be, and on hardware the answer must be among those that the simulation knows of.
+//! What the simulated runtime forbids, joins and delays, rule by rule, by the raw functions: on the
+//! simulated runtime each rule is as strict as CUDA allows it to be, and on hardware the answer
+//! must be among those that the simulation knows of.
 //!
 //! Each test runs in a process of its own: some leave a broken context behind.
 
@@ -36,7 +37,8 @@ fn rule(test: &str, variables: &[(&str, &str)], body: impl FnOnce(Device)) {
     assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stdout));
 }
 
-/// The simulation's answer is the strict one. CUDA's may be another of those that are allowed, and is told.
+/// The simulation's answer is the strict one. CUDA's may be another of those that are allowed, and
+/// is told.
 #[track_caller]
 fn strict<T: PartialEq + std::fmt::Debug>(what: &str, seen: T, strict: T, also: &[T]) {
     if common::is_simulated() {

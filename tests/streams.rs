@@ -377,7 +377,8 @@ fn the_time_between_events_is_waited_for_also_when_a_later_one_was_seen_first() 
     }
     let stream = Stream::new(device).unwrap();
     let before = stream.record().unwrap();
-    // One event has its ticket, and is recorded only behind the gate; by then a later one has been seen.
+    // One event has its ticket, and is recorded only behind the gate; by then a later one has been
+    // seen.
     let held = Held::next(c"cuEventRecord");
     let (late, gate) = thread::scope(|scope| {
         let late = scope.spawn(|| stream.record().unwrap());
@@ -398,8 +399,8 @@ struct Captured<'a>(&'a Stream);
 
 #[cfg(target_os = "linux")]
 impl Captured<'_> {
-    /// Runs `action` in another thread, and begins to capture the stream when it makes its next call of this
-    /// function: after it has asked whether the stream is being captured.
+    /// Runs `action` in another thread, and begins to capture the stream when it makes its next
+    /// call of this function: after it has asked whether the stream is being captured.
     fn while_calling<'a, R: Send>(
         function: &std::ffi::CStr,
         stream: &'a Stream,
@@ -478,6 +479,27 @@ fn an_event_or_a_fill_that_another_threads_capture_swallows_is_refused() {
     buffer.cpu_mut().unwrap().fill(7);
     buffer.copy_to_cpu(.., &stream).unwrap();
     all(buffer.cpu().unwrap(), 0);
+}
+
+#[test]
+fn asking_about_work_on_the_legacy_stream_leaves_the_capture_of_a_blocking_stream_alone() {
+    let test =
+        "asking_about_work_on_the_legacy_stream_leaves_the_capture_of_a_blocking_stream_alone";
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    let options = StreamOptions { flags: StreamFlags::empty(), ..Default::default() };
+    let blocking = Stream::with_options(device, options).unwrap();
+    // SAFETY: the legacy stream lives as long as its context.
+    let legacy = unsafe { Stream::from_raw(std::ptr::null_mut(), device, None) }.unwrap();
+    let mut buffer = CpuGpuBuffer::<u32>::new(1 << 10, device).unwrap();
+    buffer.gpu_on(&legacy).unwrap();
+    common::begin_capture(&blocking);
+    assert_eq!(buffer.is_idle(), Err(Error::StreamCapturing));
+    assert_eq!(buffer.synchronize(), Err(Error::StreamCapturing));
+    assert_eq!(legacy.record().map(drop), Err(Error::StreamCapturing));
+    assert_eq!(legacy.is_idle(), Err(Error::StreamCapturing));
+    common::end_capture(&blocking);
+    buffer.synchronize().unwrap();
+    assert!(buffer.is_idle().unwrap());
 }
 
 #[cfg(target_os = "linux")]

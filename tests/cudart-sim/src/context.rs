@@ -49,10 +49,11 @@ pub(crate) fn is_driver_too_old() -> bool {
     *TOO_OLD
 }
 
-/// Which calls wait for the device without being asked to: none, unless `CUDART_SIM_WAITING` is 1, for releasing memory
-/// and loading modules, or 2, for allocating and pinning memory, too. CUDA allows each and promises none. They hide
-/// different faults, so that no run does now the one and now the other: waiting hides that work still uses what is
-/// released, and not waiting hides a wait for work that is held up.
+/// Which calls wait for the device without being asked to: none, unless `CUDART_SIM_WAITING` is 1,
+/// for releasing memory and loading modules, or 2, for allocating and pinning memory, too. CUDA
+/// allows each and promises none. They hide different faults, so that no run does now the one and
+/// now the other: waiting hides that work still uses what is released, and not waiting hides a wait
+/// for work that is held up.
 pub(crate) fn waiting() -> u32 {
     static WAITING: LazyLock<u32> = LazyLock::new(|| setting("CUDART_SIM_WAITING", 0));
     *WAITING

@@ -270,7 +270,8 @@ fn gather(to: usize, from: usize, pieces: Vec<[u64; 2]>, on: &Arc<Stream>) -> Re
     let pieces: Vec<_> = pieces.collect();
     let queued = on.enqueue(move || {
         for (up, host, gpu, bytes) in pieces {
-            // Kernels reach no host memory but what is mapped; all of it, whatever registrations it is of.
+            // Kernels reach no host memory but what is mapped; all of it, whatever registrations it
+            // is of.
             if !memory::reached(host, bytes) || !gpu.is_reached_from(device) {
                 return illegal(None, device);
             }

@@ -146,18 +146,24 @@ unsafe extern "C" fn set_kernel(
 
 unsafe extern "C" fn launch(exec: CUgraphExec, on: CUstream) -> CUresult {
     call("cuGraphLaunch", || {
-        let mut execs = EXECS.lock();
-        let exec = execs.get_mut(&exec.addr()).ok_or(Status::cudaErrorInvalidValue)?;
         let on = stream(on.addr())?;
+        let (kernel, device, last) = {
+            let mut execs = EXECS.lock();
+            let exec = execs.get_mut(&exec.addr()).ok_or(Status::cudaErrorInvalidValue)?;
+            (exec.kernel.clone(), exec.device, exec.last.take())
+        };
         // As for the launch of a kernel.
-        if exec.device != on.device || current()? != on.device {
+        if device != on.device || current()? != on.device {
             return Err(Status::cudaErrorInvalidResourceHandle);
         }
-        if let Some(last) = exec.last.take() {
+        // Not under the lock: these wait while the queue is full.
+        if let Some(last) = last {
             on.enqueue(move || last.wait())?;
         }
-        (exec.kernel)(&on)?;
-        exec.last = Some(on.end());
+        kernel(&on)?;
+        if let Some(exec) = EXECS.lock().get_mut(&exec.addr()) {
+            exec.last = Some(on.end());
+        }
         Ok(())
     })
 }

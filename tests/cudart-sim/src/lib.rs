@@ -1,14 +1,15 @@
 //! A simulated CUDA runtime: a shared library with the runtime's C interface, which the loader takes for
 //! the real one.
 //!
-//! Device memory is host memory at addresses that the host cannot touch. Streams are threads, and what is
-//! sent to them happens *late*: after a pseudo-random delay, in stream order, on that thread. A wait that is
-//! missing is then a real data race and a real wrong byte. Where CUDA promises nothing, the simulation does
-//! the worst: memory comes with garbage in it and at the address of what was given back last, releasing memory waits for
-//! nothing, or where that is asked for always, and a transfer or kernel that touches memory which was given back in the
-//! meantime ends the program. `tests/rules.rs` compares with CUDA rule by rule. What a broken context answers, and
-//! what is answered from the runtime's end on in the exit of the process, is what CUDA 13.0 was seen to answer on
-//! an H100.
+//! Device memory is host memory at addresses that the host cannot touch. Streams are threads, and
+//! what is sent to them happens *late*: after a pseudo-random delay, in stream order, on that
+//! thread. A wait that is missing is then a real data race and a real wrong byte. Where CUDA
+//! promises nothing, the simulation does the worst: memory comes with garbage in it and at the
+//! address of what was given back last, releasing memory waits for nothing, or where that is asked
+//! for always, and a transfer or kernel that touches memory which was given back in the meantime
+//! ends the program. `tests/rules.rs` compares with CUDA rule by rule. What a broken context
+//! answers, and what is answered from the runtime's end on in the exit of the process, is what CUDA
+//! 13.0 was seen to answer on an H100.
 //!
 //! | variable | what it sets |
 //! |---|---|

@@ -1,9 +1,9 @@
 //! Device memory and pinned host memory.
 //!
-//! A device address is reserved and cannot be read or written; the bytes are elsewhere, for the streams
-//! alone. Addresses are multiples of 256 and of no more, as `cudaMalloc` promises no more. The next allocation of as
-//! much gets the address that was given back last; work that was sent before then is found out by the allocation's
-//! number, which is never used again.
+//! A device address is reserved and cannot be read or written; the bytes are elsewhere, for the
+//! streams alone. Addresses are multiples of 256 and of no more, as `cudaMalloc` promises no more.
+//! The next allocation of as much gets the address that was given back last; work that was sent
+//! before then is found out by the allocation's number, which is never used again.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ptr;
@@ -66,17 +66,18 @@ impl Target {
         self.found.is_some()
     }
 
-    /// Kernels of one device do not reach memory of another, as long as nobody enables that ("CUDA C++ Programming
-    /// Guide, Peer-to-Peer Memory Access"), which nothing does here.
+    /// Kernels of one device do not reach memory of another, as long as nobody enables that ("CUDA
+    /// C++ Programming Guide, Peer-to-Peer Memory Access"), which nothing does here.
     pub(crate) fn is_reached_from(self, device: usize) -> bool {
         self.found.is_some_and(|found| found.device == device)
     }
 
-    /// Does something with the bytes, on a stream's thread. `None` where there was no such memory; where it was given
-    /// back since, the program ends.
+    /// Does something with the bytes, on a stream's thread. `None` where there was no such memory;
+    /// where it was given back since, the program ends.
     pub(crate) fn with<R>(self, action: impl FnOnce(*mut u8) -> R) -> Option<R> {
         let found = self.found?;
-        // The bytes themselves are touched outside the lock: copies of several streams run side by side.
+        // The bytes themselves are touched outside the lock: copies of several streams run side by
+        // side.
         let backing = memory(|memory| match memory.device.range(..=self.address).next_back() {
             Some((base, allocation)) if allocation.number == found.number => {
                 allocation.backing + (self.address - base)
@@ -208,7 +209,8 @@ pub(crate) fn info(device: usize) -> (usize, usize) {
     })
 }
 
-/// Pages; `None` where there are none. They begin where as many were given back last, unless somebody else is there.
+/// Pages; `None` where there are none. They begin where as many were given back last, unless
+/// somebody else is there.
 fn pages(memory: &mut Memory, bytes: usize, protection: i32, sharing: i32) -> Option<usize> {
     let flags = sharing | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let hint = memory.free.get_mut(&bytes).and_then(Vec::pop).unwrap_or(0);
@@ -283,7 +285,8 @@ pub(crate) fn allocate_pinned(bytes: usize) -> Result<usize> {
             .ok_or(Status::cudaErrorMemoryAllocation)?;
         // SAFETY: a mapping of our own.
         unsafe { ptr::write_bytes(at(address), GARBAGE, room) };
-        // "CUDA Runtime API, Unified Addressing": all that is allocated is mapped, whatever the flags say.
+        // "CUDA Runtime API, Unified Addressing": all that is allocated is mapped, whatever the
+        // flags say.
         memory.pin(address, room, true, true);
         Ok(address)
     })
@@ -351,8 +354,9 @@ pub(crate) enum Pinned {
     Partly,
 }
 
-/// Whether kernels reach all of a range of host memory: each byte is mapped, by one piece or another. Unlike copies,
-/// they look at addresses ("CUDA C++ Programming Guide, Mapped Memory", "Unified Virtual Address Space").
+/// Whether kernels reach all of a range of host memory: each byte is mapped, by one piece or
+/// another. Unlike copies, they look at addresses ("CUDA C++ Programming Guide, Mapped Memory",
+/// "Unified Virtual Address Space").
 pub(crate) fn reached(address: usize, bytes: usize) -> bool {
     memory(|memory| {
         let (mut at, end) = (address, address + bytes);

@@ -72,8 +72,8 @@ pub(crate) fn copy(
         cudaMemcpyKind::cudaMemcpyDeviceToDevice => (None, to),
         _ => return Err(Status::cudaErrorInvalidValue),
     };
-    // On whatever device that is: copies find their way between devices that do not reach each other ("CUDA C++
-    // Programming Guide, Peer-to-Peer Memory Copy").
+    // On whatever device that is: copies find their way between devices that do not reach each
+    // other ("CUDA C++ Programming Guide, Peer-to-Peer Memory Copy").
     let gpu = Target::of(gpu, bytes);
     if !gpu.is_memory() {
         return Err(Status::cudaErrorInvalidValue);
@@ -112,8 +112,8 @@ pub(crate) fn copy(
                 transfer(memory::at(host));
             })
             .map(drop),
-        // "CUDA Runtime API, API synchronization behavior": pageable memory may be staged before the call returns or
-        // read when its turn comes, and the call may wait for that.
+        // "CUDA Runtime API, API synchronization behavior": pageable memory may be staged before
+        // the call returns or read when its turn comes, and the call may wait for that.
         Pinned::No if upload => match control::random() % 3 {
             0 => {
                 // SAFETY: the caller of the copy vouches for the range.
@@ -229,7 +229,8 @@ export! {
             return Err(Status::cudaErrorInvalidValue);
         }
         stream::wait_from(2);
-        // "CUDA Runtime API, `cudaHostRegister`": without flags it is mapped. Otherwise the flags are "orthogonal".
+        // "CUDA Runtime API, `cudaHostRegister`": without flags it is mapped. Otherwise the flags
+        // are "orthogonal".
         memory::register(address.addr(), bytes, flags == 0 || flags & MAPPED != 0)
     }
     fn cudaHostUnregister(address: *mut c_void) {

@@ -16,7 +16,7 @@ use crate::{Result, Status};
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// How much a stream's queue holds.
+/// How much a stream's queue holds. CUDA does not document it; about as much is usual.
 const MOST_QUEUED: usize = 1024;
 
 /// A stream: a queue, and a thread that works it off in order, late.
@@ -39,8 +39,8 @@ struct Queue {
     closed: bool,
 }
 
-/// A capture. One stream began it, and those that wait for its events join it ("CUDA C++ Programming Guide,
-/// Cross-stream Dependencies and Events").
+/// A capture. One stream began it, and those that wait for its events join it ("CUDA C++
+/// Programming Guide, Cross-stream Dependencies and Events").
 struct Capture {
     mode: Mode,
     /// As `this_thread` says.
@@ -185,8 +185,8 @@ impl Stream {
         Ok(self.push(queue, before, work))
     }
 
-    /// The queue, once it has room for more: launches wait for that ("CUDA C++ Best Practices Guide",
-    /// asynchronous calls; the limit is not documented, and 1,024 were seen).
+    /// The queue, once it has room for more: "any CUDA API call may block [...] for [...]
+    /// unavailability of internal resources" ("CUDA Runtime API, API synchronization behavior").
     fn room(&self) -> MutexGuard<'_, Queue> {
         let mut queue = self.queue();
         while queue.work.len() >= MOST_QUEUED {
@@ -224,7 +224,8 @@ impl Stream {
         before.push(point);
         let mut queue = self.room();
         if let Some(mark) = queue.capture() {
-            // A dependency across the capture's bounds ("CUDA Runtime API, `cudaErrorStreamCaptureIsolation`").
+            // A dependency across the capture's bounds ("CUDA Runtime API,
+            // `cudaErrorStreamCaptureIsolation`").
             mark.capture.invalidate();
             return Err(Status::cudaErrorStreamCaptureIsolation);
         }
@@ -232,7 +233,8 @@ impl Stream {
         Ok(())
     }
 
-    /// What is sent from now on comes after a point of a capture, and so goes into that capture, too.
+    /// What is sent from now on comes after a point of a capture, and so goes into that capture,
+    /// too.
     fn join(self: &Arc<Self>, event: Mark) -> Result {
         if self.legacy {
             event.capture.invalidate();
@@ -285,8 +287,9 @@ impl Stream {
         }
     }
 
-    /// The legacy stream comes after the blocking streams of its device. While one of them is in capture it cannot
-    /// be used, and to try ends the capture ("CUDA Runtime API, `cudaErrorStreamCaptureImplicit`").
+    /// The legacy stream comes after the blocking streams of its device. While one of them is in
+    /// capture it cannot be used, and to try ends the capture ("CUDA Runtime API,
+    /// `cudaErrorStreamCaptureImplicit`").
     fn not_implicitly(&self) -> Result {
         if !self.legacy {
             return Ok(());
@@ -459,8 +462,9 @@ pub(crate) fn query(handle: usize) -> Result {
     }
 }
 
-/// Whether a stream is in capture; the legacy stream is that of `device`. Of that one the question is an error while
-/// a stream that it would wait for is in capture, which goes on ("CUDA Runtime API, `cudaStreamIsCapturing`").
+/// Whether a stream is in capture; the legacy stream is that of `device`. Of that one the question
+/// is an error while a stream that it would wait for is in capture, which goes on ("CUDA Runtime
+/// API, `cudaStreamIsCapturing`").
 pub(crate) fn capture_status(handle: usize, device: usize) -> Result<cudaStreamCaptureStatus> {
     const NONE: cudaStreamCaptureStatus = cudaStreamCaptureStatus::cudaStreamCaptureStatusNone;
     if handle <= 1 && handles().blocking(device).any(|stream| stream.capture_status() != NONE) {
@@ -521,7 +525,8 @@ pub(crate) fn synchronize_device(device: usize) -> Result {
     Ok(())
 }
 
-/// What a call does that waits for the current device from this setting of [`context::waiting`] on. It ends no capture.
+/// What a call does that waits for the current device from this setting of [`context::waiting`] on.
+/// It ends no capture.
 pub(crate) fn wait_from(setting: u32) {
     if context::waiting() >= setting {
         let (live, ending) = streams_of(context::current_device());
@@ -592,9 +597,9 @@ pub(crate) fn record(handle: usize, stream: &Arc<Stream>) -> Result {
     Ok(())
 }
 
-/// The point that an event stands for. In a capture it is none that is ever reached: to ask for it ends the capture
-/// ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"), and the answer is what an H200 was seen to
-/// answer.
+/// The point that an event stands for. In a capture it is none that is ever reached: to ask for it
+/// ends the capture ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"), and the
+/// answer is what an H200 was seen to answer.
 fn point(handle: usize) -> Result<Option<(Point, usize)>> {
     let event = event(handle)?;
     let event = lock(&event);
