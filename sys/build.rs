@@ -74,11 +74,19 @@ mod archive {
             println!("cargo::rerun-if-env-changed={name}");
             env::var_os(name)
         };
-        let (places, refused) = crate::places::directories(variable, (&os, &architecture));
-        let archive = places.iter().map(|place| place.join(NAME)).find(|file| file.is_file());
+        let (mut folders, mut refused) = (Vec::new(), Vec::new());
+        for place in crate::places::places(variable, (&os, &architecture)) {
+            match place {
+                Ok(place) => {
+                    folders.extend(place.folders.iter().map(|folder| place.root.join(folder)))
+                }
+                Err(why) => refused.push(why),
+            }
+        }
+        let archive = folders.iter().map(|folder| folder.join(NAME)).find(|file| file.is_file());
         let archive = archive.ok_or_else(|| {
-            let places = places.iter().map(|place| place.display().to_string()).chain(refused);
-            let tried = places.collect::<Vec<_>>().join(", ");
+            let folders = folders.iter().map(|folder| folder.display().to_string());
+            let tried = folders.chain(refused).collect::<Vec<_>>().join(", ");
             format!(
                 "{NAME} is not to be found: {tried}; set CUDA_HOME, or build without the feature: \
                  a runtime is then loaded when it is first needed"

@@ -27,6 +27,8 @@ fn a_runtime_says_what_it_is() {
             let lacking = runtime.absent();
             println!("runtime: {}", runtime.path().display());
             println!("version: {}, driver: {driver}, lacking: {lacking:?}", runtime.version());
+            println!("passed over: {}", runtime.passed_over().join("; "));
+            println!("device: {:?}", cpu_gpu_buffer::Device::cuda(0));
             assert!([12, 13].contains(&(runtime.version() / 1000)));
             assert_eq!(status, sys::cudaError::cudaSuccess);
         }
@@ -37,8 +39,14 @@ fn a_runtime_says_what_it_is() {
     }
 }
 
-/// What a process answers that has these variables, and no others that name places.
+/// The runtime that a process finds, or why none, with these variables and no others that name
+/// places.
 fn found(sealed: &[String], directory: &Path, variables: &[(&str, PathBuf)]) -> String {
+    said(sealed, directory, variables, "runtime: ")
+}
+
+/// What such a process says after a word.
+fn said(sealed: &[String], directory: &Path, variables: &[(&str, PathBuf)], word: &str) -> String {
     let asked = common::own_process("a_runtime_says_what_it_is", &[]);
     let mut words = sealed.iter().map(AsRef::as_ref).chain([asked.get_program()]);
     let mut command = Command::new(words.next().unwrap());
@@ -51,7 +59,7 @@ fn found(sealed: &[String], directory: &Path, variables: &[(&str, PathBuf)]) -> 
     let output = command.current_dir(directory).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
-    text.lines().find_map(|line| line.strip_prefix("runtime: ")).expect("it says so").into()
+    text.lines().find_map(|line| line.strip_prefix(word)).expect("it says so").into()
 }
 
 /// A folder of a test's own; `None` where no runtime is loaded, and with that nothing to test.
@@ -83,6 +91,39 @@ impl Folder {
         let _ = fs::remove_file(&path);
         symlink(common::simulated(), &path).unwrap();
         path
+    }
+
+    /// Puts a runtime there that says it is of a version, for a driver of another, and has these
+    /// functions of one argument besides; `None` where there is no compiler.
+    fn put_stub(
+        &self,
+        place: &str,
+        version: i32,
+        driver: i32,
+        functions: &[&str],
+    ) -> Option<PathBuf> {
+        let path = self.path(place);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let _ = fs::remove_file(&path);
+        let answers = [("cudaRuntimeGetVersion", version), ("cudaDriverGetVersion", driver)];
+        let mut text = String::new();
+        for (name, value) in answers {
+            text += &format!(
+                "#[unsafe(no_mangle)] unsafe extern \"C\" fn {name}(v: *mut i32) -> u32 \
+                 {{ unsafe {{ *v = {value} }}; 0 }}\n"
+            );
+        }
+        for name in functions {
+            text += &format!(
+                "#[unsafe(no_mangle)] unsafe extern \"C\" fn {name}(_: *mut i32) -> u32 {{ 35 }}\n"
+            );
+        }
+        let source = self.path("stub.rs");
+        fs::write(&source, text).unwrap();
+        let arguments = ["--edition", "2024", "--crate-type", "cdylib", "-o"];
+        let built = Command::new("rustc").args(arguments).args([&path, &source]).output().ok()?;
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        Some(path)
     }
 
     /// Puts something there that is no library.
@@ -218,7 +259,126 @@ fn every_place_has_its_turn_where_those_before_it_have_no_runtime() {
         }
     }
     let nothing = found();
-    assert!(nothing.starts_with("no usable CUDA runtime; tried: system loader: "), "{nothing}");
+    let expected = "no usable CUDA runtime; tried: CUDART_LIBRARY is not set; system loader: ";
+    assert!(nothing.starts_with(expected), "{nothing}");
+}
+
+/// The simulated runtime as CUDA 12.8, for a driver of 12.4, in the second of the places.
+fn settings(folder: &Folder) -> Vec<(&'static str, PathBuf)> {
+    vec![
+        folder.system(),
+        ("CUDART_SIM_VERSION", "12080".into()),
+        ("CUDART_SIM_DRIVER", "12040".into()),
+    ]
+}
+
+#[test]
+fn a_runtime_that_is_too_new_for_the_driver_is_passed_over() {
+    let test = "a_runtime_that_is_too_new_for_the_driver_is_passed_over";
+    let Some(folder) = Folder::of(test) else { return };
+    let Some(newer) = folder.put_stub("system/libcudart.so.13", 13000, 12040, &[]) else {
+        return left_out(test, "no rustc");
+    };
+    folder.put("system/libcudart.so.12");
+    let why = "CUDA 13.0 is too new for the driver, which is one of 12.4";
+    let said = |variables: &[_], word| said(&[], &folder.0, variables, word);
+    let mut variables = settings(&folder);
+    // A newer minor version than the driver's is not too new.
+    assert_eq!(said(&variables, "runtime: "), "libcudart.so.12");
+    assert_eq!(said(&variables, "device: "), "Ok(Cuda(0))");
+    let line = format!("CUDART_LIBRARY is not set; system loader: libcudart.so.13: {why}");
+    assert_eq!(said(&variables, "passed over: "), line);
+    // So is one that is in the process already.
+    variables.push(("LD_PRELOAD", newer.clone()));
+    assert_eq!(said(&variables, "runtime: "), "libcudart.so.12");
+    let line = format!("already in the process: {}: {why}; system", newer.display());
+    assert!(said(&variables, "passed over: ").contains(&line));
+    // One that is named is not.
+    variables.push(("CUDART_LIBRARY", newer.clone()));
+    assert_eq!(said(&variables, "runtime: "), newer.to_str().unwrap());
+    assert_eq!(said(&variables, "passed over: "), "");
+}
+
+#[test]
+fn a_runtime_that_lacks_functions_is_passed_over() {
+    let test = "a_runtime_that_lacks_functions_is_passed_over";
+    let Some(folder) = Folder::of(test) else { return };
+    let place = "system/libcudart.so.13";
+    let Some(stub) = folder.put_stub(place, 12000, 12040, &[]) else {
+        return left_out(test, "no rustc");
+    };
+    let variables = [folder.system(), ("CUDART_LIBRARY", stub)];
+    let lacking = said(&[], &folder.0, &variables, "version: 12000, driver: 12040, lacking: ");
+    let lacking: Vec<&str> = lacking.split('"').filter(|part| part.starts_with("cuda")).collect();
+    folder.put("system/libcudart.so.12");
+    let variables = settings(&folder);
+    let answers =
+        || ["runtime: ", "passed over: "].map(|word| said(&[], &folder.0, &variables, word));
+    let line = "CUDART_LIBRARY is not set; system loader: libcudart.so.13: it lacks";
+    let many = format!("{line} {} functions, {} for one", lacking.len() - 1, lacking[0]);
+    assert_eq!(answers(), ["libcudart.so.12", &many]);
+    // One that came with 12.5 may be absent, and no other one.
+    let newer = "cudaGetDriverEntryPointByVersion";
+    let mut all = lacking.clone();
+    all.retain(|name| *name != newer && *name != "cudaMalloc");
+    folder.put_stub(place, 12000, 12040, &all).unwrap();
+    assert_eq!(answers(), ["libcudart.so.12", &format!("{line} cudaMalloc")]);
+    all.push("cudaMalloc");
+    folder.put_stub(place, 12000, 12040, &all).unwrap();
+    assert_eq!(answers(), ["libcudart.so.13", "CUDART_LIBRARY is not set"]);
+}
+
+#[test]
+fn where_every_runtime_is_too_new_the_error_names_each() {
+    let test = "where_every_runtime_is_too_new_the_error_names_each";
+    let Some(folder) = Folder::of(test) else { return };
+    // 35 is cudaErrorInsufficientDriver.
+    let functions = ["cudaGetDeviceCount", "cudaGetLastError"];
+    let Some(first) = folder.put_stub("system/libcudart.so.13", 13000, 12040, &functions) else {
+        return left_out(test, "no rustc");
+    };
+    let second = folder.path("home/lib64/libcudart.so.13");
+    fs::create_dir_all(second.parent().unwrap()).unwrap();
+    fs::copy(first, &second).unwrap();
+    let variables = [folder.system(), ("CUDA_HOME", folder.path("home"))];
+    assert_eq!(found(&[], &folder.0, &variables), "libcudart.so.13");
+    let device = said(&[], &folder.0, &variables, "device: ");
+    for expected in [
+        "the driver is one of CUDA 12.4, too old for the runtime: libcudart.so.13 is CUDA 13.0; \
+         CUDART_LIBRARY may name an older one; also tried: CUDART_LIBRARY is not set; \
+         system loader: libcudart.so.12: ",
+        &format!("{}: CUDA 13.0 is too new for the driver, which is one of 12.4", second.display()),
+        "CUDA_PATH is not set",
+    ] {
+        assert!(device.contains(expected), "{device}");
+    }
+    // The one that was taken is not one of the others.
+    assert!(!device.contains("system loader: libcudart.so.13"), "{device}");
+}
+
+#[test]
+fn without_a_driver_the_first_runtime_that_is_whole_says_so() {
+    let test = "without_a_driver_the_first_runtime_that_is_whole_says_so";
+    let Some(folder) = Folder::of(test) else { return };
+    let functions = ["cudaGetDeviceCount", "cudaGetLastError"];
+    if folder.put_stub("system/libcudart.so.13", 13000, 0, &functions).is_none() {
+        return left_out(test, "no rustc");
+    }
+    folder.put("system/libcudart.so.12");
+    let mut variables = settings(&folder);
+    variables.push(("CUDART_SIM_DRIVER", "0".into()));
+    // None is too new for a driver that is not there.
+    let said = || ["runtime: ", "device: "].map(|word| said(&[], &folder.0, &variables, word));
+    let [runtime, device] = said();
+    assert_eq!(runtime, "libcudart.so.12");
+    let text = "there is no CUDA driver on this machine; libcudart.so.12 is CUDA 12.8";
+    assert!(device.contains(text), "{device}");
+    // Where there is no better one, the other says the same.
+    folder.spoil("system/libcudart.so.12");
+    let [runtime, device] = said();
+    assert_eq!(runtime, "libcudart.so.13");
+    let text = "there is no CUDA driver on this machine; libcudart.so.13 is CUDA 13.0";
+    assert!(device.contains(text), "{device}");
 }
 
 #[test]

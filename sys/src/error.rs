@@ -72,13 +72,18 @@ impl cudaError {
                 Ok(_) => "no CUDA runtime is loaded".into(),
             },
             Self::SYMBOL_NOT_FOUND => match runtime() {
-                Ok(runtime) => format!(
-                    "{} is version {} and lacks {}",
-                    runtime.path().display(),
-                    runtime.version(),
-                    runtime.absent().join(", "),
-                )
-                .into(),
+                Ok(runtime) => {
+                    let mut text = format!(
+                        "{} is version {} and lacks {}",
+                        runtime.path().display(),
+                        runtime.version(),
+                        runtime.absent().join(", "),
+                    );
+                    if !runtime.passed_over().is_empty() {
+                        text += &format!("; also tried: {}", runtime.passed_over().join("; "));
+                    }
+                    text.into()
+                }
                 Err(error) => error.to_string().into(),
             },
             _ => {

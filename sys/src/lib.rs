@@ -10,6 +10,10 @@
 //! 4. `CUDA_HOME`, `CUDA_PATH`, `/usr/local/cuda`, `/opt/cuda`;
 //! 5. the CUDA wheels of an active virtual environment, and the active conda prefix.
 //!
+//! A runtime is passed over for the next one if its major version is newer than the driver's, or if
+//! it lacks functions that every supported version has. [`Runtime::passed_over`] names each. If
+//! there is no other one, the first of them is taken, and its calls say what is wrong.
+//!
 //! ```
 //! use cudart_sys::{cudaError, cudaGetDeviceCount};
 //!

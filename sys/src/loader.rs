@@ -1,8 +1,12 @@
 //! Finds the CUDA runtime and loads it.
 //!
-//! The search is a list of candidates, made from the environment before anything is opened; the first
-//! that opens, answers `cudaRuntimeGetVersion` and is of a known major version is kept for good. What
-//! the others said is kept too, for the text of the error.
+//! The search is a list of candidates, made from the environment before anything is opened. The
+//! first that opens, returns its version, is of a known major version, is not too new for the
+//! driver and has every function is kept for good. What the others said is kept too, for the text
+//! of the error.
+//!
+//! A runtime is too new if its major version is newer than the driver's. A newer minor version
+//! works on an older driver ("CUDA Compatibility, Minor Version Compatibility").
 
 use std::env;
 use std::error::Error;
@@ -11,9 +15,9 @@ use std::path::{Path, PathBuf};
 
 use libloading::Library;
 
-use crate::bindings::Functions;
-use crate::places;
-use crate::runtime::{LoadError, Runtime};
+use crate::bindings::{Functions, cudaError};
+use crate::places::{self, Place};
+use crate::runtime::{LoadError, MAJORS, NEED, Runtime, Version};
 
 /// Looks for the runtime in every place, and loads the first that can be used.
 pub(crate) fn find() -> Result<Runtime, LoadError> {
@@ -31,7 +35,7 @@ enum Candidate {
     System(&'static str),
     /// A file in a place where CUDA is installed.
     File(PathBuf),
-    /// A place that is not looked at, and why.
+    /// A place or a file that is not looked at, or a folder that has no runtime, and why.
     Refused(String),
 }
 
@@ -46,21 +50,93 @@ fn candidates(
             Candidate::Demanded(path.into())
         }];
     }
-    let mut list: Vec<Candidate> = in_process.iter().cloned().map(Candidate::InProcess).collect();
+    let mut list = vec![Candidate::Refused("CUDART_LIBRARY is not set".into())];
+    list.extend(in_process.iter().cloned().map(Candidate::InProcess));
     list.extend(LIBRARY_NAMES.map(Candidate::System));
-    let target = (env::consts::OS, env::consts::ARCH);
-    let (directories, refused) = places::directories(variable, target);
-    list.extend(refused.into_iter().map(Candidate::Refused));
-    for directory in directories {
-        for name in LIBRARY_NAMES {
-            let file = directory.join(name);
-            if file.is_file() && !list.contains(&Candidate::File(file.clone())) {
-                list.push(Candidate::File(file));
-            }
+    for place in places::places(variable, (env::consts::OS, env::consts::ARCH)) {
+        match place {
+            Ok(place) => look_through(&place, &mut list),
+            Err(why) => list.push(Candidate::Refused(why)),
         }
     }
     list
 }
+
+/// Adds the runtimes of a place, the files there that are refused, and the folders that have
+/// neither.
+fn look_through(place: &Place, list: &mut Vec<Candidate>) {
+    if !place.root.is_dir() {
+        return list.push(Candidate::Refused(format!("{}: no such folder", place.name)));
+    }
+    let mut without = Vec::new();
+    for folder in &place.folders {
+        let directory = place.root.join(folder);
+        let files = LIBRARY_NAMES.map(|name| directory.join(name));
+        let files: Vec<PathBuf> = files.into_iter().filter(|file| file.is_file()).collect();
+        let refused = refused_files(&directory, !files.is_empty());
+        if files.is_empty() && refused.is_empty() {
+            without.push(folder.display().to_string());
+        }
+        for file in files.into_iter().map(Candidate::File) {
+            if !list.contains(&file) {
+                list.push(file);
+            }
+        }
+        list.extend(refused.into_iter().map(Candidate::Refused));
+    }
+    if !without.is_empty() {
+        let without = without.join(", ");
+        list.push(Candidate::Refused(format!("{}: no {STEM} in {without}", place.name)));
+    }
+}
+
+/// Files that look like a runtime and are not opened, each with the reason. Beside a runtime that
+/// is opened, other names of the same major version say nothing.
+fn refused_files(directory: &Path, beside_one: bool) -> Vec<String> {
+    let Ok(entries) = directory.read_dir() else { return Vec::new() };
+    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> = names.filter(|name| name.starts_with(STEM)).collect();
+    names.sort();
+    let mut reasons: Vec<String> = Vec::new();
+    for name in names {
+        let why = match major(&name) {
+            Some(major) if !MAJORS.contains(&major) => format!("CUDA {major}, {NEED}"),
+            _ if beside_one => continue,
+            Some(_) if LIBRARY_NAMES.contains(&name.as_str()) => "a link to nothing".into(),
+            Some(_) => format!("its name is none of {}", LIBRARY_NAMES.join(", ")),
+            None if name == STEM => {
+                reasons.push(format!("{}: {STEM} without a version", directory.display()));
+                continue;
+            }
+            None => continue,
+        };
+        // One line for each major version: `libcudart.so.11.0` is a link to `libcudart.so.11.8.89`.
+        if !reasons.iter().any(|reason| reason.ends_with(&why)) {
+            reasons.push(format!("{}: {why}", directory.join(name).display()));
+        }
+    }
+    reasons
+}
+
+/// The major version in a file's name.
+#[cfg(not(windows))]
+fn major(name: &str) -> Option<i32> {
+    name.strip_prefix(STEM)?.strip_prefix('.')?.split('.').next()?.parse().ok()
+}
+
+/// The major version in a file's name: `cudart64_12.dll`, and `cudart64_110.dll` for 11.0.
+#[cfg(windows)]
+fn major(name: &str) -> Option<i32> {
+    let number: i32 =
+        name.strip_prefix(STEM)?.strip_prefix('_')?.split('.').next()?.parse().ok()?;
+    Some(if number < 100 { number } else { number / 10 })
+}
+
+/// The beginning of every runtime's name.
+#[cfg(not(windows))]
+const STEM: &str = "libcudart.so";
+#[cfg(windows)]
+const STEM: &str = "cudart64";
 
 #[cfg(not(windows))]
 const LIBRARY_NAMES: [&str; 2] = ["libcudart.so.13", "libcudart.so.12"];
@@ -69,6 +145,9 @@ const LIBRARY_NAMES: [&str; 2] = ["cudart64_13.dll", "cudart64_12.dll"];
 
 fn load(candidates: Vec<Candidate>) -> Result<Runtime, LoadError> {
     let mut tried = Vec::new();
+    // The first that was loaded and passed over, and its line in the list. One that the caller
+    // names has no other after it, and is taken for this reason.
+    let mut spare: Option<(Runtime, usize)> = None;
     for candidate in candidates {
         let in_process = matches!(candidate, Candidate::InProcess(_));
         let (label, name) = match candidate {
@@ -83,12 +162,55 @@ fn load(candidates: Vec<Candidate>) -> Result<Runtime, LoadError> {
                 continue;
             }
         };
-        match open(&name, in_process) {
-            Ok(runtime) => return Ok(runtime),
-            Err(why) => tried.push(format!("{label}: {why}")),
-        }
+        let runtime = match open(&name, in_process) {
+            Ok(runtime) => runtime,
+            Err(why) => {
+                tried.push(format!("{label}: {why}"));
+                continue;
+            }
+        };
+        let Some(why) = shortcoming(&runtime) else {
+            return Ok(runtime.instead_of(tried));
+        };
+        spare.get_or_insert((runtime, tried.len()));
+        tried.push(format!("{label}: {why}"));
     }
-    Err(LoadError::of(tried))
+    match spare {
+        Some((runtime, line)) => {
+            tried.remove(line);
+            Ok(runtime.instead_of(tried))
+        }
+        None => Err(LoadError::of(tried)),
+    }
+}
+
+/// Functions that the oldest supported versions lack, and without which callers manage.
+const NEWER: [&str; 1] = ["cudaGetDriverEntryPointByVersion"];
+
+/// Why the search goes on although this runtime could be loaded. Without a driver every runtime is
+/// as good as another, and the first one says that there is none.
+fn shortcoming(runtime: &Runtime) -> Option<String> {
+    let driver = driver_version(runtime).unwrap_or(0);
+    if driver != 0 && runtime.version() / 1000 > driver / 1000 {
+        let (runtime, driver) = (Version(runtime.version()), Version(driver));
+        return Some(format!("CUDA {runtime} is too new for the driver, which is one of {driver}"));
+    }
+    let mut lacking = runtime.absent();
+    lacking.retain(|name| !NEWER.contains(name));
+    match lacking[..] {
+        [] => None,
+        [name] => Some(format!("it lacks {name}")),
+        [name, ..] => Some(format!("it lacks {} functions, {name} for one", lacking.len())),
+    }
+}
+
+fn driver_version(runtime: &Runtime) -> Option<i32> {
+    let get_version = runtime.functions.cudaDriverGetVersion?;
+    let mut version = 0;
+    // SAFETY: `version` is a valid place for an int. The function may be called before any other
+    // and needs no device ("CUDA Runtime API, Version Management").
+    let status = unsafe { get_version(&mut version) };
+    (status == cudaError::cudaSuccess).then_some(version)
 }
 
 fn open(name: &Path, in_process: bool) -> Result<Runtime, String> {
@@ -260,6 +382,7 @@ mod tests {
             .iter()
             .filter(|candidate| match candidate {
                 Candidate::File(path) => path.starts_with(&root),
+                Candidate::Refused(_) => false,
                 _ => true,
             })
             .collect();
@@ -281,6 +404,96 @@ mod tests {
         fs::remove_dir_all(root).unwrap();
     }
 
+    /// What the search says of places below a folder of a test's own, in which it finds no runtime.
+    fn refused(root: &Path, variables: &[(&str, &Path)]) -> Vec<String> {
+        let list = candidates(environment(variables), &[]).into_iter();
+        let refused = list.filter_map(|candidate| match candidate {
+            Candidate::Refused(why) => Some(why),
+            _ => None,
+        });
+        // Of the machine's own toolkits nothing is known.
+        let ours =
+            refused.filter(|why| why.contains(" is ") || why.contains(root.to_str().unwrap()));
+        ours.map(|why| why.replace(root.to_str().unwrap(), "ROOT")).collect()
+    }
+
+    #[test]
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    fn every_variable_and_every_folder_that_gives_nothing_is_named() {
+        let root = folder(
+            "nothing",
+            &["path/lib/README", "venv/lib/python3.12/site-packages/nvidia/cu13/lib/README"],
+        );
+        assert_eq!(
+            refused(
+                &root,
+                &[
+                    ("CUDA_HOME", Path::new("")),
+                    ("CUDA_PATH", &root.join("path")),
+                    ("VIRTUAL_ENV", &root.join("venv")),
+                    ("CONDA_PREFIX", &root.join("absent")),
+                ]
+            ),
+            [
+                "CUDART_LIBRARY is not set",
+                "CUDA_HOME is empty",
+                "CUDA_PATH=ROOT/path: no libcudart.so in lib64, lib, targets/x86_64-linux/lib",
+                "VIRTUAL_ENV=ROOT/venv: no libcudart.so in lib64, lib, targets/x86_64-linux/lib, \
+                 lib/python3.12/site-packages/nvidia/cu13/lib, \
+                 lib/python3.12/site-packages/nvidia/cuda_runtime/lib",
+                "CONDA_PREFIX=ROOT/absent: no such folder",
+            ]
+        );
+        fs::remove_dir_all(&root).unwrap();
+        let unset = ["CUDART_LIBRARY", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"];
+        assert_eq!(refused(&root, &[]), unset.map(|name| format!("{name} is not set")));
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn every_file_that_is_refused_is_named_with_the_reason() {
+        let root = folder(
+            "refused",
+            &[
+                "home/lib64/libcudart.so.11.0",
+                "home/lib64/libcudart.so.11.8.89",
+                "home/lib64/libcudart.so.10.2",
+                "home/lib64/libcudart_static.a",
+                "home/lib/libcudart.so",
+                "path/lib64/libcudart.so.12.4.127",
+                // Beside one that is opened, its other names say nothing, and other versions do.
+                "venv/lib/libcudart.so",
+                "venv/lib/libcudart.so.12",
+                "venv/lib/libcudart.so.12.4.127",
+                "venv/lib/libcudart.so.11.0",
+            ],
+        );
+        std::os::unix::fs::symlink("nowhere", root.join("path/lib64/libcudart.so.13")).unwrap();
+        let named = refused(
+            &root,
+            &[
+                ("CUDA_HOME", &root.join("home")),
+                ("CUDA_PATH", &root.join("path")),
+                ("VIRTUAL_ENV", &root.join("venv")),
+            ],
+        );
+        let files: Vec<&String> =
+            named.iter().filter(|why| !why.contains(" set") && !why.contains(": no ")).collect();
+        assert_eq!(
+            files,
+            [
+                "ROOT/home/lib64/libcudart.so.10.2: CUDA 10, need 12 or 13",
+                "ROOT/home/lib64/libcudart.so.11.0: CUDA 11, need 12 or 13",
+                "ROOT/home/lib: libcudart.so without a version",
+                "ROOT/path/lib64/libcudart.so.12.4.127: its name is none of libcudart.so.13, \
+                 libcudart.so.12",
+                "ROOT/path/lib64/libcudart.so.13: a link to nothing",
+                "ROOT/venv/lib/libcudart.so.11.0: CUDA 11, need 12 or 13",
+            ]
+        );
+        fs::remove_dir_all(root).unwrap();
+    }
+
     #[test]
     fn a_relative_root_is_refused_by_name() {
         let list = candidates(environment(&[("CUDA_HOME", Path::new("cuda"))]), &[]);
@@ -289,6 +502,7 @@ mod tests {
         });
         assert!(refused, "{list:?}");
     }
+
     #[test]
     #[cfg(not(windows))]
     fn each_system_has_its_own_folders_of_a_toolkit() {
@@ -302,7 +516,12 @@ mod tests {
         ] {
             let (home, venv) = (Path::new("/home"), Path::new("/venv"));
             let variables = [("CUDA_HOME", home), ("VIRTUAL_ENV", venv)];
-            let (directories, refused) = places::directories(environment(&variables), target);
+            let found: Vec<Place> =
+                places::places(environment(&variables), target).into_iter().flatten().collect();
+            let directories: Vec<PathBuf> = found
+                .iter()
+                .flat_map(|place| place.folders.iter().map(|folder| place.root.join(folder)))
+                .collect();
             let roots = ["/home", "/usr/local/cuda", "/opt/cuda", "/venv"].map(Path::new);
             let mut expected: Vec<PathBuf> =
                 roots.iter().flat_map(|root| subs.iter().map(|sub| root.join(sub))).collect();
@@ -312,7 +531,7 @@ mod tests {
                 expected
                     .extend(["cu13/bin/x86_64", "cuda_runtime/bin"].map(|sub| packages.join(sub)));
             }
-            assert_eq!((directories, refused), (expected, Vec::new()));
+            assert_eq!(directories, expected);
         }
     }
 }

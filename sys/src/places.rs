@@ -3,69 +3,81 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-/// The directories that are looked through, in this order: those of toolkits, and those of an active virtual
-/// environment and conda. And what is not looked through, each with the reason.
-pub fn directories(
+/// A place where CUDA may be installed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Place {
+    /// As an error names it: `CUDA_HOME=/opt/cuda-12`, or the path alone.
+    pub name: String,
+    pub root: PathBuf,
+    /// The folders of the root that are looked through, in this order.
+    pub folders: Vec<PathBuf>,
+}
+
+/// The places that are looked through, in this order: toolkits, an active virtual environment,
+/// conda. A variable that gives no place is an error, with the reason.
+pub fn places(
     variable: impl Fn(&str) -> Option<OsString>,
     (os, architecture): (&str, &str),
-) -> (Vec<PathBuf>, Vec<String>) {
-    let mut refused = Vec::new();
-    let mut root = |name: &str| {
-        let root = variable(name).filter(|value| !value.is_empty()).map(PathBuf::from)?;
-        if root.is_absolute() {
-            return Some(root);
+) -> Vec<Result<Place, String>> {
+    let of_variable = |name: &str, wheels: bool| {
+        let root = PathBuf::from(variable(name).ok_or_else(|| format!("{name} is not set"))?);
+        if root.as_os_str().is_empty() {
+            return Err(format!("{name} is empty"));
         }
-        refused.push(format!(
-            "{name}={} is relative to the current directory, which is never searched",
-            root.display()
-        ));
-        None
+        let named = format!("{name}={}", root.display());
+        if !root.is_absolute() {
+            return Err(format!(
+                "{named} is relative to the current directory, which is never searched"
+            ));
+        }
+        let mut folders = of_toolkit(os, architecture);
+        if wheels {
+            folders.extend(of_wheels(&root, os));
+        }
+        Ok(Place { name: named, root, folders })
     };
-    let mut toolkits: Vec<PathBuf> =
-        ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(|name| root(name)).collect();
-    toolkits.extend(["/usr/local/cuda", "/opt/cuda"].map(PathBuf::from));
-    let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"].iter().filter_map(|name| root(name));
-    let mut directories = Vec::new();
-    for root in toolkits {
-        directories.extend(of_toolkit(&root, os, architecture));
-    }
-    for root in environments {
-        directories.extend(of_toolkit(&root, os, architecture));
-        directories.extend(of_wheels(&root, os));
-    }
-    (directories, refused)
+    let fixed = |root: &str| {
+        let folders = of_toolkit(os, architecture);
+        Ok(Place { name: root.into(), root: root.into(), folders })
+    };
+    vec![
+        of_variable("CUDA_HOME", false),
+        of_variable("CUDA_PATH", false),
+        fixed("/usr/local/cuda"),
+        fixed("/opt/cuda"),
+        of_variable("VIRTUAL_ENV", true),
+        of_variable("CONDA_PREFIX", true),
+    ]
 }
 
 /// Where a toolkit, or a conda prefix, keeps its libraries.
-fn of_toolkit(root: &Path, os: &str, architecture: &str) -> Vec<PathBuf> {
+fn of_toolkit(os: &str, architecture: &str) -> Vec<PathBuf> {
     let subs: &[&str] = match (os, architecture) {
         ("windows", _) => &["bin", "bin/x64"],
         // Servers, and boards.
         (_, "aarch64") => &["lib64", "lib", "targets/sbsa-linux/lib", "targets/aarch64-linux/lib"],
         _ => &["lib64", "lib", "targets/x86_64-linux/lib"],
     };
-    subs.iter().map(|sub| root.join(sub)).collect()
+    subs.iter().map(PathBuf::from).collect()
 }
 
 /// Where the CUDA wheels of a Python environment keep theirs: one folder for each major version.
 fn of_wheels(root: &Path, os: &str) -> Vec<PathBuf> {
     let (packages, subs) = match os {
-        "windows" => {
-            (vec![root.join("Lib/site-packages")], ["cu13/bin/x86_64", "cuda_runtime/bin"])
-        }
-        _ => (pythons(&root.join("lib")), ["cu13/lib", "cuda_runtime/lib"]),
+        "windows" => (vec!["Lib/site-packages".into()], ["cu13/bin/x86_64", "cuda_runtime/bin"]),
+        _ => (pythons(root), ["cu13/lib", "cuda_runtime/lib"]),
     };
     let of_package = |package: PathBuf| subs.map(|sub| package.join("nvidia").join(sub));
     packages.into_iter().flat_map(of_package).collect()
 }
 
 /// The packages of each Python there is.
-fn pythons(library: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = std::fs::read_dir(library) else { return Vec::new() };
+fn pythons(root: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(root.join("lib")) else { return Vec::new() };
     let pythons = entries
         .flatten()
         .filter(|entry| entry.file_name().to_string_lossy().starts_with("python"))
-        .map(|entry| entry.path().join("site-packages"));
+        .map(|entry| Path::new("lib").join(entry.file_name()).join("site-packages"));
     let mut pythons: Vec<PathBuf> = pythons.collect();
     pythons.sort();
     pythons

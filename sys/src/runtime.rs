@@ -9,7 +9,19 @@ use crate::bindings::{Functions, cudaError};
 use crate::loader::find;
 
 /// Major versions whose functions have the signatures in the bindings, newest first.
-const MAJORS: [i32; 2] = [13, 12];
+pub(crate) const MAJORS: [i32; 2] = [13, 12];
+
+/// What is said of a runtime of another major version.
+pub(crate) const NEED: &str = "need 12 or 13";
+
+/// A version as people write it: `12.8` for 12080.
+pub(crate) struct Version(pub(crate) i32);
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.0 / 1000, self.0 % 1000 / 10)
+    }
+}
 
 /// The CUDA runtime of this process.
 ///
@@ -23,9 +35,10 @@ const MAJORS: [i32; 2] = [13, 12];
 /// }
 /// ```
 pub struct Runtime {
-    functions: Functions,
+    pub(crate) functions: Functions,
     path: PathBuf,
     version: i32,
+    passed_over: Vec<String>,
 }
 
 impl Runtime {
@@ -41,13 +54,15 @@ impl Runtime {
             return Err(format!("cudaRuntimeGetVersion returned {}", status.0));
         }
         if !MAJORS.contains(&(version / 1000)) {
-            return Err(format!(
-                "it is CUDA {}.{}, and these bindings know 12.x and 13.x",
-                version / 1000,
-                version % 1000 / 10
-            ));
+            return Err(format!("CUDA {}, {NEED}", Version(version)));
         }
-        Ok(Runtime { functions, path, version })
+        Ok(Runtime { functions, path, version, passed_over: Vec::new() })
+    }
+
+    /// This runtime, for which the search passed over all these.
+    #[cfg(not(feature = "static"))]
+    pub(crate) fn instead_of(self, passed_over: Vec<String>) -> Runtime {
+        Runtime { passed_over, ..self }
     }
 
     /// The version as CUDA writes it: 13000 for 13.0, 12080 for 12.8.
@@ -86,6 +101,24 @@ impl Runtime {
     pub fn absent(&self) -> Vec<&'static str> {
         self.functions.absent()
     }
+
+    /// The places of the search that were passed over for this runtime: one line each, with the
+    /// reason.
+    ///
+    /// A runtime is passed over if the driver is of an older major version, or if the runtime lacks
+    /// functions that every supported version has. If no other one is found, the first of those is
+    /// taken all the same, since its calls say what is wrong.
+    ///
+    /// ```
+    /// if let Ok(runtime) = cudart_sys::runtime() {
+    ///     for line in runtime.passed_over() {
+    ///         println!("not {line}"); // CUDA 13.0 is too new for the driver, say
+    ///     }
+    /// }
+    /// ```
+    pub fn passed_over(&self) -> &[String] {
+        &self.passed_over
+    }
 }
 
 impl fmt::Debug for Runtime {
@@ -93,6 +126,7 @@ impl fmt::Debug for Runtime {
         f.debug_struct("Runtime")
             .field("path", &self.path)
             .field("version", &self.version)
+            .field("passed_over", &self.passed_over)
             .finish_non_exhaustive()
     }
 }
