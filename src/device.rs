@@ -12,6 +12,7 @@ use std::sync::{Mutex, OnceLock};
 
 use crate::error::{Error, Result};
 use crate::fork;
+use crate::host_limit::host_memory;
 use crate::kernels::Kernels;
 use crate::raw;
 use crate::sys;
@@ -96,6 +97,9 @@ impl Device {
 
     /// Free and total memory, in bytes: of the CUDA device, or of this machine.
     ///
+    /// In a container the host's memory is no more than the limits of its control groups leave.
+    /// Page cache that the kernel can take back counts as free. Swap space does not count.
+    ///
     /// # Errors
     ///
     /// [`Error::Unavailable`] for a CUDA device that cannot be used, and for the CPU on a system that
@@ -146,17 +150,6 @@ impl FromStr for Device {
         };
         device.ok_or_else(|| Error::InvalidDevice { text: text.into() })
     }
-}
-
-/// `MemAvailable` and `MemTotal`: what the kernel says could be used without swapping, and all.
-fn host_memory() -> Option<MemoryInfo> {
-    let table = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let bytes = |name: &str| {
-        let line = table.lines().find_map(|line| line.strip_prefix(name))?;
-        let kilobytes: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        kilobytes.checked_mul(1024)
-    };
-    Some(MemoryInfo { free: bytes("MemAvailable:")?, total: bytes("MemTotal:")? })
 }
 
 /// A CUDA device in use: its primary context, and the kernels loaded into it.
@@ -262,7 +255,10 @@ fn place(ordinal: u32) -> Result<&'static Place> {
         let devices = count()?;
         if index >= devices {
             return Err(Error::Unavailable {
-                reason: format!("there is no device cuda:{ordinal}: this machine has {devices}"),
+                reason: format!(
+                    "there is no device cuda:{ordinal}: this machine has {devices}{}",
+                    visible_devices()
+                ),
             });
         }
         places.resize_with(devices, || Box::leak(Box::default()));
@@ -287,32 +283,64 @@ fn make(ordinal: u32) -> Result<Context> {
 /// The number of CUDA devices, or why there is none.
 fn count() -> Result<usize> {
     fork::refuse_child()?;
-    fork::watch()?;
-    match raw::device_count() {
-        Ok(0) => Err(Error::Unavailable { reason: "this machine has no CUDA device".into() }),
-        Ok(count) => Ok(count),
-        Err(Error::Cuda { code: sys::cudaError::cudaErrorInsufficientDriver, .. }) => {
-            Err(Error::Unavailable { reason: insufficient_driver()? })
+    let call = "cudaGetDeviceCount";
+    let counted = match fork::inherited_failure() {
+        Some(code) => Err(Error::Cuda { code, call }),
+        None => fork::ask(|| match raw::device_count()? {
+            0 => Err(Error::Cuda { code: sys::cudaError::cudaErrorNoDevice, call }),
+            count => Ok(count),
+        }),
+    };
+    counted.map_err(|error| match error {
+        Error::Cuda { code, .. } => match reason(code, &error) {
+            Ok(reason) => Error::Unavailable { reason },
+            Err(error) => error,
+        },
+        error => error,
+    })
+}
+
+/// Why there is no device, by the status that says so.
+fn reason(code: sys::cudaError_t, error: &Error) -> Result<String> {
+    match code {
+        sys::cudaError::cudaErrorNoDevice => {
+            Ok(format!("this machine has no CUDA device: {error}{}", visible_devices()))
         }
-        Err(Error::Cuda { code, call }) => {
-            Err(Error::Unavailable { reason: format!("{call} failed with {code}") })
-        }
-        Err(error) => Err(error),
+        sys::cudaError::cudaErrorInsufficientDriver => insufficient_driver(),
+        _ => Ok(error.to_string()),
     }
 }
 
-/// What the runtime lacks that answers `cudaErrorInsufficientDriver`: without a driver, too, it answers that.
+/// The variable that hides devices, if it is set: an empty one hides all.
+fn visible_devices() -> String {
+    let name = "CUDA_VISIBLE_DEVICES";
+    std::env::var_os(name).map_or_else(String::new, |value| format!("; {name} is {value:?}"))
+}
+
+/// Why the runtime returns `cudaErrorInsufficientDriver`, which it does without a driver, too.
 fn insufficient_driver() -> Result<String> {
     let version = |version: i32| format!("CUDA {}.{}", version / 1000, version % 1000 / 10);
-    let runtime = sys::runtime().map_or_else(ToString::to_string, |runtime| {
-        format!("{} is {}", runtime.path().display(), version(runtime.version()))
-    });
-    Ok(match raw::driver_version()? {
-        0 => format!("there is no CUDA driver on this machine; {runtime}"),
-        driver => format!(
-            "the driver is one of {}, too old for the runtime: {runtime}; \
-             CUDART_LIBRARY may name an older one",
-            version(driver)
+    let (runtime, passed_over) = match sys::runtime() {
+        Ok(runtime) => (
+            format!("{} is {}", runtime.path().display(), version(runtime.version())),
+            runtime.passed_over(),
         ),
-    })
+        Err(error) => (error.to_string(), &[][..]),
+    };
+    let driver = raw::driver_version()?;
+    if driver == 0 {
+        return Ok(format!("there is no CUDA driver on this machine; {runtime}"));
+    }
+    let cure = match cfg!(feature = "static") {
+        true => "a program that is built with an older one can use it",
+        false => "CUDART_LIBRARY may name an older one",
+    };
+    let mut text = format!(
+        "the driver is one of {}, too old for the runtime: {runtime}; {cure}",
+        version(driver)
+    );
+    if !passed_over.is_empty() {
+        text += &format!("; also tried: {}", passed_over.join("; "));
+    }
+    Ok(text)
 }

@@ -120,7 +120,7 @@ pub enum Error {
     },
     /// Time was asked from an event to one that was recorded before it.
     EventOrder,
-    /// The value was made before `fork` and this is the child: CUDA does not work here.
+    /// CUDA was used before `fork`, and this is the child: it does not work here.
     Forked,
 }
 
@@ -159,7 +159,10 @@ impl fmt::Display for Side {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Cuda { code, call } => write!(f, "{call} failed with {code}"),
+            Error::Cuda { code, call } => {
+                write!(f, "{call} failed with {code}")?;
+                cure(*code).map_or(Ok(()), |cure| write!(f, "; {cure}"))
+            }
             Error::OutOfMemory { side, bytes, device } => {
                 write!(
                     f,
@@ -192,8 +195,33 @@ impl fmt::Display for Error {
             Error::InvalidGroup { reason } => write!(f, "invalid group: {reason}"),
             Error::Exported { side } => write!(f, "a tensor of the {side} half lives"),
             Error::EventOrder => f.write_str("the earlier event was recorded after the later one"),
-            Error::Forked => f.write_str("made before a fork, and unusable in the child"),
+            Error::Forked => {
+                f.write_str("CUDA was used before a fork, and does not work in the child")
+            }
         }
+    }
+}
+
+/// What to do about a status that says how the machine is set up, which CUDA's text does not tell.
+fn cure(code: sys::cudaError_t) -> Option<&'static str> {
+    match code {
+        sys::cudaError::cudaErrorSystemNotReady => Some(
+            "GPUs that are connected by NVSwitch need the fabric manager: \
+             start nvidia-fabricmanager, of the driver's version",
+        ),
+        sys::cudaError::cudaErrorSystemDriverMismatch => Some(
+            "the driver's library and its kernel module are of different versions: \
+             reload the module, or reboot",
+        ),
+        sys::cudaError::cudaErrorCompatNotSupportedOnDevice => Some(
+            "the libcuda of a cuda-compat package was loaded, which this GPU or driver does not \
+             support: remove the package, or take it from LD_LIBRARY_PATH",
+        ),
+        // Another library may have used CUDA before the fork.
+        sys::cudaError::cudaErrorInitializationError => {
+            Some("if this is a forked child, its parent used CUDA before the fork")
+        }
+        _ => None,
     }
 }
 

@@ -63,6 +63,7 @@ mod gather;
 mod graph;
 mod group;
 mod host;
+mod host_limit;
 mod kernels;
 mod layout;
 mod members;

@@ -91,7 +91,7 @@ fn with_simulated(test: &str, settings: &[(&str, &str)]) {
 #[cfg(target_os = "linux")]
 fn a_named_runtime_of_an_unknown_major_version_is_an_error() {
     if is_own_process() {
-        return unusable("it is CUDA 14.2, and these bindings know 12.x and 13.x");
+        return unusable("CUDA 14.2, need 12 or 13");
     }
     let test = "a_named_runtime_of_an_unknown_major_version_is_an_error";
     with_simulated(test, &[("CUDART_SIM_VERSION", "14020")]);
@@ -138,6 +138,133 @@ fn a_runtime_without_a_driver_is_an_error_that_says_so() {
     }
     let test = "a_runtime_without_a_driver_is_an_error_that_says_so";
     with_simulated(test, &[("CUDART_SIM_DRIVER", "0")]);
+}
+
+/// What `Device::cuda` says of a device that there is not.
+#[cfg(target_os = "linux")]
+fn absent(ordinal: u32) -> String {
+    match Device::cuda(ordinal) {
+        Err(Error::Unavailable { reason }) => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn an_absent_device_is_named_with_what_hides_it() {
+    const SHOWN: &str = "; CUDA_VISIBLE_DEVICES is ";
+    if is_own_process() {
+        let value = std::env::var("CUDA_VISIBLE_DEVICES").ok();
+        let shown = value.map_or(String::new(), |value| format!("{SHOWN}{value:?}"));
+        return match std::env::var("CUDART_SIM_DEVICES").as_deref() {
+            Ok("0") => {
+                let text = absent(0);
+                let expected = "this machine has no CUDA device: cudaGetDeviceCount failed with ";
+                assert!(text.starts_with(expected) && text.contains(" (100): "), "{text}");
+                assert!(
+                    text.ends_with(&shown) && text.contains(SHOWN) != shown.is_empty(),
+                    "{text}"
+                );
+            }
+            _ => assert_eq!(
+                absent(3),
+                format!("there is no device cuda:3: this machine has 2{shown}")
+            ),
+        };
+    }
+    let test = "an_absent_device_is_named_with_what_hides_it";
+    for devices in ["0", "2"] {
+        let count = ("CUDART_SIM_DEVICES", devices);
+        with_simulated(test, &[count]);
+        with_simulated(test, &[count, ("CUDA_VISIBLE_DEVICES", "")]);
+        with_simulated(test, &[count, ("CUDA_VISIBLE_DEVICES", "1,7")]);
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_machine_that_is_not_set_up_says_what_to_do() {
+    if !is_own_process() {
+        return with_simulated("a_machine_that_is_not_set_up_says_what_to_do", &[]);
+    }
+    assert!(sys::runtime().is_ok());
+    for (code, word) in
+        [(802, "fabric manager"), (803, "reboot"), (804, "cuda-compat"), (3, "fork")]
+    {
+        common::sim::fail_function(c"cudaGetDeviceCount", code);
+        let text = absent(0);
+        let beginning = "cudaGetDeviceCount failed with cudaError";
+        assert!(text.starts_with(beginning) && text.contains(&format!("({code}): ")), "{text}");
+        assert!(text.contains(word), "{text}");
+        common::sim::heal();
+    }
+    Device::cuda(0).unwrap();
+    // The same where the context is made, and at any later call.
+    common::sim::fail_function(c"cuDevicePrimaryCtxRetain", 802);
+    let text = absent(1);
+    assert!(text.starts_with("cuda:1: ") && text.contains("fabric manager"), "{text}");
+}
+
+/// What a forked child says; it ends well.
+#[cfg(target_os = "linux")]
+fn in_child(says: impl FnOnce()) {
+    // SAFETY: no other thread of this process holds a lock that the child needs, but the
+    // allocator's.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(says));
+        // SAFETY: ends the child at once, without the parent's exit handlers.
+        unsafe { libc::_exit(outcome.is_err().into()) };
+    }
+    let mut status = -1;
+    // SAFETY: the child is ours, the place valid.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "the child failed");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_child_of_a_process_in_which_cuda_never_worked_learns_why() {
+    let test = "a_child_of_a_process_in_which_cuda_never_worked_learns_why";
+    if is_own_process() {
+        let calls = || {
+            if sys::runtime().is_ok() { common::sim::calls_of(c"cudaGetDeviceCount") } else { 0 }
+        };
+        let (text, asked) = (absent(0), calls());
+        return in_child(|| {
+            assert_eq!(absent(0), text);
+            assert_eq!(Device::cuda_count(), 0);
+            assert_eq!(Device::auto(), Device::Cpu);
+            // The driver, which has failed, is not asked again: it may crash a child.
+            assert_eq!(calls(), asked);
+            in_child(|| assert_eq!(absent(0), text));
+        });
+    }
+    with_simulated(test, &[("CUDART_SIM_DRIVER", "0")]);
+    with_simulated(test, &[("CUDART_SIM_DRIVER", "12040")]);
+    with_simulated(test, &[("CUDART_SIM_DEVICES", "0")]);
+    with_library(test, "/nothing-here/libcudart.so.13", &[]);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_child_of_a_process_that_only_counted_devices_learns_that_cuda_was_used() {
+    let test = "a_child_of_a_process_that_only_counted_devices_learns_that_cuda_was_used";
+    if !is_own_process() {
+        return with_simulated(test, &[]);
+    }
+    // Until it is asked, CUDA is the child's own. That child's children are told.
+    in_child(|| {
+        Device::cuda(0).unwrap();
+        in_child(|| assert_eq!(Device::cuda(0), Err(Error::Forked)));
+    });
+    // The count initializes the driver.
+    assert_eq!(Device::cuda_count(), 2);
+    in_child(|| {
+        assert_eq!(Device::cuda(0), Err(Error::Forked));
+        let text = Error::Forked.to_string();
+        assert_eq!(text, "CUDA was used before a fork, and does not work in the child");
+    });
 }
 
 /// Runs the test in its own process with a runtime library that answers `version` and has no other function.
