@@ -1,8 +1,13 @@
 //! Compiles `kernels/kernels.cu` into the image that the library embeds: machine code for every
 //! architecture in the list that this nvcc knows, and PTX for those that come after. Without nvcc, or
 //! when it fails, the committed image of the same source is embedded.
+//!
+//! `CPU_GPU_BUFFER_NVCC=never` keeps nvcc out of the build. The build then depends on no other
+//! variable: `PATH` differs between an editor and a shell, and each would have the crate built
+//! again.
 
 use std::env;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -13,9 +18,6 @@ const ARCHITECTURES: [u32; 7] = [75, 80, 86, 89, 90, 100, 120];
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=kernels");
-    for name in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH"] {
-        println!("cargo::rerun-if-env-changed={name}");
-    }
     let image =
         PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("kernels.fatbin");
     let compiled = match find_nvcc() {
@@ -35,18 +37,32 @@ fn main() {
     }
 }
 
+/// The value of a variable, on which the build depends from then on.
+fn variable(name: &str) -> Option<OsString> {
+    println!("cargo::rerun-if-env-changed={name}");
+    env::var_os(name)
+}
+
 /// `NVCC`, or `nvcc` on the path, or in the usual homes of a toolkit. docs.rs never compiles kernels.
 fn find_nvcc() -> Option<PathBuf> {
-    if env::var_os("DOCS_RS").is_some() {
+    if variable("DOCS_RS").is_some() {
         return None;
     }
-    if let Some(nvcc) = env::var_os("NVCC") {
+    match variable("CPU_GPU_BUFFER_NVCC") {
+        None => {}
+        Some(value) if value == "never" => return None,
+        Some(value) => {
+            println!("cargo::error=CPU_GPU_BUFFER_NVCC is {value:?}, and can only be \"never\"");
+            return None;
+        }
+    }
+    if let Some(nvcc) = variable("NVCC") {
         return Some(nvcc.into());
     }
-    let path = env::var_os("PATH").unwrap_or_default();
-    let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os);
+    let path = variable("PATH").unwrap_or_default();
+    let homes: Vec<_> = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(variable).collect();
     env::split_paths(&path)
-        .chain(homes.map(|home| Path::new(&home).join("bin")))
+        .chain(homes.iter().map(|home| Path::new(home).join("bin")))
         .chain(["/usr/local/cuda/bin", "/opt/cuda/bin"].map(PathBuf::from))
         .map(|directory| directory.join(format!("nvcc{}", env::consts::EXE_SUFFIX)))
         .find(|nvcc| nvcc.is_absolute() && nvcc.is_file())
