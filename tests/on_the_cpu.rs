@@ -1,0 +1,267 @@
+//! What needs no CUDA touches no memory that it may not: buffers, views, groups, rings, pools and
+//! tensors on the CPU. Miri runs this program (`.ci/miri`), so nothing here asks for a device or
+//! for anything of the tests' that loads a library.
+
+use std::thread;
+
+use cpu_gpu_buffer::{
+    BufferGroup, BufferPool, CpuGpuBuffer, Device, Error, GroupLayoutBuilder, GroupRing, Stream,
+    UploadRing,
+};
+
+fn stream() -> Stream {
+    Stream::new(Device::Cpu).unwrap()
+}
+
+fn buffer<T: bytemuck::Pod>(shape: &[usize]) -> CpuGpuBuffer<T> {
+    CpuGpuBuffer::new(shape, Device::Cpu).unwrap()
+}
+
+#[test]
+fn rows_go_to_the_device_side_and_back() {
+    let stream = stream();
+    let mut rows = buffer::<u16>(&[5, 3]);
+    assert!(rows.cpu().unwrap().iter().all(|value| *value == 0));
+    for (index, value) in rows.cpu_mut().unwrap().iter_mut().enumerate() {
+        *value = index as u16;
+    }
+    rows.copy_to_gpu(1..4, &stream).unwrap();
+    rows.cpu_mut().unwrap().fill(99);
+    rows.copy_to_cpu(..2, &stream).unwrap();
+    assert_eq!(rows.cpu().unwrap()[..7], [0, 0, 0, 3, 4, 5, 99]);
+    assert_eq!(rows.try_cpu().unwrap().unwrap().len(), 15);
+    rows.try_cpu_mut().unwrap().unwrap()[14] = 7;
+    rows.copy_to_gpu(.., &stream).unwrap();
+    let view = rows.gpu_on(&stream).unwrap();
+    let host = view.as_host_slice().unwrap();
+    assert_eq!((host[6], host[14]), (99, 7));
+    rows.synchronize().unwrap();
+    assert!(rows.is_idle().unwrap());
+}
+
+#[test]
+fn a_view_of_rows_is_written_through_its_address() {
+    let stream = stream();
+    let mut rows = buffer::<u32>(&[4, 2]);
+    let view = rows.gpu_on(&stream).unwrap().rows(1..3).unwrap();
+    assert_eq!(view.shape(), [2, 2]);
+    for index in 0..view.len() {
+        // SAFETY: within the view.
+        let address = unsafe { view.as_mut_ptr().add(index) };
+        // SAFETY: nothing else refers to the device side while the view lives.
+        unsafe { address.write(index as u32 + 1) };
+    }
+    assert_eq!(view.as_host_slice(), Some(&[1, 2, 3, 4][..]));
+    rows.copy_to_cpu(.., &stream).unwrap();
+    assert_eq!(rows.cpu().unwrap(), [0, 0, 1, 2, 3, 4, 0, 0]);
+    assert_eq!(
+        rows.gpu_on(&stream).unwrap().rows(3..5).err().map(|error| error.to_string()),
+        Some("rows 3..5 are not within 0..4".into())
+    );
+}
+
+#[test]
+fn addresses_of_others_are_read_and_written() {
+    let stream = stream();
+    let mut rows = buffer::<u64>(&[3]);
+    rows.cpu_mut().unwrap().copy_from_slice(&[1, 2, 3]);
+    let mut others = [0u64; 3];
+    // SAFETY: valid for writes of three rows, and the copy is done when the call returns.
+    unsafe { rows.copy_to_device_ptr(.., others.as_mut_ptr(), &stream) }.unwrap();
+    assert_eq!(others, [1, 2, 3]);
+    others[1] = 20;
+    // SAFETY: valid for reads of three rows, and the copy is done when the call returns.
+    unsafe { rows.copy_from_device_ptr(.., others.as_ptr(), &stream) }.unwrap();
+    assert_eq!(rows.cpu().unwrap(), [1, 20, 3]);
+}
+
+#[test]
+fn fills_of_every_width_cover_each_element() {
+    fn check<T: bytemuck::Pod + PartialEq + std::fmt::Debug>(value: T) {
+        let stream = stream();
+        let mut filled = buffer::<T>(&[7]);
+        filled.fill(value, &stream).unwrap();
+        assert_eq!(filled.cpu().unwrap(), [value; 7]);
+        assert_eq!(filled.gpu_on(&stream).unwrap().as_host_slice(), Some(&[value; 7][..]));
+        filled.zero(&stream).unwrap();
+        filled.fill_cpu(value).unwrap();
+        filled.copy_to_cpu(3.., &stream).unwrap();
+        let (first, last) = filled.cpu().unwrap().split_at(3);
+        assert_eq!(first, [value; 3]);
+        assert!(last.iter().all(|value| bytemuck::bytes_of(value).iter().all(|byte| *byte == 0)));
+        filled.fill_gpu(value, &stream).unwrap();
+        filled.copy_to_cpu(.., &stream).unwrap();
+        assert_eq!(filled.cpu().unwrap(), [value; 7]);
+    }
+    check(5u8);
+    check(0x0102u16);
+    check([1u8, 2, 3]);
+    check(0x0102_0304u32);
+    check(-0.0f64);
+    check([1u64, 2, 3]);
+    buffer::<()>(&[9]).fill_cpu(()).unwrap();
+}
+
+#[test]
+fn a_size_changes_within_the_capacity_and_beyond_it() {
+    let stream = stream();
+    let mut sized = buffer::<u32>(&[8]);
+    sized.fill(3, &stream).unwrap();
+    for shape in [&[4, 1][..], &[0], &[2, 4], &[64], &[3]] {
+        sized.resize(shape).unwrap();
+        assert_eq!(sized.shape(), shape);
+        assert!(sized.cpu().unwrap().iter().all(|value| *value == 0));
+        let device = sized.gpu_on(&stream).unwrap();
+        assert!(device.as_host_slice().unwrap().iter().all(|value| *value == 0));
+        sized.fill(9, &stream).unwrap();
+    }
+    assert!(matches!(sized.resize([1; 9]), Err(Error::InvalidShape { .. })));
+}
+
+#[test]
+fn what_is_moved_swapped_or_forgotten_stays_whole() {
+    let stream = stream();
+    let mut one = buffer::<u8>(&[3]);
+    let mut other = buffer::<u8>(&[5]);
+    one.fill(1, &stream).unwrap();
+    other.fill(2, &stream).unwrap();
+    std::mem::swap(&mut one, &mut other);
+    assert_eq!((one.cpu().unwrap(), other.cpu().unwrap()), (&[2; 5][..], &[1; 3][..]));
+    let moved = Box::new(one);
+    let moved = thread::spawn(move || {
+        assert_eq!(moved.cpu().unwrap(), [2; 5]);
+        moved
+    });
+    assert_eq!(moved.join().unwrap().cpu().unwrap(), [2; 5]);
+    let event = stream.record().unwrap();
+    stream.wait(&event).unwrap();
+    assert!(event.is_complete().unwrap() && stream.is_idle().unwrap());
+}
+
+#[test]
+fn members_of_a_group_do_not_touch_each_other() {
+    let stream = stream();
+    let mut builder = GroupLayoutBuilder::new();
+    let small = builder.add::<u8>([3, 1]);
+    let none = builder.add::<u64>([0, 4]);
+    let wide = builder.add::<u64>([2, 2]);
+    let host = builder.add_host_owned::<u16>(5);
+    let layout = builder.finish();
+    let mut group = BufferGroup::new(&layout, Device::Cpu).unwrap();
+    let mut members = group.members_mut();
+    // All at once, and each by itself.
+    let (a, b, c, d) = (
+        members.cpu_mut(small).unwrap(),
+        members.cpu_mut(none).unwrap(),
+        members.cpu_mut(wide).unwrap(),
+        members.cpu_mut(host).unwrap(),
+    );
+    a.fill(1);
+    c.fill(2);
+    d.fill(3);
+    assert!(b.is_empty());
+    a[0] = 4;
+    group.copy_to_gpu(&[wide.rows(1..), small.rows(..2), host.rows(..)], &stream).unwrap();
+    let view = group.gpu_on(&stream).unwrap();
+    assert_eq!(view.member(small).as_host_slice(), Some(&[4, 1, 0][..]));
+    assert_eq!(view.member(wide).as_host_slice(), Some(&[0, 0, 2, 2][..]));
+    // SAFETY: within the member, and nothing else refers to the device side while the view lives.
+    unsafe { view.member(wide).as_mut_ptr().write(5) };
+    group.cpu_mut(wide).unwrap().fill(0);
+    group.copy_to_cpu(&[wide.rows(..1)], &stream).unwrap();
+    assert_eq!(group.cpu(wide).unwrap(), [5, 0, 0, 0]);
+    assert_eq!(group.cpu(small).unwrap(), [4, 1, 1]);
+    assert_eq!(group.cpu(host).unwrap(), [3; 5]);
+    group.synchronize().unwrap();
+}
+
+#[test]
+fn slots_of_a_ring_are_written_in_turn() {
+    let stream = stream();
+    let mut builder = GroupLayoutBuilder::new();
+    let ids = builder.add::<i32>(6);
+    let flags = builder.add::<u8>(3);
+    let mut ring = GroupRing::new(&builder.finish(), Device::Cpu, 3).unwrap();
+    for step in 0..7i32 {
+        ring.advance().unwrap();
+        ring.cpu_mut(ids).unwrap()[..2].fill(step);
+        ring.members_mut().cpu_mut(flags).unwrap().fill(step as u8);
+        ring.copy_to_gpu(&[ids.rows(..2), flags.rows(..)], &stream).unwrap();
+        let view = ring.gpu_on(&stream).unwrap();
+        assert_eq!(view.member(ids).as_host_slice(), Some(&[step, step, 0, 0, 0, 0][..]));
+        assert_eq!(view.member(flags).as_host_slice(), Some(&[step as u8; 3][..]));
+        assert!(ring.is_idle().unwrap());
+    }
+    let mut uploads = UploadRing::<u16>::new([2, 2], Device::Cpu, 2).unwrap();
+    for step in 0..5 {
+        uploads.advance().unwrap().fill(step);
+        uploads.copy_to_gpu(1.., &stream).unwrap();
+        let view = uploads.gpu_on(&stream).unwrap();
+        assert_eq!(view.as_host_slice(), Some(&[0, 0, step, step][..]));
+    }
+    uploads.synchronize().unwrap();
+}
+
+#[test]
+fn threads_share_a_pool_and_its_buffers_outlive_it() {
+    let pool = BufferPool::<u32>::new(5, Device::Cpu, 2).unwrap();
+    thread::scope(|scope| {
+        for number in 1..4 {
+            let pool = &pool;
+            scope.spawn(move || {
+                let stream = stream();
+                for _ in 0..3 {
+                    let mut held = pool.acquire().unwrap();
+                    held.fill(number, &stream).unwrap();
+                    held.copy_to_cpu(.., &stream).unwrap();
+                    assert_eq!(held.cpu().unwrap(), [number; 5]);
+                }
+            });
+        }
+    });
+    let held: Vec<_> = (0..5).map(|_| pool.acquire().unwrap()).collect();
+    assert!(pool.try_acquire().is_none() || pool.total() > 5);
+    drop(pool);
+    thread::spawn(move || drop(held)).join().unwrap();
+}
+
+#[test]
+#[cfg(feature = "dlpack")]
+fn tensors_and_their_buffer_go_in_either_order() {
+    let stream = stream();
+    for buffer_first in [true, false] {
+        let mut lent = buffer::<f32>(&[2, 3]);
+        lent.fill(1.5, &stream).unwrap();
+        let host = lent.export_cpu().unwrap().into_raw();
+        let device = lent.export_gpu(&stream).unwrap().into_raw_unversioned();
+        // SAFETY: the tensor lives until its deleter is called, and nobody changes it.
+        let host_tensor = unsafe { &(*host).dl_tensor };
+        // SAFETY: as above.
+        let device_tensor = unsafe { &(*device).dl_tensor };
+        // SAFETY: as above.
+        let host_deleter = unsafe { (*host).deleter }.unwrap();
+        // SAFETY: as above.
+        let device_deleter = unsafe { (*device).deleter }.unwrap();
+        let lent = if buffer_first { None } else { Some(lent) };
+        for tensor in [host_tensor, device_tensor] {
+            // SAFETY: there are as many dimensions.
+            let shape = unsafe { std::slice::from_raw_parts(tensor.shape, tensor.ndim as usize) };
+            assert_eq!(shape, [2, 3]);
+            // SAFETY: the tensor has six elements.
+            let last = unsafe { tensor.data.cast::<f32>().add(5) };
+            // SAFETY: nobody else looks at the side while the tensor lives.
+            unsafe { last.write(2.5) };
+        }
+        // SAFETY: each tensor's deleter, once.
+        unsafe { host_deleter(host) };
+        // SAFETY: as above.
+        unsafe { device_deleter(device) };
+        if let Some(mut lent) = lent {
+            assert_eq!(lent.cpu().unwrap()[4..], [1.5, 2.5]);
+            let view = lent.gpu_on(&stream).unwrap();
+            assert_eq!(view.as_host_slice().unwrap()[4..], [1.5, 2.5]);
+        }
+    }
+    drop(buffer::<u8>(&[1]).export_cpu().unwrap());
+    cpu_gpu_buffer::dlpack::reclaim().unwrap();
+}
