@@ -694,7 +694,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     #[inline]
     fn bytes_of(&self, rows: &impl RangeBounds<usize>) -> Result<Range<usize>> {
         let all = self.storage.shape().rows();
-        let rows = select(rows, all)?;
+        let rows = select(rows, all, None)?;
         let row = self.nbytes().checked_div(all).unwrap_or(0);
         Ok(rows.start * row..rows.end * row)
     }

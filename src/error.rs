@@ -27,7 +27,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// let stream = Stream::new(Device::Cpu)?;
 /// let mut buffer = CpuGpuBuffer::<u8>::new([4, 2], Device::Cpu)?;
 /// let error = buffer.copy_to_gpu(2..5, &stream).unwrap_err();
-/// assert_eq!(error, Error::OutOfRange { start: 2, end: 5, rows: 4 });
+/// assert_eq!(error, Error::OutOfRange { start: 2, end: 5, rows: 4, member: None });
 /// assert_eq!(error.to_string(), "rows 2..5 are not within 0..4");
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
@@ -76,6 +76,8 @@ pub enum Error {
         end: usize,
         /// The rows there are.
         rows: usize,
+        /// The member of a group, by its number in the layout from 0 on. `None` for a buffer.
+        member: Option<usize>,
     },
     /// A stream or an event belongs to another device.
     DeviceMismatch {
@@ -108,7 +110,7 @@ pub enum Error {
         /// Its number in the layout, from 0 on.
         index: usize,
     },
-    /// A group or a ring that cannot be, or a copy of nothing.
+    /// A group or a ring that cannot be.
     InvalidGroup {
         /// Why not.
         reason: &'static str,
@@ -122,6 +124,15 @@ pub enum Error {
     EventOrder,
     /// CUDA was used before `fork`, and this is the child: it does not work here.
     Forked,
+}
+
+/// Room for `more` elements, of a number that the caller of this crate chose: an error if there is not as much memory.
+pub(crate) fn reserve<E>(vector: &mut Vec<E>, more: usize, device: Device) -> Result<()> {
+    vector.try_reserve(more).map_err(|_| Error::OutOfMemory {
+        side: Side::Host,
+        bytes: vector.len().saturating_add(more).saturating_mul(size_of::<E>()),
+        device,
+    })
 }
 
 /// A half of a buffer.
@@ -174,8 +185,11 @@ impl fmt::Display for Error {
             }
             Error::Unavailable { reason } => write!(f, "CUDA cannot be used: {reason}"),
             Error::InvalidShape { reason } => write!(f, "invalid shape: {reason}"),
-            Error::OutOfRange { start, end, rows } => {
+            Error::OutOfRange { start, end, rows, member: None } => {
                 write!(f, "rows {start}..{end} are not within 0..{rows}")
+            }
+            Error::OutOfRange { start, end, rows, member: Some(member) } => {
+                write!(f, "rows {start}..{end} of member {member} are not within 0..{rows}")
             }
             Error::DeviceMismatch { expected, actual } => {
                 write!(f, "expected something of device {expected}, not of {actual}")
@@ -247,7 +261,7 @@ mod tests {
             Error::PinningUnavailable { bytes, reason: "the device is the CPU".into() },
             Error::Unavailable { reason: "no usable CUDA runtime; tried: …".into() },
             Error::InvalidShape { reason: "9 dimensions, and 1 to 8 are possible".into() },
-            Error::OutOfRange { start: 2, end: 9, rows: 4 },
+            Error::OutOfRange { start: 2, end: 9, rows: 4, member: None },
             Error::DeviceMismatch { expected: device, actual: Device::Cpu },
             Error::StreamCapturing,
             Error::InvalidStream {

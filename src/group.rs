@@ -44,13 +44,14 @@ use crate::view::GpuView;
 pub struct BufferGroup(Members);
 
 impl BufferGroup {
-    /// A group with both halves of every member zeroed, its host half pinned where that works.
+    /// A group with both sides of every member zeroed, its host side pinned if that works.
     ///
     /// # Errors
     ///
     /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a layout without members,
-    /// [`Error::InvalidShape`](crate::Error::InvalidShape) where a member's is, or where all together overflow
-    /// `isize`; otherwise as for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
+    /// [`Error::InvalidShape`](crate::Error::InvalidShape) if a member's shape is invalid, or if all together overflow
+    /// `isize`, [`Error::OutOfMemory`](crate::Error::OutOfMemory) also if the layout's builder had too little memory;
+    /// otherwise as for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
@@ -168,10 +169,10 @@ impl BufferGroup {
 
     // ---- transfers ----
 
-    /// Copies rows of members from the host half to the device half on `stream`, after everything that those members
+    /// Copies rows of members from the host side to the device side on `stream`, after everything that those members
     /// have pending on any stream, and moves nothing else; only of members that the host owns
     /// ([`add_host_owned`](crate::GroupLayoutBuilder::add_host_owned)) more rows may be carried along. Returns as soon
-    /// as the copy is enqueued.
+    /// as the copy is enqueued. A copy of no members does nothing.
     ///
     /// Neighbours go as one copy where nothing lies between their rows. What remains goes by one kernel that reads the
     /// pinned slab, or by copies where the rows are many; a kernel waits for room on the device like any other.
@@ -179,11 +180,11 @@ impl BufferGroup {
     /// # Errors
     ///
     /// With nothing changed: [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout,
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange), [`Error::DuplicateMember`](crate::Error::DuplicateMember),
-    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) where no member is named,
+    /// [`Error::OutOfRange`](crate::Error::OutOfRange), which names the member,
+    /// [`Error::DuplicateMember`](crate::Error::DuplicateMember),
     /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
-    /// [`Error::StreamCapturing`](crate::Error::StreamCapturing). After an error of the driver's the copy counts as in
-    /// flight, until the driver says otherwise.
+    /// [`Error::StreamCapturing`](crate::Error::StreamCapturing), [`Error::OutOfMemory`](crate::Error::OutOfMemory).
+    /// After an error of the driver's the copy counts as in flight, until the driver says otherwise.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
@@ -196,6 +197,7 @@ impl BufferGroup {
     /// group.cpu_mut(ids)?.fill(5);
     /// group.cpu_mut(table)?.fill(6);
     /// group.copy_to_gpu(&[ids.rows(..2), table.rows(3..)], &stream)?;
+    /// group.copy_to_gpu(&[], &stream)?; // a step in which nothing has changed
     /// let view = group.gpu_on(&stream)?;
     /// assert_eq!(view.member(ids).as_host_slice(), Some(&[5, 5, 0, 0][..]));
     /// assert_eq!(view.member(table).as_host_slice(), Some(&[0, 0, 0, 0, 0, 0, 6, 6][..]));

@@ -17,8 +17,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::Pod;
 
+use crate::device::Device;
 use crate::device_memory::DeviceMemory;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, reserve};
 use crate::shape::{Shape, select};
 
 /// Collects the members of a [`GroupLayout`].
@@ -39,7 +40,8 @@ use crate::shape::{Shape, select};
 #[derive(Debug)]
 pub struct GroupLayoutBuilder {
     id: u64,
-    members: Vec<Asked>,
+    // Or the error of the group's constructor: there was not as much memory.
+    members: Result<Vec<Asked>>,
 }
 
 /// A member that was asked for.
@@ -68,11 +70,11 @@ impl GroupLayoutBuilder {
     #[allow(clippy::new_without_default)] // Two of them are never equal.
     pub fn new() -> GroupLayoutBuilder {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        GroupLayoutBuilder { id: NEXT.fetch_add(1, Ordering::Relaxed), members: Vec::new() }
+        GroupLayoutBuilder { id: NEXT.fetch_add(1, Ordering::Relaxed), members: Ok(Vec::new()) }
     }
 
-    /// Adds a member, and gives the key that names it. Whether the shape is valid is checked by the group's
-    /// constructor, as a buffer's constructor checks a [`Shape`].
+    /// Adds a member, and gives the key that names it. The group's constructor checks the shape, as a buffer's
+    /// constructor checks a [`Shape`], and returns the error if there was too little memory for the member here.
     ///
     /// # Panics
     ///
@@ -100,14 +102,15 @@ impl GroupLayoutBuilder {
         self.ask(shape.into(), false)
     }
 
-    /// Adds a member that the host owns: its device half only ever mirrors its host half, and nothing on the
+    /// Adds a member that the host owns: its device side only ever mirrors its host side, and nothing on the
     /// device writes it.
     ///
-    /// An upload may carry rows of such a member that were not asked for, from the host half as it is then, where
-    /// that makes one copy of several: also of such a member that the call does not name, where it lies between
-    /// two that it names. Those count as being uploaded, so that [`cpu_mut`](crate::BufferGroup::cpu_mut) of that
-    /// member waits for the copy, too. The rows of other members are never carried along, and a ring with several host
-    /// halves carries nothing along: what another half holds is some steps old.
+    /// An upload may carry rows of this member that were not asked for, from the host side as it is then, if that
+    /// makes one copy of several. It may also carry a host-owned member that the call does not name, if that lies
+    /// between two named ones. Carried rows count as being uploaded: [`cpu_mut`](crate::BufferGroup::cpu_mut) of the
+    /// member waits for the copy, too. The rows of other members are never carried along. A ring of several host slots
+    /// carries nothing along: the contents of another slot are some steps old. [`Device::Cpu`] carries the same rows
+    /// as a GPU, so that a member which is not the host's alone is found there, too.
     ///
     /// # Panics
     ///
@@ -130,13 +133,20 @@ impl GroupLayoutBuilder {
     }
 
     fn ask<T: Pod>(&mut self, shape: Shape, host_owned: bool) -> Key<T> {
-        let index = u32::try_from(self.members.len()).expect("more members than can be told apart");
-        self.members.push(Asked {
-            shape,
-            element: Layout::new::<T>(),
-            kind: TypeId::of::<T>(),
-            host_owned,
-        });
+        // Of a layout that will be an error, a key names no member.
+        let mut index = 0;
+        if let Ok(members) = &mut self.members {
+            index = u32::try_from(members.len()).expect("more members than can be told apart");
+            match reserve(members, 1, Device::Cpu) {
+                Ok(()) => members.push(Asked {
+                    shape,
+                    element: Layout::new::<T>(),
+                    kind: TypeId::of::<T>(),
+                    host_owned,
+                }),
+                Err(error) => self.members = Err(error),
+            }
+        }
         Key { layout: self.id, index, element: PhantomData }
     }
 
@@ -151,7 +161,7 @@ impl GroupLayoutBuilder {
     /// assert!(matches!(BufferGroup::new(&layout, Device::Cpu), Err(Error::InvalidShape { .. })));
     /// ```
     pub fn finish(self) -> GroupLayout {
-        let form = place(&self.members);
+        let form = self.members.and_then(|members| place(&members));
         GroupLayout(Arc::new(Table { id: self.id, form }))
     }
 }
@@ -164,7 +174,8 @@ fn place(asked: &[Asked]) -> Result<Form> {
     let too_large = || Error::InvalidShape {
         reason: format!("the {} members of a group overflow isize", asked.len()),
     };
-    let mut members = Vec::with_capacity(asked.len());
+    let mut members = Vec::new();
+    reserve(&mut members, asked.len(), Device::Cpu)?;
     let mut whole = Layout::from_size_align(0, DeviceMemory::ALIGN).map_err(|_| too_large())?;
     for Asked { shape, element, kind, host_owned } in asked {
         let numel = shape.numel(element.size())?;
@@ -205,7 +216,7 @@ pub struct GroupLayout(Arc<Table>);
 #[derive(Debug)]
 struct Table {
     id: u64,
-    // Why it is not valid is the constructor's answer.
+    // An invalid layout is the error of the group's constructor.
     form: Result<Form>,
 }
 
@@ -231,9 +242,17 @@ pub(crate) struct Member {
 }
 
 impl GroupLayout {
-    /// The members, where they are valid.
+    /// The members, if they are valid.
     pub(crate) fn form(&self) -> Result<&Form> {
         self.0.form.as_ref().map_err(Error::clone)
+    }
+
+    /// [`form`](Self::form) for a group of `device`, which an error of memory names: a layout is of no device.
+    pub(crate) fn form_for(&self, device: Device) -> Result<&Form> {
+        self.form().map_err(|error| match error {
+            Error::OutOfMemory { side, bytes, .. } => Error::OutOfMemory { side, bytes, device },
+            error => error,
+        })
     }
 
     /// The member that a key names.
@@ -248,7 +267,7 @@ impl GroupLayout {
     /// The member and the bytes in the slab that rows are of.
     pub(crate) fn locate(&self, rows: &MemberRows) -> Result<(usize, Range<usize>)> {
         let (index, member) = self.at(rows.layout, rows.index)?;
-        let selected = select(&rows.bounds, member.shape.rows())?;
+        let selected = select(&rows.bounds, member.shape.rows(), Some(index))?;
         let start = member.bytes.start;
         Ok((index, start + selected.start * member.row..start + selected.end * member.row))
     }
@@ -312,7 +331,7 @@ impl<T> Key<T> {
     /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
     /// group.copy_to_gpu(&[ids.rows(2..=5)], &stream)?;
     /// let beyond = group.copy_to_gpu(&[ids.rows(..9)], &stream);
-    /// assert_eq!(beyond, Err(Error::OutOfRange { start: 0, end: 9, rows: 8 }));
+    /// assert_eq!(beyond, Err(Error::OutOfRange { start: 0, end: 9, rows: 8, member: Some(0) }));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn rows(self, rows: impl RangeBounds<usize>) -> MemberRows {

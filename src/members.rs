@@ -13,8 +13,8 @@
 //! which are the group's: so the newest call of a member is ordered after all before it, and what no member refers to
 //! any more is covered by something newer. Its record serves again.
 //!
-//! There is one device half. There may be several host halves, of which one is current: what is uploaded comes from
-//! that, and the others keep their records.
+//! There is one device side. There may be several host slots, of which one is current: uploads come from it, and the
+//! others keep their records. Slots are taken strictly in turn.
 
 use std::alloc::Layout;
 use std::ops::Range;
@@ -24,7 +24,7 @@ use bytemuck::Pod;
 
 use crate::buffer::BufferOptions;
 use crate::device::{Device, context};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, reserve};
 use crate::fill;
 use crate::fork;
 use crate::gather;
@@ -46,8 +46,8 @@ pub(crate) struct Members {
     /// From one host half to the next.
     stride: usize,
     halves: Vec<Half>,
-    /// The halves by age: the one that was current longest ago first, and the current one last.
-    ages: Vec<usize>,
+    /// The current host slot.
+    current: usize,
     calls: Vec<Call>,
     /// Of each member.
     latest: Vec<Option<usize>>,
@@ -64,13 +64,45 @@ pub(crate) struct Members {
     slab: Slab,
 }
 
-/// Nobody needs so many; each has a few words of its own, even where its members have no bytes.
+/// Nobody needs so many; each has a few words of its own, even if its members have no bytes.
 const MOST_HALVES: usize = 1 << 16;
 
-/// What is in flight from and to one host half: of each member, a call.
+/// The copies in flight from and to one host slot: of each member, a call.
+#[derive(Default)]
 struct Half {
-    upload: Vec<Option<usize>>,
-    download: Vec<Option<usize>>,
+    upload: Calls,
+    download: Calls,
+}
+
+/// Of each member, the newest call of one direction. There is no table before the first call.
+#[derive(Default)]
+struct Calls(Vec<Option<usize>>);
+
+impl Calls {
+    /// Makes the table for so many members, if there is none.
+    fn reserve(&mut self, members: usize, device: Device) -> Result<()> {
+        if self.0.is_empty() {
+            self.0 = filled(None, members, device)?;
+        }
+        Ok(())
+    }
+
+    fn of(&self, member: usize) -> Option<usize> {
+        *self.0.get(member)?
+    }
+
+    /// The calls that members refer to; one that moved several is there several times.
+    fn all(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().flatten().copied()
+    }
+}
+
+/// So many copies of a value.
+fn filled<E: Clone>(value: E, count: usize, device: Device) -> Result<Vec<E>> {
+    let mut all = Vec::new();
+    reserve(&mut all, count, device)?;
+    all.resize(count, value);
+    Ok(all)
 }
 
 /// A call, and how many members refer to it.
@@ -99,7 +131,7 @@ impl Members {
         halves: usize,
         options: BufferOptions,
     ) -> Result<Members> {
-        let form = layout.form()?;
+        let form = layout.form_for(device)?;
         let one = form.layout;
         let stride = one.pad_to_align().size();
         let before = halves.checked_sub(1);
@@ -118,6 +150,13 @@ impl Members {
             Device::Cuda(ordinal) if one.size() > 0 => Some(context(ordinal)?),
             _ => None,
         };
+        // Before the memory, which costs more.
+        let count = form.members.len();
+        let mut slots = Vec::new();
+        reserve(&mut slots, halves, device)?;
+        slots.resize_with(halves, Half::default);
+        let latest = filled(None, count, device)?;
+        let named = filled(false, count, device)?;
         let slab = Slab::new(host, one, context, device, options, false)?;
         let mapped = match context {
             Some(context)
@@ -129,23 +168,21 @@ impl Members {
             }
             _ => false,
         };
-        let count = form.members.len();
-        let half = |_| Half { upload: vec![None; count], download: vec![None; count] };
         Ok(Members {
             layout: layout.clone(),
             device,
             host: slab.host().as_ptr(),
             gpu: slab.gpu_ptr(),
             stride,
-            halves: (0..halves).map(half).collect(),
-            ages: (1..halves).chain([0]).collect(),
+            halves: slots,
+            current: 0,
             calls: Vec::new(),
-            latest: vec![None; count],
+            latest,
             device_use: Record::idle(),
             defined: context.is_none(),
             mapped,
-            pieces: Vec::with_capacity(count),
-            named: vec![false; count],
+            pieces: Vec::new(),
+            named,
             slab,
         })
     }
@@ -177,7 +214,7 @@ impl Members {
 
     /// The first byte of the current host half.
     fn host(&self) -> *mut u8 {
-        self.host.wrapping_add(self.current() * self.stride)
+        self.host.wrapping_add(self.current * self.stride)
     }
 
     /// The address of a member's current host half, and its elements.
@@ -199,7 +236,7 @@ impl Members {
     pub(crate) fn wait_to_read<T: Pod>(&self, key: Key<T>) -> Result<(*mut u8, usize)> {
         let (index, member) = self.layout.find(key)?;
         self.refuse_child()?;
-        self.wait_for(self.halves[self.current()].download[index])?;
+        self.wait_for(self.halves[self.current].download.of(index))?;
         Ok(self.host_of(member))
     }
 
@@ -212,9 +249,9 @@ impl Members {
 
     fn wait_for_transfers(&self, index: usize) -> Result<()> {
         self.refuse_child()?;
-        let half = &self.halves[self.current()];
-        self.wait_for(half.download[index])?;
-        self.wait_for(half.upload[index])
+        let half = &self.halves[self.current];
+        self.wait_for(half.download.of(index))?;
+        self.wait_for(half.upload.of(index))
     }
 
     fn wait_for(&self, call: Option<usize>) -> Result<()> {
@@ -242,49 +279,37 @@ impl Members {
         self.device_use.is_finished()
     }
 
-    fn current(&self) -> usize {
-        self.ages[self.ages.len() - 1]
-    }
-
-    /// Makes a host half the current one that no upload reads: the one that was current longest ago, if there are
-    /// several; one that the driver says is free, if none is known to be. `false` where all are in flight.
+    /// Makes the next host slot, in turn, the current one; `false` if a copy of it is in flight.
     pub(crate) fn try_advance(&mut self) -> Result<bool> {
         self.refuse_child()?;
-        let known = |half: &usize| {
-            self.uploads(*half).all(|call| self.calls[call].record.is_known_finished())
-        };
-        let mut free = self.ages.iter().position(known);
-        if free.is_none() {
-            for (age, half) in self.ages.iter().enumerate() {
-                let mut finished = true;
-                for call in self.uploads(*half) {
-                    finished = finished && self.calls[call].record.is_finished()?;
-                }
-                if finished {
-                    free = Some(age);
-                    break;
-                }
+        let next = self.next();
+        for copy in self.copies_of(next) {
+            if !copy.is_finished()? {
+                return Ok(false);
             }
         }
-        if let Some(age) = free {
-            self.ages[age..].rotate_left(1);
-        }
-        Ok(free.is_some())
+        self.current = next;
+        Ok(true)
     }
 
-    /// [`try_advance`](Self::try_advance), which waits for the half that was current longest ago where all are in
-    /// flight.
+    /// Makes the next host slot, in turn, the current one, after all copies of it.
     pub(crate) fn advance(&mut self) -> Result<()> {
-        if !self.try_advance()? {
-            self.uploads(self.ages[0]).try_for_each(|call| self.calls[call].record.wait())?;
-            self.ages.rotate_left(1);
-        }
+        self.refuse_child()?;
+        let next = self.next();
+        self.copies_of(next).try_for_each(Record::wait)?;
+        self.current = next;
         Ok(())
     }
 
-    /// The calls that read a host half, or did.
-    fn uploads(&self, half: usize) -> impl Iterator<Item = usize> {
-        self.halves[half].upload.iter().flatten().copied()
+    /// The host slot whose turn is next.
+    fn next(&self) -> usize {
+        (self.current + 1) % self.halves.len()
+    }
+
+    /// The records of the copies from and to a host slot.
+    fn copies_of(&self, slot: usize) -> impl Iterator<Item = &Record> {
+        let Half { upload, download } = &self.halves[slot];
+        upload.all().chain(download.all()).map(|call| &self.calls[call].record)
     }
 
     // ---- several members at once ----
@@ -325,6 +350,7 @@ impl Members {
         if self.pieces.is_empty() {
             return Ok(());
         }
+        self.join(direction);
         let host = self.host();
         let (to, from) = match direction {
             Direction::Up => (self.gpu, host),
@@ -333,12 +359,11 @@ impl Members {
         let Some(entered) = &entered else {
             for Piece { bytes, .. } in &self.pieces {
                 let (to, from) = (to.wrapping_add(bytes.start), from.wrapping_add(bytes.start));
-                // SAFETY: the piece lies in both halves; on the CPU nothing is in flight.
+                // SAFETY: the piece lies in both sides; on the CPU nothing is in flight.
                 unsafe { ptr::copy(from, to, bytes.len()) };
             }
             return Ok(());
         };
-        self.join(direction);
         self.order(entered)?;
         self.define(entered)?;
         // What the stream of `gpu_on` is sent from now on has nothing to do with this group.
@@ -364,10 +389,8 @@ impl Members {
 
     /// Finds the bytes that rows are of, in the order of their places.
     fn collect(&mut self, rows: &[MemberRows]) -> Result<()> {
-        if rows.is_empty() {
-            return Err(Error::InvalidGroup { reason: "a copy of no members" });
-        }
         self.pieces.clear();
+        reserve(&mut self.pieces, rows.len(), self.device)?;
         self.named.fill(false);
         for rows in rows {
             let (index, bytes) = self.layout.locate(rows)?;
@@ -385,8 +408,8 @@ impl Members {
     /// Joins pieces between which lies nothing, or what may be carried along.
     fn join(&mut self, direction: Direction) {
         let form = self.layout.form().expect("a group is made of a valid layout");
-        // A download would write what the host did not ask for; and another half than the last one may hold what the
-        // device half held some steps ago.
+        // A download would write what the host did not ask for, and another slot than the last one may hold what the
+        // device side held some steps ago.
         let carries = direction == Direction::Up && self.halves.len() == 1;
         join(&mut self.pieces, |piece, next| {
             let gap = piece.bytes.end..next.bytes.start;
@@ -434,21 +457,25 @@ impl Members {
 
     /// A call that the members which the pieces touch refer to from now on, and that stands.
     fn begin(&mut self, direction: Direction, entered: &EnteredStream<'_>) -> Result<usize> {
-        let free = self.calls.iter().position(|call| call.references == 0);
-        let number = free.unwrap_or_else(|| {
-            self.calls.push(Call { record: Record::idle(), references: 0 });
-            self.calls.len() - 1
-        });
-        // Before anything refers to it, since this may fail.
-        self.calls[number].record.stand_for(entered)?;
-        let current = self.current();
-        let half = &mut self.halves[current];
+        let half = &mut self.halves[self.current];
         let transfers = match direction {
             Direction::Up => &mut half.upload,
             Direction::Down => &mut half.download,
         };
+        transfers.reserve(self.latest.len(), self.device)?;
+        let free = self.calls.iter().position(|call| call.references == 0);
+        let number = match free {
+            Some(number) => number,
+            None => {
+                reserve(&mut self.calls, 1, self.device)?;
+                self.calls.push(Call { record: Record::idle(), references: 0 });
+                self.calls.len() - 1
+            }
+        };
+        // Before anything refers to it, since this may fail.
+        self.calls[number].record.stand_for(entered)?;
         for index in self.pieces.iter().flat_map(|piece| piece.members.clone()) {
-            for place in [&mut transfers[index], &mut self.latest[index]] {
+            for place in [&mut transfers.0[index], &mut self.latest[index]] {
                 self.calls[number].references += 1;
                 if let Some(before) = place.replace(number) {
                     let before = &mut self.calls[before];

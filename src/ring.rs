@@ -1,8 +1,8 @@
-//! Rings: several host halves for one device half, so that the host writes the next step's input while the upload of
+//! Rings: several host slots for one device side, so that the host writes the next step's input while the upload of
 //! the one before is still queued.
 //!
-//! A ring has a current host half, and everything else is a group's: each half remembers what reads it, the uploads
-//! of all are ordered by the device half that they write.
+//! A ring has a current host slot, and everything else is a group's: each slot remembers the copies that read it, and
+//! the uploads of all are ordered by the device side that they write.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -16,12 +16,14 @@ use crate::error::Result;
 use crate::group::{GroupView, MembersMut, host, host_mut};
 use crate::layout::{GroupLayout, GroupLayoutBuilder, Key, MemberRows};
 use crate::members::Members;
-use crate::shape::Shape;
+use crate::shape::{Shape, select};
 use crate::stream::Stream;
 use crate::view::GpuView;
 
-/// Several host halves for one [`BufferGroup`](crate::BufferGroup)'s device half, whose addresses never change: a whole
+/// Several host slots for one [`BufferGroup`](crate::BufferGroup)'s device side, whose addresses never change: a whole
 /// step's input is written while those of earlier steps are still on their way.
+///
+/// The slots are taken strictly in turn.
 ///
 /// ```
 /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
@@ -34,7 +36,7 @@ use crate::view::GpuView;
 /// let stream = Stream::new(device)?;
 /// let mut ring = GroupRing::new(&builder.finish(), device, 2)?;
 /// for step in 0..10 {
-///     ring.advance()?; // waits only where both halves are still being uploaded
+///     ring.advance()?; // waits only if this slot is still being uploaded
 ///     ring.cpu_mut(ids)?[..4].fill(step);
 ///     ring.cpu_mut(positions)?[..4].fill(step.into());
 ///     ring.copy_to_gpu(&[ids.rows(..4), positions.rows(..4)], &stream)?;
@@ -46,13 +48,13 @@ use crate::view::GpuView;
 pub struct GroupRing(Members);
 
 impl GroupRing {
-    /// A ring of so many host halves, each with every member zeroed, and a zeroed device half. With one half it is a
+    /// A ring of so many host slots, each with every member zeroed, and a zeroed device side. With one slot it is a
     /// group that waits in [`advance`](Self::advance).
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without halves; otherwise as for
-    /// [`BufferGroup::new`](crate::BufferGroup::new).
+    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without slots, or of more than 65,536; otherwise
+    /// as for [`BufferGroup::new`](crate::BufferGroup::new).
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Error, GroupLayoutBuilder, GroupRing};
@@ -81,7 +83,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// builder.add::<i32>(1024);
-    /// // An upload of a pageable half is no longer queued: then a ring is of no use.
+    /// // An upload of a pageable slot is not queued: then a ring is of no use.
     /// let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
     /// match GroupRing::with_options(&builder.finish(), Device::auto(), 2, options) {
     ///     Ok(ring) => assert!(ring.is_pinned()),
@@ -99,13 +101,12 @@ impl GroupRing {
         Members::new(layout, device, halves, options).map(GroupRing)
     }
 
-    /// Makes the host half the current one that was so longest ago, of those whose uploads have finished: this one again
-    /// only where all others are in flight. Waits only where all are, for the one that was current longest ago. What was
-    /// written to it last is still there.
+    /// Switches to the next host slot. The slots are taken strictly in turn, and this waits for the copies of the slot
+    /// that it takes. The slot holds what was written to it last.
     ///
     /// # Errors
     ///
-    /// An error of the driver's, which may be that of earlier work. The current half stays the current one.
+    /// An error of the driver's, which may be that of earlier work. The current slot stays the current one.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
@@ -116,7 +117,7 @@ impl GroupRing {
     /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
     /// ring.cpu_mut(ids)?.fill(1);
     /// ring.advance()?;
-    /// assert_eq!(ring.cpu(ids)?, [0; 4]); // the other half, never written
+    /// assert_eq!(ring.cpu(ids)?, [0; 4]); // the other slot, never written
     /// ring.advance()?;
     /// assert_eq!(ring.cpu(ids)?, [1; 4]); // the first again, as it was left
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -125,7 +126,7 @@ impl GroupRing {
         self.0.advance()
     }
 
-    /// [`advance`](Self::advance), or `false` where it would wait.
+    /// [`advance`](Self::advance), or `false` if it would wait: a copy of the next slot is in flight.
     ///
     /// # Errors
     ///
@@ -141,7 +142,7 @@ impl GroupRing {
     /// let mut put_off = 0;
     /// for step in 0..10 {
     ///     if !ring.try_advance()? {
-    ///         put_off += 1; // both halves are still to be sent: something else first
+    ///         put_off += 1; // the next slot is still to be sent: something else first
     ///         ring.advance()?;
     ///     }
     ///     ring.cpu_mut(ids)?.fill(step);
@@ -154,7 +155,7 @@ impl GroupRing {
         self.0.try_advance()
     }
 
-    /// A member in the current host half, to read. Waits for nothing.
+    /// A member in the current host slot, to read. Waits for nothing.
     ///
     /// # Errors
     ///
@@ -176,7 +177,7 @@ impl GroupRing {
         host(&self.0, key)
     }
 
-    /// A member in the current host half, to write. Waits for uploads of the member out of this half.
+    /// A member in the current host slot, to write. Waits for uploads of the member out of this slot.
     ///
     /// # Errors
     ///
@@ -186,14 +187,14 @@ impl GroupRing {
     /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
     ///
     /// let mut builder = GroupLayoutBuilder::new();
-    /// let (ids, step_of_half) = (builder.add::<i32>(4), builder.add::<u64>(1));
+    /// let (ids, step_of_slot) = (builder.add::<i32>(4), builder.add::<u64>(1));
     /// let stream = Stream::new(Device::auto())?;
     /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
     /// for step in 1..6 {
     ///     ring.advance()?;
-    ///     // A member that is never uploaded tells how old the half is.
-    ///     let before = std::mem::replace(&mut ring.cpu_mut(step_of_half)?[0], step);
-    ///     assert!(before < step);
+    ///     // A member that is never uploaded tells how old the slot is.
+    ///     let before = std::mem::replace(&mut ring.cpu_mut(step_of_slot)?[0], step);
+    ///     assert_eq!(before, step.saturating_sub(2));
     ///     ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -202,7 +203,7 @@ impl GroupRing {
         host_mut(&mut self.0, key)
     }
 
-    /// Several members in the current host half at once: [`BufferGroup::members_mut`](crate::BufferGroup::members_mut).
+    /// Several members in the current host slot at once: [`BufferGroup::members_mut`](crate::BufferGroup::members_mut).
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
@@ -222,7 +223,7 @@ impl GroupRing {
         MembersMut::new(&mut self.0)
     }
 
-    /// Copies rows of members from the current host half to the device half:
+    /// Copies rows of members from the current host slot to the device side:
     /// [`BufferGroup::copy_to_gpu`](crate::BufferGroup::copy_to_gpu).
     ///
     /// # Errors
@@ -239,7 +240,7 @@ impl GroupRing {
     /// for id in [1, 2, 3] {
     ///     ring.advance()?;
     ///     ring.cpu_mut(ids)?.fill(id);
-    ///     // All rows that kernels look at: the other half does not know what this one sent.
+    ///     // All rows that kernels look at: the other slot does not know what this one sent.
     ///     ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// }
     /// assert_eq!(ring.gpu_on(&stream)?.member(ids).as_host_slice(), Some(&[3; 3][..]));
@@ -249,7 +250,7 @@ impl GroupRing {
         self.0.copy_to_gpu(members, stream)
     }
 
-    /// The device halves of all members: [`BufferGroup::gpu_on`](crate::BufferGroup::gpu_on).
+    /// The device sides of all members: [`BufferGroup::gpu_on`](crate::BufferGroup::gpu_on).
     ///
     /// # Errors
     ///
@@ -264,7 +265,7 @@ impl GroupRing {
     /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 3)?;
     /// let address = ring.gpu_on(&stream)?.member(ids).as_ptr();
     /// ring.advance()?;
-    /// assert_eq!(ring.gpu_on(&stream)?.member(ids).as_ptr(), address); // whichever half is the current one
+    /// assert_eq!(ring.gpu_on(&stream)?.member(ids).as_ptr(), address); // whichever slot is the current one
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GroupView<'_>> {
@@ -287,7 +288,7 @@ impl GroupRing {
     /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
     /// ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// ring.advance()?;
-    /// while !ring.is_idle()? { // the half that is no longer the current one counts
+    /// while !ring.is_idle()? { // the slot that is no longer the current one counts
     ///     std::thread::yield_now();
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -311,14 +312,14 @@ impl GroupRing {
     /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
     /// ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// ring.synchronize()?;
-    /// assert!(ring.try_advance()?); // a half is free
+    /// assert!(ring.try_advance()?); // no slot is in flight
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn synchronize(&self) -> Result<()> {
         self.0.wait_for_all()
     }
 
-    /// The number of host halves.
+    /// The number of host slots.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
@@ -328,7 +329,7 @@ impl GroupRing {
     /// let mut ring = GroupRing::new(&builder.finish(), Device::Cpu, 3)?;
     /// for _ in 0..ring.halves() {
     ///     ring.advance()?;
-    ///     ring.cpu_mut(ids)?.fill(-1); // in every half, before the loop begins
+    ///     ring.cpu_mut(ids)?.fill(-1); // in every slot, before the loop begins
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -353,7 +354,7 @@ impl GroupRing {
         self.0.layout()
     }
 
-    /// The device of the device half.
+    /// The device of the device side.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
@@ -369,7 +370,7 @@ impl GroupRing {
         self.0.device()
     }
 
-    /// Whether the host halves are pinned.
+    /// Whether the host slots are pinned.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
@@ -396,7 +397,8 @@ impl fmt::Debug for GroupRing {
     }
 }
 
-/// Several pinned host halves of one shape, and one device half at an address that never changes.
+/// Several pinned host slots of one shape, and one device side at an address that never changes. The slots are taken
+/// strictly in turn.
 ///
 /// ```
 /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
@@ -405,7 +407,7 @@ impl fmt::Debug for GroupRing {
 /// let stream = Stream::new(device)?;
 /// let mut slots = UploadRing::<i64>::new([1024, 2], device, 2)?;
 /// for step in 0..10 {
-///     let host = slots.advance()?; // waits only where both halves are still being uploaded
+///     let host = slots.advance()?; // waits only if this slot is still being uploaded
 ///     host[..6].fill(step);
 ///     slots.copy_to_gpu(..3, &stream)?; // returns at once
 ///     let view = slots.gpu_on(&stream)?;
@@ -420,12 +422,12 @@ pub struct UploadRing<T: Pod> {
 }
 
 impl<T: Pod + Send + Sync> UploadRing<T> {
-    /// A ring of so many zeroed host halves, and a zeroed device half.
+    /// A ring of so many zeroed host slots, and a zeroed device side.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without halves; otherwise as for
-    /// [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
+    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without slots, or of more than 65,536; otherwise
+    /// as for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, UploadRing};
@@ -468,13 +470,12 @@ impl<T: Pod + Send + Sync> UploadRing<T> {
 }
 
 impl<T: Pod> UploadRing<T> {
-    /// Makes the host half the current one that was so longest ago, of those whose uploads have finished, and gives it, to
-    /// write: this one again only where all others are in flight. Waits only where all are, for the one that was current
-    /// longest ago. What was written to it last is still there.
+    /// Switches to the next host slot, and gives it, to write. The slots are taken strictly in turn, and this waits for
+    /// the copies of the slot that it takes. The slot holds what was written to it last.
     ///
     /// # Errors
     ///
-    /// An error of the driver's, which may be that of earlier work. The current half stays the current one.
+    /// An error of the driver's, which may be that of earlier work. The current slot stays the current one.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
@@ -483,10 +484,9 @@ impl<T: Pod> UploadRing<T> {
     /// let mut ring = UploadRing::<u32>::new(4, stream.device(), 2)?;
     /// for step in 1..=4 {
     ///     let host = ring.advance()?;
-    ///     assert_eq!(host[0], if step > 2 { step - 2 } else { 0 }); // what this half held last
+    ///     assert_eq!(host[0], step.saturating_sub(2)); // what this slot held last
     ///     host.fill(step);
     ///     ring.copy_to_gpu(.., &stream)?;
-    ///     ring.synchronize()?;
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -495,7 +495,7 @@ impl<T: Pod> UploadRing<T> {
         self.cpu_mut()
     }
 
-    /// [`advance`](Self::advance), or `None` where it would wait.
+    /// [`advance`](Self::advance), or `None` if it would wait: a copy of the next slot is in flight.
     ///
     /// # Errors
     ///
@@ -527,7 +527,7 @@ impl<T: Pod> UploadRing<T> {
         }
     }
 
-    /// The current host half, to read. Waits for nothing.
+    /// The current host slot, to read. Waits for nothing.
     ///
     /// # Errors
     ///
@@ -547,7 +547,7 @@ impl<T: Pod> UploadRing<T> {
         host(&self.members, self.key)
     }
 
-    /// The current host half, to write. Waits for its upload.
+    /// The current host slot, to write. Waits for its upload.
     ///
     /// # Errors
     ///
@@ -559,7 +559,7 @@ impl<T: Pod> UploadRing<T> {
     /// let stream = Stream::new(Device::auto())?;
     /// let mut ring = UploadRing::<u32>::new(3, stream.device(), 2)?;
     /// ring.copy_to_gpu(.., &stream)?;
-    /// ring.cpu_mut()?[0] = 1; // the same half, after its upload
+    /// ring.cpu_mut()?[0] = 1; // the same slot, after its upload
     /// ring.advance()?[0] = 2; // another one, without a wait
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -567,7 +567,7 @@ impl<T: Pod> UploadRing<T> {
         host_mut(&mut self.members, self.key)
     }
 
-    /// Copies rows of the current host half to the same rows of the device half, on `stream`, after everything that
+    /// Copies rows of the current host slot to the same rows of the device side, on `stream`, after everything that
     /// the ring has pending on any stream. Returns as soon as the copy is enqueued.
     ///
     /// # Errors
@@ -582,15 +582,17 @@ impl<T: Pod> UploadRing<T> {
     /// ring.advance()?.fill(1);
     /// ring.copy_to_gpu(.., &stream)?;
     /// ring.advance()?.fill(2);
-    /// ring.copy_to_gpu(1..2, &stream)?; // the others stay as the half before sent them
+    /// ring.copy_to_gpu(1..2, &stream)?; // the others stay as the slot before sent them
     /// assert_eq!(ring.gpu_on(&stream)?.as_host_slice(), Some(&[1, 1, 2, 2, 1, 1][..]));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn copy_to_gpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
+        // Here, so that an error names no member.
+        let rows = select(&rows, self.shape()[0], None)?;
         self.members.copy_to_gpu(&[self.key.rows(rows)], stream)
     }
 
-    /// The device half, for kernels and libraries on `stream`: [`CpuGpuBuffer::gpu_on`](crate::CpuGpuBuffer::gpu_on).
+    /// The device side, for kernels and libraries on `stream`: [`CpuGpuBuffer::gpu_on`](crate::CpuGpuBuffer::gpu_on).
     ///
     /// # Errors
     ///
@@ -613,8 +615,8 @@ impl<T: Pod> UploadRing<T> {
         GroupView(&self.members).get(self.key)
     }
 
-    /// The address of the device half, ordered with nothing, not even with its first zeroing. It never changes. Null
-    /// where there are no bytes.
+    /// The address of the device side, ordered with nothing, not even with its first zeroing. It never changes. Null
+    /// if there are no bytes.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, UploadRing};
@@ -622,7 +624,7 @@ impl<T: Pod> UploadRing<T> {
     /// let mut ring = UploadRing::<f32>::new(256, Device::auto(), 4)?;
     /// let captured = ring.device_ptr();
     /// ring.advance()?;
-    /// assert_eq!(ring.device_ptr(), captured); // one graph serves all halves
+    /// assert_eq!(ring.device_ptr(), captured); // one graph serves all slots
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn device_ptr(&self) -> *mut T {
@@ -666,7 +668,7 @@ impl<T: Pod> UploadRing<T> {
     ///     ring.advance()?;
     ///     ring.copy_to_gpu(.., &stream)?;
     /// }
-    /// ring.synchronize()?; // for the uploads of both halves
+    /// ring.synchronize()?; // for the uploads of both slots
     /// assert!(ring.is_idle()?);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -678,7 +680,7 @@ impl<T: Pod> UploadRing<T> {
     ///
     /// ```
     /// let ring = cpu_gpu_buffer::UploadRing::<u8>::new([2, 3], cpu_gpu_buffer::Device::Cpu, 4)?;
-    /// assert_eq!(ring.shape(), [2, 3]); // of each half
+    /// assert_eq!(ring.shape(), [2, 3]); // of each slot
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn shape(&self) -> &[usize] {
@@ -686,7 +688,7 @@ impl<T: Pod> UploadRing<T> {
         member.shape.dims()
     }
 
-    /// The number of host halves.
+    /// The number of host slots.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, UploadRing};
@@ -700,7 +702,7 @@ impl<T: Pod> UploadRing<T> {
         self.members.halves()
     }
 
-    /// The device of the device half.
+    /// The device of the device side.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Error, Stream, UploadRing};
@@ -716,7 +718,7 @@ impl<T: Pod> UploadRing<T> {
         self.members.device()
     }
 
-    /// Whether the host halves are pinned.
+    /// Whether the host slots are pinned.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, UploadRing};

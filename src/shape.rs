@@ -118,9 +118,13 @@ impl From<Vec<usize>> for Shape {
     }
 }
 
-/// The rows that `range` selects of `rows`. Each bound is read once: `RangeBounds` is a safe trait, and
-/// may answer differently the second time.
-pub(crate) fn select(range: &impl RangeBounds<usize>, rows: usize) -> Result<Range<usize>> {
+/// The rows that `range` selects of `rows`, which are a buffer's or those of the `member` of a group. Each bound is
+/// read once: `RangeBounds` is a safe trait, and may return something else the second time.
+pub(crate) fn select(
+    range: &impl RangeBounds<usize>,
+    rows: usize,
+    member: Option<usize>,
+) -> Result<Range<usize>> {
     let start = match range.start_bound() {
         Bound::Included(row) => Some(*row),
         Bound::Excluded(row) => row.checked_add(1),
@@ -137,6 +141,7 @@ pub(crate) fn select(range: &impl RangeBounds<usize>, rows: usize) -> Result<Ran
             start: start.unwrap_or(usize::MAX),
             end: end.unwrap_or(usize::MAX),
             rows,
+            member,
         }),
     }
 }

@@ -47,7 +47,8 @@ impl<'a, T> GpuView<'a, T> {
         GpuView { address, shape, len, device, buffer: PhantomData }
     }
 
-    /// The first element's device address; null where there are no bytes.
+    /// The first element's device address. If there are no bytes, it may be null, and nothing may be read or written
+    /// there.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -168,7 +169,7 @@ impl<'a, T> GpuView<'a, T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn rows(self, range: impl RangeBounds<usize>) -> Result<GpuView<'a, T>> {
-        let rows = select(&range, self.shape.rows())?;
+        let rows = select(&range, self.shape.rows(), None)?;
         let row = self.len.checked_div(self.shape.rows()).unwrap_or(0);
         Ok(GpuView {
             address: self.address.wrapping_add(rows.start * row),

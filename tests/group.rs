@@ -474,6 +474,56 @@ fn rows_that_the_host_owns_are_carried_along_by_uploads_where_that_makes_one_cop
 }
 
 #[test]
+fn rows_that_the_host_does_not_own_after_all_are_overwritten_on_the_cpu_as_on_a_gpu() {
+    each(|device, options, stream| {
+        for host_owned in [false, true] {
+            let mut builder = GroupLayoutBuilder::new();
+            let keys: [Key<u32>; 3] = [(); 3].map(|()| match host_owned {
+                true => builder.add_host_owned(100),
+                false => builder.add(100),
+            });
+            let mut group = BufferGroup::with_options(&builder.finish(), device, options).unwrap();
+            let view = group.gpu_on(stream).unwrap().member(keys[1]);
+            match device {
+                Device::Cpu => {
+                    // SAFETY: on the CPU the view is so many words of the group's, which is borrowed for it.
+                    unsafe { std::slice::from_raw_parts_mut(view.as_mut_ptr(), view.len()) }
+                        .fill(7);
+                }
+                Device::Cuda(_) => common::store(view.as_mut_ptr(), view.len(), 7, stream),
+            }
+            group.copy_to_gpu(&[keys[0].rows(..), keys[2].rows(..)], stream).unwrap();
+            group.synchronize().unwrap();
+            let address = group.device_ptr(keys[1]).unwrap();
+            let seen = common::device_words(device, address, 100);
+            common::all(&seen, if host_owned { 0 } else { 7 });
+        }
+    });
+}
+
+#[test]
+fn kernels_that_reach_host_memory_are_turned_off_by_never_and_by_nothing_else() {
+    let test = "kernels_that_reach_host_memory_are_turned_off_by_never_and_by_nothing_else";
+    let variable = "CPU_GPU_BUFFER_MAPPED_KERNELS";
+    if !common::is_own_process() {
+        for value in ["never", "", "0", "always"] {
+            let output = common::in_own_process(test, &[(variable, value)]);
+            assert!(output.status.success(), "{variable}={value}: {output:?}");
+        }
+        return;
+    }
+    let off = std::env::var(variable).unwrap() == "never";
+    each(|device, options, stream| {
+        let (members, layout) = apart([100, 200]);
+        let rows = inner(&members);
+        let mut model = Model::new(members, &layout, device, options);
+        let seen = both_ways(&mut model, &rows, stream, test);
+        let expected = if off { [0, 2, 1] } else { expected(2, options) };
+        assert!(seen.is_none_or(|seen| seen == expected), "{off}, {options:?}: {seen:?}");
+    });
+}
+
+#[test]
 fn both_halves_begin_as_zeroes_and_addresses_never_change() {
     each(|device, options, stream| {
         let (members, layout) = any_layout(&mut Random(77), false);

@@ -1,5 +1,5 @@
-//! A ring's host halves are written while others are still being uploaded: never one that a queued upload reads, and
-//! none waits while another is free. What is on the device is what was sent last.
+//! A ring's host slots are written while others are still being uploaded, strictly in turn, and never one that a queued
+//! upload reads. The device holds what was sent last.
 
 mod common;
 
@@ -43,8 +43,9 @@ fn gpu(ring: &UploadRing<u32>) -> Vec<u32> {
 // ---- what waits ----
 
 #[test]
-fn advancing_does_not_wait_while_a_half_is_free() {
-    each("advancing_does_not_wait_while_a_half_is_free", |words, device| {
+fn advancing_does_not_wait_while_the_next_slot_is_not_in_flight() {
+    let test = "advancing_does_not_wait_while_the_next_slot_is_not_in_flight";
+    each(test, |words, device| {
         for halves in 2..=4 {
             let stream = Stream::new(device).unwrap();
             let mut ring = UploadRing::<u32>::new(words, device, halves).unwrap();
@@ -67,8 +68,8 @@ fn advancing_does_not_wait_while_a_half_is_free() {
 }
 
 #[test]
-fn advancing_waits_for_the_half_that_was_sent_first_where_all_are_in_flight() {
-    let test = "advancing_waits_for_the_half_that_was_sent_first_where_all_are_in_flight";
+fn advancing_waits_for_the_slot_that_was_sent_first_if_all_are_in_flight() {
+    let test = "advancing_waits_for_the_slot_that_was_sent_first_if_all_are_in_flight";
     each(test, |words, device| {
         for halves in 1..=4 {
             let stream = Stream::new(device).unwrap();
@@ -119,8 +120,8 @@ fn writing_the_current_half_waits_for_its_upload_and_reading_does_not() {
 }
 
 #[test]
-fn a_half_is_free_only_when_none_of_its_members_is_being_uploaded() {
-    let test = "a_half_is_free_only_when_none_of_its_members_is_being_uploaded";
+fn a_slot_is_taken_only_when_none_of_its_members_is_being_uploaded() {
+    let test = "a_slot_is_taken_only_when_none_of_its_members_is_being_uploaded";
     each(test, |words, device| {
         let (keys, layout) = members(words, false);
         let streams = [(); 2].map(|()| Stream::new(device).unwrap());
@@ -155,22 +156,49 @@ fn a_half_is_free_only_when_none_of_its_members_is_being_uploaded() {
 }
 
 #[test]
-fn a_half_that_the_driver_says_is_free_is_taken() {
-    let test = "a_half_that_the_driver_says_is_free_is_taken";
-    each(test, |words, device| {
-        let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
+fn a_slot_that_the_driver_says_is_done_is_taken() {
+    each("a_slot_that_the_driver_says_is_done_is_taken", |words, device| {
+        let stream = Stream::new(device).unwrap();
         let mut ring = UploadRing::<u32>::new(words, device, 2).unwrap();
         send(&mut ring, 1, &stream);
-        // It finishes, and the ring's own bookkeeping does not come to know.
+        ring.advance().unwrap();
+        // The upload finishes, and the ring's own bookkeeping does not come to know.
         // SAFETY: the stream is live.
         let status = unsafe { sys::cudaStreamSynchronize(stream.as_raw()) };
         assert_eq!(status, sys::cudaError::cudaSuccess);
-        ring.advance().unwrap();
-        let gate = Gate::close(&other);
-        send(&mut ring, 2, &other);
-        gate.passes(|| {
-            all(ring.try_advance().unwrap().unwrap(), 1);
-        });
+        all(ring.try_advance().unwrap().unwrap(), 1);
+    });
+}
+
+#[test]
+fn slots_are_taken_in_turn_also_if_an_older_one_is_done_later() {
+    let test = "slots_are_taken_in_turn_also_if_an_older_one_is_done_later";
+    each(test, |words, device| {
+        for slots in 2..=4 {
+            let streams = [(); 2].map(|()| Stream::new(device).unwrap());
+            let mut ring = UploadRing::<u32>::new(words, device, slots).unwrap();
+            // The first zeroing is not to put the streams in order.
+            ring.gpu_on(&streams[1]).unwrap();
+            ring.synchronize().unwrap();
+            // The first slot is held, and those after it are done.
+            let gate = Gate::close(&streams[0]);
+            ring.advance().unwrap().fill(1);
+            ring.copy_to_gpu(.., &streams[0]).unwrap();
+            for step in 2..=slots as u32 {
+                ring.advance().unwrap().fill(step);
+            }
+            assert!(ring.try_advance().unwrap().is_none());
+            all(ring.cpu().unwrap(), slots as u32);
+            assert!(!gate.is_open());
+            gate.waits(|| all(ring.advance().unwrap(), 1));
+            for step in 2..=3 * slots as u32 {
+                let before = if step <= slots as u32 { step } else { step - slots as u32 };
+                let slot = ring.advance().unwrap();
+                all(slot, before);
+                slot.fill(step);
+                ring.copy_to_gpu(.., &streams[step as usize % 2]).unwrap();
+            }
+        }
     });
 }
 
@@ -311,29 +339,6 @@ fn a_ring_carries_nothing_along_from_a_half_that_may_be_old() {
     assert_eq!(words_of(&mut ring, keys[3])[..2], [7, 0]);
 }
 
-#[test]
-fn the_half_that_was_current_longest_ago_comes_next_whichever_were_passed_over() {
-    let test = "the_half_that_was_current_longest_ago_comes_next_whichever_were_passed_over";
-    let Some((device, _turn)) = common::cuda(test) else { return };
-    let stream = Stream::new(device).unwrap();
-    let mut ring = UploadRing::<u32>::new(64, device, 3).unwrap();
-    ring.gpu_on(&stream).unwrap();
-    ring.synchronize().unwrap();
-    // What is in a half is the step that wrote it.
-    ring.cpu_mut().unwrap()[0] = 1;
-    ring.advance().unwrap()[0] = 2;
-    let gate = Gate::close(&stream);
-    ring.copy_to_gpu(.., &stream).unwrap();
-    for (step, expected) in [(3, 0), (4, 1), (5, 3), (6, 4)] {
-        let half = ring.advance().unwrap();
-        assert_eq!(half[0], expected);
-        half[0] = step;
-    }
-    gate.open();
-    ring.synchronize().unwrap();
-    assert_eq!(ring.advance().unwrap()[0], 2);
-}
-
 // ---- what it is ----
 
 #[test]
@@ -407,8 +412,6 @@ fn what_was_written_to_a_half_is_still_there_when_it_comes_again() {
             all(host, before);
             host.fill(step);
             ring.copy_to_gpu(.., stream).unwrap();
-            // The halves that are known to be free come in turn.
-            stream.synchronize().unwrap();
         }
     });
 }
@@ -468,15 +471,20 @@ fn a_ring_tells_what_it_is() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn the_current_half_stays_where_advancing_is_an_error() {
-    let test = "the_current_half_stays_where_advancing_is_an_error";
+fn the_current_slot_stays_where_advancing_is_an_error() {
+    let test = "the_current_slot_stays_where_advancing_is_an_error";
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
     }
+    type Advance = fn(&mut UploadRing<u32>) -> cpu_gpu_buffer::Result<bool>;
+    let advance: Advance = |ring| ring.advance().map(|_| true);
+    let try_advance: Advance = |ring| ring.try_advance().map(|slot| slot.is_some());
     let stream = Stream::new(device).unwrap();
     let mut ring = UploadRing::<u32>::new(100, device, 2).unwrap();
-    for (fails, value) in [(c"cuEventQuery", 10), (c"cuEventSynchronize", 20)] {
+    for (fails, action, value) in
+        [(c"cuEventQuery", try_advance, 10), (c"cuEventSynchronize", advance, 20)]
+    {
         ring.synchronize().unwrap();
         let gate = Gate::close(&stream);
         ring.advance().unwrap();
@@ -485,7 +493,7 @@ fn the_current_half_stays_where_advancing_is_an_error() {
         send(&mut ring, value + 1, &stream);
         common::sim::reset();
         common::sim::fail_function(fails, 700);
-        let advanced = ring.advance().map(drop);
+        let advanced = action(&mut ring);
         common::sim::heal();
         assert!(matches!(advanced, Err(Error::Cuda { .. })), "{fails:?}: {advanced:?}");
         all(ring.cpu().unwrap(), value + 1);

@@ -371,8 +371,8 @@ impl Copy for Inputs<Keys> {}
 #[derive(Clone, Copy)]
 struct Members {
     inputs: Inputs<Keys>,
-    /// The step in which the host half was written last. It stays on the host: each half of a ring has its own, which
-    /// says what that half has yet to catch up with, whichever half comes next.
+    /// The step in which the host side was written last. It stays on the host: each slot of a ring has its own, which
+    /// says what that slot has yet to catch up with.
     written: Key<u64>,
 }
 

@@ -1,0 +1,183 @@
+//! Memory for a number of things that the caller chose is an error where there is none: nothing aborts the process.
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::ptr;
+
+use cpu_gpu_buffer::{
+    BufferGroup, BufferPool, CpuGpuBuffer, Device, Error, GroupLayout, GroupLayoutBuilder,
+    GroupRing, Key, MemberRows, Result, Shape, Side, Stream,
+};
+
+thread_local! {
+    /// The most bytes that this thread gets at once.
+    static MOST: Cell<usize> = const { Cell::new(usize::MAX) };
+}
+
+/// The system's memory, of which a thread gets no more at once than it is to.
+struct Limited;
+
+impl Limited {
+    fn refuses(bytes: usize) -> bool {
+        MOST.with(|most| bytes > most.get())
+    }
+}
+
+// SAFETY: the system's allocator, or no memory, which is an answer, too.
+unsafe impl GlobalAlloc for Limited {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        if Limited::refuses(layout.size()) {
+            return ptr::null_mut();
+        }
+        // SAFETY: the caller's own contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        if Limited::refuses(layout.size()) {
+            return ptr::null_mut();
+        }
+        // SAFETY: the caller's own contract.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
+        if Limited::refuses(bytes) {
+            return ptr::null_mut();
+        }
+        // SAFETY: the caller's own contract.
+        unsafe { System.realloc(memory, layout, bytes) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: the caller's own contract.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Limited = Limited;
+
+/// Runs an action in whose thread no allocation is larger than this.
+fn limited<R>(most: usize, action: impl FnOnce() -> R) -> R {
+    struct Unlimited;
+    impl Drop for Unlimited {
+        fn drop(&mut self) {
+            MOST.set(usize::MAX);
+        }
+    }
+    let _after = Unlimited;
+    MOST.set(most);
+    action()
+}
+
+/// Bytes that do for every fixed number of things, and not for `MANY`.
+const FEW: usize = 8 << 10;
+const MANY: usize = 20_000;
+
+#[track_caller]
+fn is_out_of_memory<R>(made: Result<R>, on: Device) {
+    match made.map(drop) {
+        Err(Error::OutOfMemory { side: Side::Host, bytes, device }) => {
+            // Lists that grow ask for twice as much as they need.
+            assert!(bytes > FEW / 2 && device == on, "{bytes} bytes on {device}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn members(count: usize, rows: usize) -> (Vec<Key<u8>>, GroupLayout) {
+    let mut builder = GroupLayoutBuilder::new();
+    let keys = (0..count).map(|_| builder.add::<u8>(rows)).collect();
+    (keys, builder.finish())
+}
+
+fn devices(run: impl Fn(Device, &Stream)) {
+    let _turn = common::turn();
+    for device in common::devices() {
+        run(device, &Stream::new(device).unwrap());
+    }
+}
+
+#[test]
+fn many_members_are_an_error_where_memory_for_them_runs_out() {
+    devices(|device, _| {
+        let (_, layout) = members(MANY, 0);
+        limited(FEW, || {
+            is_out_of_memory(BufferGroup::new(&layout, device), device);
+            is_out_of_memory(GroupRing::new(&layout, device, 2), device);
+        });
+        // A layout that was made without enough memory is an error of the constructor.
+        let layout = limited(FEW, || {
+            let mut builder = GroupLayoutBuilder::new();
+            for _ in 0..MANY {
+                builder.add::<u8>(0);
+            }
+            builder.finish()
+        });
+        is_out_of_memory(BufferGroup::new(&layout, device), device);
+        let mut builder = GroupLayoutBuilder::new();
+        for _ in 0..MANY {
+            builder.add::<u8>(0);
+        }
+        let layout = limited(FEW, || builder.finish());
+        is_out_of_memory(BufferGroup::new(&layout, device), device);
+    });
+}
+
+#[test]
+fn many_slots_are_an_error_where_memory_for_them_runs_out() {
+    devices(|device, _| {
+        let (_, layout) = members(1, 0);
+        limited(FEW, || is_out_of_memory(GroupRing::new(&layout, device, 1 << 16), device));
+    });
+}
+
+#[test]
+fn many_members_and_many_slots_take_no_memory_for_each_pair() {
+    devices(|device, _| {
+        let (keys, layout) = members(MANY, 0);
+        // A word for each pair would be 10 GB.
+        let mut ring = limited(64 << 20, || GroupRing::new(&layout, device, 1 << 16)).unwrap();
+        ring.advance().unwrap();
+        assert!(ring.cpu_mut(keys[MANY - 1]).unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_copy_of_many_members_is_an_error_where_memory_for_it_runs_out() {
+    devices(|device, stream| {
+        let (keys, layout) = members(MANY, 1);
+        let rows: Vec<MemberRows> = keys.iter().map(|key| key.rows(..)).collect();
+        let mut group = BufferGroup::new(&layout, device).unwrap();
+        for key in &keys {
+            group.cpu_mut(*key).unwrap().fill(3);
+        }
+        limited(FEW, || is_out_of_memory(group.copy_to_gpu(&rows, stream), device));
+        if device != Device::Cpu {
+            // The slot's table of the members is made with its first copy.
+            limited(FEW, || is_out_of_memory(group.copy_to_gpu(&rows[..1], stream), device));
+        }
+        group.copy_to_gpu(&rows, stream).unwrap();
+        group.copy_to_cpu(&rows, stream).unwrap();
+        assert_eq!(group.cpu(keys[MANY - 1]).unwrap(), [3]);
+    });
+}
+
+#[test]
+fn many_buffers_of_a_pool_are_an_error_where_memory_for_them_runs_out() {
+    devices(|device, _| {
+        limited(FEW, || is_out_of_memory(BufferPool::<u8>::new(0, device, MANY), device));
+    });
+}
+
+#[test]
+fn a_shape_of_many_dimensions_takes_no_memory_for_them() {
+    let dims = vec![1; MANY];
+    limited(FEW, || {
+        let made = CpuGpuBuffer::<u8>::new(Shape::from(&dims[..]), Device::Cpu);
+        assert!(matches!(made, Err(Error::InvalidShape { .. })), "{made:?}");
+    });
+}
