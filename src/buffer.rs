@@ -101,6 +101,9 @@ const _: () = {
 impl<T: Pod> CpuGpuBuffer<T> {
     /// A buffer with both halves zeroed, its host half pinned where that works.
     ///
+    /// A buffer without bytes uses no device: it is `Ok` for one that does not exist, too. [`resize`](Self::resize)
+    /// returns the error then.
+    ///
     /// # Errors
     ///
     /// [`Error::InvalidShape`], [`Error::Unavailable`] for a device that cannot be used,
@@ -111,6 +114,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// let buffer = CpuGpuBuffer::<f32>::new([32, 768], Device::Cpu)?;
     /// assert_eq!(buffer.cpu()?, [0.0; 32 * 768]);
+    ///
+    /// let mut none = CpuGpuBuffer::<f32>::new(0, Device::Cuda(77))?;
+    /// assert!(none.cpu()?.is_empty() && none.resize(1).is_err());
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn new(shape: impl Into<Shape>, device: Device) -> Result<Self> {
@@ -316,8 +322,20 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Safety
     ///
-    /// The rows of `to` are memory of `stream`'s device (on the CPU, of the program), and nothing else
-    /// touches them until the copy has finished in stream order.
+    /// From the call until the copy has finished, of the rows of `to` that `rows` selects:
+    ///
+    /// - **Valid:** they are valid for writes, and lie in one allocation. A pointer made from a `&[T]` is not valid for
+    ///   writes.
+    /// - **Until when:** they stay allocated. Freed memory is not enough: the copy may run long after this call.
+    /// - **Device:** they are memory of `stream`'s device; on [`Device::Cpu`], memory of the program, outside of this
+    ///   buffer.
+    /// - **Aliasing:** nothing else reads or writes them, and no reference to them is used.
+    /// - **Stream:** other work on them is ordered before or after the copy: it is sent to `stream`, or put in order with
+    ///   `stream` by events. The buffer knows of no such work.
+    ///
+    /// They need be neither initialised nor aligned. The copy has finished when [`cpu_mut`](Self::cpu_mut),
+    /// [`synchronize`](Self::synchronize) or [`Stream::synchronize`] has returned `Ok` after it; on the CPU, when this
+    /// returns. After an error of the driver's it may still run.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -339,7 +357,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ) -> Result<()> {
         let range = self.bytes_of(&rows)?;
         let to = to.cast::<u8>().wrapping_add(range.start);
-        // SAFETY: the caller vouches for the rows of `to`.
+        // SAFETY: the caller vouches for the selected rows of `to`, which are these bytes.
         unsafe { self.storage.copy_to_device_ptr(range, to, stream) }
     }
 
@@ -352,8 +370,20 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Safety
     ///
-    /// The rows of `from` are initialised memory of `stream`'s device (on the CPU, of the program), and
-    /// nothing writes them until the copy has finished in stream order.
+    /// From the call until the copy has finished, of the rows of `from` that `rows` selects:
+    ///
+    /// - **Valid:** they are valid for reads, and lie in one allocation.
+    /// - **Until when:** they stay allocated. Freed memory is not enough: the copy may run long after this call.
+    /// - **Initialised:** all their bytes are, by work that is ordered before the copy.
+    /// - **Device:** they are memory of `stream`'s device; on [`Device::Cpu`], memory of the program, outside of this
+    ///   buffer.
+    /// - **Aliasing:** nothing writes them, and no exclusive reference to them is used.
+    /// - **Stream:** work that writes them is ordered before or after the copy: it is sent to `stream`, or put in order
+    ///   with `stream` by events. The buffer knows of no such work.
+    ///
+    /// They need not be aligned. The copy has finished when [`cpu`](Self::cpu), [`synchronize`](Self::synchronize) or
+    /// [`Stream::synchronize`] has returned `Ok` after it; on the CPU, when this returns. After an error of the driver's
+    /// it may still run.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -374,7 +404,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ) -> Result<()> {
         let range = self.bytes_of(&rows)?;
         let from = from.cast::<u8>().wrapping_add(range.start);
-        // SAFETY: the caller vouches for the rows of `from`.
+        // SAFETY: the caller vouches for the selected rows of `from`, which are these bytes.
         unsafe { self.storage.copy_from_device_ptr(range, from, stream) }
     }
 
@@ -439,8 +469,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.admit(&BOTH, stream)?;
         self.storage.wait_to_write()?;
         self.fill_gpu(value, stream)?;
-        // SAFETY: no copy touches the host half since the wait: a fill enqueues none.
-        unsafe { self.host_slice_mut() }.fill(value);
+        // SAFETY: no copy touches the host side since the wait: a fill enqueues none.
+        set(unsafe { self.host_slice_mut() }, value);
         Ok(())
     }
 
@@ -462,7 +492,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn fill_cpu(&mut self, value: T) -> Result<()> {
-        self.cpu_mut()?.fill(value);
+        set(self.cpu_mut()?, value);
         Ok(())
     }
 
@@ -490,14 +520,15 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.admit(&[Side::Device], stream)?;
         if self.nbytes() > 0 {
             let address = self.storage.gpu_ptr().cast::<T>();
-            // SAFETY: on the CPU the device half is ordinary memory of this many elements, and has no
+            // SAFETY: on the CPU the device side is ordinary memory of this many elements, and has no
             // work in flight.
-            unsafe { slice::from_raw_parts_mut(address, self.numel()) }.fill(value);
+            set(unsafe { slice::from_raw_parts_mut(address, self.numel()) }, value);
         }
         Ok(())
     }
 
-    /// Sets every byte of both halves to zero, as [`fill`](Self::fill) does.
+    /// Sets every byte of both sides to zero, in the order of [`fill`](Self::fill). No element is made on the stack,
+    /// however large it is.
     ///
     /// # Errors
     ///
@@ -515,7 +546,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn zero(&mut self, stream: &Stream) -> Result<()> {
-        self.fill(T::zeroed(), stream)
+        self.storage.zero(stream)
     }
 
     /// Gives the buffer another shape, with both halves zeroed. Memory is kept where the new shape fits:
@@ -573,8 +604,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
     }
 
     /// The address of the device half, ordered with nothing, not even with its first zeroing: for graph
-    /// capture, where [`gpu_on`](Self::gpu_on) was called before, and for logging. Null where
-    /// there are no bytes. It changes only with a [`resize`](Self::resize) beyond all earlier sizes.
+    /// capture, where [`gpu_on`](Self::gpu_on) was called before, and for logging. It changes only with a
+    /// [`resize`](Self::resize) beyond all earlier sizes. It is null if the buffer never had bytes; a buffer that was
+    /// resized to none keeps its memory and the address.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -716,6 +748,13 @@ impl<T: Pod> CpuGpuBuffer<T> {
     unsafe fn host_slice_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `host_slice`, and borrowed exclusively.
         unsafe { slice::from_raw_parts_mut(self.storage.host_ptr().cast(), self.numel()) }
+    }
+}
+
+/// Sets every element. Elements of no size may be `usize::MAX`, and there is nothing to set.
+fn set<T: Pod>(elements: &mut [T], value: T) {
+    if size_of::<T>() > 0 {
+        elements.fill(value);
     }
 }
 

@@ -591,6 +591,20 @@ impl Storage {
         Ok(())
     }
 
+    /// Zeroes the used part of both sides: of the host side at once, after pending copies, and of the device side on
+    /// `stream`.
+    pub(crate) fn zero(&mut self, stream: &Stream) -> Result<()> {
+        self.admit(&BOTH, stream)?;
+        self.wait_to_write()?;
+        match self.device {
+            Device::Cpu => self.undefine(self.bytes),
+            Device::Cuda(_) => self.fill_gpu(&[0], stream)?,
+        }
+        // SAFETY: within the host side, which no copy touches since the wait: a fill enqueues none.
+        unsafe { ptr::write_bytes(self.host, 0, self.bytes) };
+        Ok(())
+    }
+
     /// Orders `stream` after everything, and remembers that it may use the device half from now on.
     pub(crate) fn use_on(&mut self, stream: &Stream) -> Result<()> {
         let Some(entered) = &self.admit(&[Side::Device], stream)? else {

@@ -194,3 +194,45 @@ fn numbers_are_filled_as_numbers() {
         assert_eq!(buffer.cpu().unwrap(), [0.0; 3000]);
     }
 }
+
+/// An element as large as the stack of a thread is by default.
+type Large = [f32; 1 << 19];
+
+#[test]
+fn zeroing_makes_no_element_on_the_stack() {
+    let _turn = common::turn();
+    for device in common::devices() {
+        let zeroed = move || {
+            let stream = Stream::new(device).unwrap();
+            let mut buffer = CpuGpuBuffer::<Large>::new(2, device).unwrap();
+            buffer.cpu_mut().unwrap().as_flattened_mut().fill(1.0);
+            buffer.copy_to_gpu(.., &stream).unwrap();
+            buffer.zero(&stream).unwrap();
+            assert!(buffer.cpu().unwrap().as_flattened().iter().all(|number| *number == 0.0));
+            buffer.cpu_mut().unwrap().as_flattened_mut().fill(2.0);
+            buffer.copy_to_cpu(.., &stream).unwrap();
+            assert!(buffer.cpu().unwrap().as_flattened().iter().all(|number| *number == 0.0));
+        };
+        std::thread::Builder::new().stack_size(1 << 20).spawn(zeroed).unwrap().join().unwrap();
+    }
+}
+
+#[test]
+fn any_number_of_elements_of_no_size_is_filled_at_once() {
+    let _turn = common::turn();
+    for device in common::devices() {
+        let stream = Stream::new(device).unwrap();
+        let mut units = CpuGpuBuffer::<()>::new(usize::MAX, device).unwrap();
+        // In a thread that is left behind, should one of them take its time.
+        let (done, is_done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            units.fill_cpu(()).unwrap();
+            units.fill_gpu((), &stream).unwrap();
+            units.fill((), &stream).unwrap();
+            units.zero(&stream).unwrap();
+            done.send(units.cpu().unwrap().len()).unwrap();
+        });
+        let len = is_done.recv_timeout(std::time::Duration::from_secs(10));
+        assert_eq!(len, Ok(usize::MAX), "{device}");
+    }
+}

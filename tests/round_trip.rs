@@ -155,6 +155,7 @@ fn shapes_and_types_of_no_size_work() {
         for shape in [Shape::from([0]), Shape::from([4, 0, 3]), Shape::from([0, usize::MAX, 9])] {
             let mut buffer = CpuGpuBuffer::<f32>::with_options(shape, device, options).unwrap();
             assert_eq!((buffer.numel(), buffer.nbytes()), (0, 0));
+            assert!(buffer.device_ptr().is_null());
             buffer.copy_to_gpu(.., stream).unwrap();
             buffer.copy_to_cpu(.., stream).unwrap();
             buffer.fill(1.0, stream).unwrap();
@@ -165,8 +166,12 @@ fn shapes_and_types_of_no_size_work() {
             buffer.fill(1.0, stream).unwrap();
             buffer.copy_to_cpu(.., stream).unwrap();
             assert_eq!(buffer.cpu().unwrap(), [1.0; 4]);
+            let address = buffer.device_ptr();
             buffer.resize(shape).unwrap();
             assert!(buffer.cpu().unwrap().is_empty());
+            // The memory is kept, and so is the address.
+            assert_eq!(buffer.device_ptr(), address);
+            assert!(!address.is_null());
         }
         let mut units = CpuGpuBuffer::<()>::with_options([3, 4], device, options).unwrap();
         units.copy_to_gpu(1..2, stream).unwrap();
