@@ -480,10 +480,16 @@ impl<T: Element> CpuGpuBuffer<T> {
     ///
     /// # Safety
     ///
-    /// The consumer uses the memory as the addresses of a [`GpuView`](crate::GpuView) are used: each time by work that is
-    /// sent to a stream after `gpu_on` was called with that stream, and before this buffer is used in any other way,
-    /// given back to its pool or dropped. After a [`resize`](Self::resize) it does not use it at all. On [`Device::Cpu`],
-    /// where it is host memory, it does so between `gpu_on` and the next use of the buffer.
+    /// The consumer uses the memory as the addresses of a [`GpuView`](crate::GpuView) are used:
+    ///
+    /// - **Stream:** each time by work that is sent to a stream after `gpu_on` was called with that stream, and before
+    ///   this buffer is used in any other way, given back to its pool or dropped.
+    /// - **Device:** the stream is one of the buffer's device. On [`Device::Cpu`] the memory is host memory, and the
+    ///   consumer uses it between `gpu_on` and the next use of the buffer.
+    /// - **Until when:** after a [`resize`](Self::resize) it does not use the memory at all.
+    /// - **Initialised:** before the first `gpu_on` the memory holds anything; it is zeroed by that call.
+    /// - **Aliasing:** while the consumer's work may run, no other work writes the memory, and none reads what the
+    ///   consumer writes.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};

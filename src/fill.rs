@@ -47,8 +47,9 @@ struct Pattern<const VECTORS: usize>([[u8; 16]; VECTORS]);
 ///
 /// # Safety
 ///
-/// The range is device memory of the stream's device that nothing else touches until the fill has finished in
-/// stream order; `element` is not empty, and `bytes` is a multiple of its length.
+/// - The range is device memory of the stream's device, valid for writes.
+/// - Until the fill has finished in stream order, it stays allocated, and nothing else reads or writes it.
+/// - `element` is not empty, and `bytes` is a multiple of its length.
 pub(crate) unsafe fn enqueue(
     to: *mut u8,
     bytes: usize,

@@ -482,7 +482,7 @@ impl<T: Pod> UploadRing<T> {
     ///
     /// let stream = Stream::new(Device::auto())?;
     /// let mut ring = UploadRing::<u32>::new(4, stream.device(), 2)?;
-    /// for step in 1..=4 {
+    /// for step in 1..=4u32 {
     ///     let host = ring.advance()?;
     ///     assert_eq!(host[0], step.saturating_sub(2)); // what this slot held last
     ///     host.fill(step);

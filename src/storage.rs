@@ -518,7 +518,10 @@ impl Storage {
     ///
     /// # Safety
     ///
-    /// `to` has room for the range, and nothing else touches it until the copy has finished.
+    /// From the call until the copy has finished in stream order, as many bytes at `to` as the range has
+    ///
+    /// - are allocated, valid for writes, and memory of `stream`'s device (on the CPU, of the program);
+    /// - are read and written by nothing else.
     pub(crate) unsafe fn copy_to_device_ptr(
         &mut self,
         range: Range<usize>,
@@ -558,7 +561,10 @@ impl Storage {
     ///
     /// # Safety
     ///
-    /// `from` has as many bytes as the range, and nothing writes them until the copy has finished.
+    /// From the call until the copy has finished in stream order, as many bytes at `from` as the range has
+    ///
+    /// - are allocated, valid for reads, initialised, and memory of `stream`'s device (on the CPU, of the program);
+    /// - are written by nothing.
     pub(crate) unsafe fn copy_from_device_ptr(
         &mut self,
         range: Range<usize>,
@@ -747,8 +753,10 @@ impl Storage {
     ///
     /// # Safety
     ///
-    /// One range lies in the host half. The other is of as many bytes of device memory, that nothing else
-    /// uses against the copy until it has finished in stream order.
+    /// - One range lies in the host side, as `direction` says.
+    /// - The other is of as many bytes of the stream's device, valid for the copy and initialised if they are read.
+    /// - Until the copy has finished in stream order, these stay allocated, nothing writes them, and nothing reads them
+    ///   if the copy writes them.
     #[inline]
     unsafe fn transfer(
         &mut self,

@@ -14,14 +14,18 @@ use cpu_gpu_buffer::{
 thread_local! {
     /// The most bytes that this thread gets at once.
     static MOST: Cell<usize> = const { Cell::new(usize::MAX) };
+    /// The bytes that it still gets; nothing is added when it gives some back.
+    static LEFT: Cell<usize> = const { Cell::new(usize::MAX) };
 }
 
-/// The system's memory, of which a thread gets no more at once than it is to.
+/// The system's memory, of which a thread gets no more than it is to.
 struct Limited;
 
 impl Limited {
     fn refuses(bytes: usize) -> bool {
-        MOST.with(|most| bytes > most.get())
+        let left = LEFT.get().checked_sub(bytes).filter(|_| bytes <= MOST.get());
+        LEFT.set(left.unwrap_or(LEFT.get()));
+        left.is_none()
     }
 }
 
@@ -60,17 +64,24 @@ unsafe impl GlobalAlloc for Limited {
 #[global_allocator]
 static ALLOCATOR: Limited = Limited;
 
-/// Runs an action in whose thread no allocation is larger than this.
-fn limited<R>(most: usize, action: impl FnOnce() -> R) -> R {
+/// Runs an action whose thread gets so many bytes at once at most, and so many together.
+fn within<R>(most: usize, together: usize, action: impl FnOnce() -> R) -> R {
     struct Unlimited;
     impl Drop for Unlimited {
         fn drop(&mut self) {
             MOST.set(usize::MAX);
+            LEFT.set(usize::MAX);
         }
     }
     let _after = Unlimited;
     MOST.set(most);
+    LEFT.set(together);
     action()
+}
+
+/// Runs an action in whose thread no allocation is larger than this.
+fn limited<R>(most: usize, action: impl FnOnce() -> R) -> R {
+    within(most, usize::MAX, action)
 }
 
 /// Bytes that do for every fixed number of things, and not for `MANY`.
@@ -140,7 +151,9 @@ fn many_members_and_many_slots_take_no_memory_for_each_pair() {
     devices(|device, _| {
         let (keys, layout) = members(MANY, 0);
         // A word for each pair would be 10 GB.
-        let mut ring = limited(64 << 20, || GroupRing::new(&layout, device, 1 << 16)).unwrap();
+        let most = 64 << 20;
+        let ring = within(most, most, || GroupRing::new(&layout, device, 1 << 16));
+        let mut ring = ring.unwrap();
         ring.advance().unwrap();
         assert!(ring.cpu_mut(keys[MANY - 1]).unwrap().is_empty());
     });
