@@ -5,8 +5,14 @@
 
 Needs the module, and PyTorch or NumPy: what has to do with host memory is checked with either. What needs a CUDA device
 that PyTorch can use is left out without one, and said to be. Names choose the checks that hold them.
+
+A check that could deadlock runs in a process of its own, and fails after LIMIT seconds. Some of
+these need the simulated runtime, which can hold a call back.
 """
+import ctypes
+import faulthandler
 import gc
+import subprocess
 import sys
 import threading
 import time
@@ -32,6 +38,9 @@ SHAPE = [3, 1, 5, 2]
 VALUES = [float(value) for value in range(30)]
 # Cycles of the GPU's clock: about a third of a second.
 LONG = 600_000_000
+# The seconds after which a process is taken to be in a deadlock.
+LIMIT = 60
+ALONE = "--alone"
 
 
 def raises(kind, action, *arguments, **named):
@@ -180,10 +189,10 @@ def a_tensor_outlives_its_buffer_and_a_buffer_its_tensor(library):
         cgb.reclaim()
 
 
-def capsules_are_what_was_asked_for(library):
+def capsules_are_what_was_asked_for(_):
     for device in devices():
         buffer = cgb.Buffer(SHAPE, "f32", device)
-        for half in [buffer, buffer.host()] if library.reaches(device) else [buffer.host()]:
+        for half in [buffer, buffer.host()]:
             place = half.__dlpack_device__()
             assert '"dltensor_versioned"' in repr(half.__dlpack__(max_version=(1, 0)))
             assert '"dltensor"' in repr(half.__dlpack__(max_version=(0, 8)))
@@ -191,7 +200,8 @@ def capsules_are_what_was_asked_for(library):
             half.__dlpack__(dl_device=place, copy=False)
             raises(BufferError, half.__dlpack__, dl_device=(place[0] + 1, 0))
             raises(BufferError, half.__dlpack__, copy=True)
-            raises(ValueError, half.__dlpack__, stream=0)
+            for stream in [0, -2]:
+                raises(ValueError, half.__dlpack__, stream=stream)
             # One of each kind that nobody took lets its tensor go.
             capsules = [half.__dlpack__(), half.__dlpack__(max_version=(1, 3))]
             raises(BufferError, buffer.synchronize)
@@ -200,6 +210,47 @@ def capsules_are_what_was_asked_for(library):
         raises(ValueError, buffer.host().__dlpack__, stream=1)
         assert '"dltensor_versioned"' in repr(buffer.unguarded(max_version=(1, 1)))
         assert '"dltensor"' in repr(buffer.unguarded())
+
+
+def the_cpu_has_no_streams(_):
+    buffer = cgb.Buffer(SHAPE, "f32", "cpu")
+    for stream in [-1, 0, 1, 2, 1 << 20]:
+        raises(ValueError, buffer.__dlpack__, stream=stream)
+    buffer.synchronize()
+
+
+def a_capsule_that_cannot_be_made_leaks_no_tensor(_):
+    try:
+        import _testcapi
+    except ImportError:
+        print("    left out, this Python has no _testcapi")
+        return
+    buffer = cgb.Buffer(SHAPE, "f32", "cpu")
+    version = (1, 0)
+    for export in [
+        lambda: buffer.__dlpack__(max_version=version),
+        lambda: buffer.__dlpack__(),
+        lambda: buffer.host().__dlpack__(max_version=version),
+        lambda: buffer.host().__dlpack__(),
+    ]:
+        # Python's allocations fail, a later one each time. That of the capsule is among them.
+        failed = 0
+        while True:
+            _testcapi.set_nomemory(failed, failed + 1)
+            try:
+                capsule = export()
+            except MemoryError:
+                failed += 1
+            else:
+                break
+            finally:
+                _testcapi.remove_mem_hooks()
+            assert failed < 100, "memory runs out without end"
+            buffer.synchronize()
+        assert failed, "no allocation failed"
+        raises(BufferError, buffer.synchronize)
+        del capsule
+        buffer.synchronize()
 
 
 def tensors_are_let_go_in_other_threads(library):
@@ -227,6 +278,283 @@ def a_struct_from_before_dlpack_1_is_taken(_):
         raises(BufferError, buffer.tolist)
         del tensor
         assert buffer.tolist() == VALUES
+
+
+# ---- with a process of its own ----
+
+
+def runtime():
+    """The CUDA runtime that this process has loaded, if any."""
+    cgb.cuda_count()
+    with open("/proc/self/maps") as maps:
+        paths = {line.split(maxsplit=5)[5].strip() for line in maps if "libcudart" in line}
+    return ctypes.CDLL(min(paths)) if paths else None
+
+
+def simulated():
+    """The same, if it is the simulated one."""
+    library = runtime()
+    if not hasattr(library, "cudart_sim_hold"):
+        return None
+    library.cudart_sim_is_held.restype = ctypes.c_bool
+    library.cudart_sim_calls.restype = ctypes.c_uint64
+    return library
+
+
+def launch_host_function(stream, function, data=None):
+    """Queues a call of a C function, or of one of Python's, which then needs the lock."""
+    status = runtime().cudaLaunchHostFunc(ctypes.c_void_p(stream.cuda_stream), function, data)
+    assert status == 0, f"cudaLaunchHostFunc returned {status}"
+
+
+class Gate:
+    """Holds what is queued on a stream back, without Python's lock, until it is opened."""
+
+    def __init__(self, stream):
+        # These calls keep the lock: nothing else of Python's runs between `open` and the next call.
+        self.libc = ctypes.PyDLL(None)
+        self.semaphore = ctypes.create_string_buffer(64)
+        assert self.libc.sem_init(self.semaphore, 0, 0) == 0
+        launch_host_function(stream, self.libc.sem_wait, self.semaphore)
+
+    def open(self):
+        assert self.libc.sem_post(self.semaphore) == 0
+
+
+HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def dropping_a_buffer_lets_a_host_function_have_the_lock():
+    # A thread gives the lock up only where it says so.
+    sys.setswitchinterval(1000)
+    ran = []
+    function = HOST_FUNCTION(lambda _: ran.append(True))
+    for wait in ["drop", "tolist", "synchronize", "stream"]:
+        buffer, stream = cgb.Buffer([1000], "f32", "cuda:0"), cgb.Stream("cuda:0")
+        buffer.fill(1, stream)
+        stream.synchronize()
+        gate = Gate(stream)
+        launch_host_function(stream, function)
+        buffer.download(stream)
+        ran.clear()
+        gate.open()
+        if wait == "drop":
+            del buffer
+        elif wait == "stream":
+            stream.synchronize()
+        else:
+            getattr(buffer, wait)()
+        assert ran, f"{wait} did not wait for what is queued"
+
+
+# The functions of CUDA that the module may call. Each one is held back once under each of the
+# module's own calls.
+CALLS = """
+    cudaGetDeviceCount cudaMalloc cudaFree cudaHostAlloc cudaFreeHost cudaHostRegister cudaHostUnregister
+    cudaDeviceSynchronize cudaMemsetAsync cudaStreamCreateWithPriority cudaStreamDestroy cudaStreamSynchronize
+    cudaStreamWaitEvent cudaEventCreateWithFlags cudaEventDestroy cudaEventRecord cudaEventQuery cudaEventSynchronize
+    cuCtxPushCurrent cuDevicePrimaryCtxRetain cuDevicePrimaryCtxRelease cuEventQuery cuEventRecord cuEventSynchronize
+    cuLaunchKernel cuMemcpyDtoHAsync cuMemcpyHtoDAsync cuMemsetD32Async cuModuleLoadData cuStreamIsCapturing
+""".split()
+
+
+def held(sim, function, action):
+    """Runs an action while a function of CUDA's is held back. Another thread of Python's, which
+    needs the lock, lets the call go. Returns whether the action made the call."""
+    over, seen = threading.Event(), threading.Event()
+
+    def let_go():
+        while not over.is_set():
+            if sim.cudart_sim_is_held():
+                seen.set()
+                break
+            time.sleep(0.0002)
+        sim.cudart_sim_let_go()
+
+    thread = threading.Thread(target=let_go)
+    sim.cudart_sim_hold(function.encode())
+    thread.start()
+    action()
+    over.set()
+    thread.join()
+    return seen.is_set()
+
+
+def no_call_into_cuda_is_made_under_the_lock():
+    sim = simulated()
+    # Once in a process.
+    assert held(sim, "cudaGetDeviceCount", cgb.cuda_count)
+    assert held(sim, "cuModuleLoadData", lambda: cgb.Stream("cuda:0")), "no kernels were loaded"
+    # Beyond what is cut from chunks that stay.
+    size = [1 << 21]
+    stream, other = cgb.Stream("cuda:0"), cgb.Stream("cuda:0")
+    buffer = cgb.Buffer(size, "u8", "cuda:0")
+    kept = []
+
+    def make():
+        kept.append(cgb.Buffer(size, "u8", "cuda:0"))
+
+    def make_and_drop():
+        make()
+        kept.clear()
+
+    def drop_unused_stream():
+        cgb.Stream("cuda:0")
+
+    def drop_used_stream():
+        mine = cgb.Stream("cuda:0")
+        buffer.fill(1, mine)
+        del mine
+        buffer.fill(1, other)
+
+    def drop_lent():
+        mine = cgb.Buffer(size, "u8", "cuda:0")
+        mine.fill(1, stream)
+        capsule = mine.__dlpack__()
+        del mine, capsule
+
+    def leave_behind():
+        drop_lent()
+        cgb.reclaim()
+
+    def export(**named):
+        return lambda: buffer.__dlpack__(**named)
+
+    def export_fresh(**named):
+        return lambda: cgb.Buffer(size, "u8", "cuda:0").__dlpack__(**named)
+
+    actions = {
+        "Buffer": make_and_drop,
+        "Stream": drop_unused_stream,
+        "a stream that a buffer was used on": drop_used_stream,
+        "fill": lambda: buffer.fill(2, stream),
+        "write": lambda: (buffer.upload(stream), raises(ValueError, buffer.write, [])),
+        "upload": lambda: buffer.upload(stream),
+        "upload elsewhere": lambda: buffer.upload(other, rows=9),
+        "download": lambda: buffer.download(stream),
+        "tolist": lambda: (buffer.download(stream), buffer.tolist()),
+        "use_on": lambda: buffer.use_on(stream),
+        "synchronize": lambda: (buffer.upload(other), buffer.synchronize()),
+        "Stream.synchronize": lambda: (buffer.upload(stream), stream.synchronize()),
+        "host": lambda: (buffer.download(stream), buffer.host().__dlpack__()),
+        "unguarded": lambda: cgb.Buffer(size, "u8", "cuda:0").unguarded(),
+        "reclaim": leave_behind,
+        **{f"__dlpack__({stream})": export(stream=stream) for stream in [None, -1, 1, 2, other.cuda_stream]},
+        "__dlpack__ of a buffer that was never used": export_fresh(stream=-1),
+    }
+    found = {(name, call) for call in CALLS for name, action in actions.items() if held(sim, call, action)}
+    for expected in [
+        ("Buffer", "cudaMalloc"), ("Buffer", "cudaFree"), ("Stream", "cudaStreamCreateWithPriority"),
+        ("Stream", "cudaStreamDestroy"), ("a stream that a buffer was used on", "cudaStreamDestroy"),
+        ("Stream.synchronize", "cudaStreamSynchronize"), ("reclaim", "cudaFree"), ("reclaim", "cudaDeviceSynchronize"),
+        ("fill", "cuLaunchKernel"), ("upload", "cuMemcpyHtoDAsync"), ("download", "cuMemcpyDtoHAsync"),
+        ("__dlpack__(None)", "cuStreamIsCapturing"), ("__dlpack__(-1)", "cudaStreamDestroy"),
+        ("__dlpack__(2)", "cudaStreamSynchronize"),
+    ]:
+        assert expected in found, f"{expected} was not seen"
+
+
+def the_interpreters_end_waits_for_no_device():
+    # These live until the module's globals go. The gate never opens, and its semaphore is leaked:
+    # the stream waits on it until the process ends.
+    global at_the_end
+    stream = cgb.Stream("cuda:0")
+    buffer = cgb.Buffer([1000], "f32", "cuda:0")
+    gate = Gate(stream)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(gate.semaphore))
+    buffer.upload(stream)
+    at_the_end = buffer, stream, gate
+
+
+def a_stream_is_ordered_unless_none_is_to_be():
+    sim = simulated()
+    legacy, ready, not_ready = 1, 0, 600
+
+    def state(stream):
+        return sim.cudaStreamQuery(ctypes.c_void_p(stream))
+
+    waits = [b"cudaStreamSynchronize", b"cudaEventSynchronize", b"cuEventSynchronize", b"cudaDeviceSynchronize"]
+
+    def host_waits():
+        return sum(sim.cudart_sim_calls(call) for call in waits)
+
+    ours, theirs = cgb.Stream("cuda:0"), cgb.Stream("cuda:0")
+    consumers = [legacy, theirs.cuda_stream]
+    for named, expected in [
+        (dict(stream=-1), [ready, ready]),
+        (dict(), [not_ready, ready]),
+        (dict(stream=None), [not_ready, ready]),
+        (dict(stream=1), [not_ready, ready]),
+        (dict(stream=theirs.cuda_stream), [ready, not_ready]),
+    ]:
+        buffer = cgb.Buffer(SHAPE, "f32", "cuda:0")
+        buffer.write(VALUES)
+        gate = Gate(ours)
+        buffer.upload(ours)
+        before = host_waits()
+        # With the gate closed: a host that waited here would not return.
+        capsule = buffer.__dlpack__(**named)
+        assert host_waits() == before, f"the host waited for {named}"
+        assert [state(stream) for stream in consumers] == expected, (named, [state(stream) for stream in consumers])
+        # The side is guarded all the same.
+        for refused in [buffer.upload, buffer.download, buffer.use_on]:
+            assert "device" in raises(BufferError, refused, ours)
+        gate.open()
+        del capsule
+        buffer.download(ours)
+        assert buffer.tolist() == VALUES
+        theirs.synchronize()
+        ours.synchronize()
+    # The module cannot send work to the per-thread stream: the host waits.
+    buffer = cgb.Buffer(SHAPE, "f32", "cuda:0")
+    gate = Gate(ours)
+    buffer.upload(ours)
+    opened = []
+
+    def export():
+        opened.append(buffer.__dlpack__(stream=2))
+
+    def open_gate():
+        while not sim.cudart_sim_is_held():
+            time.sleep(0.0002)
+        assert not opened
+        gate.open()
+        sim.cudart_sim_let_go()
+
+    sim.cudart_sim_hold(b"cudaStreamSynchronize")
+    thread = threading.Thread(target=open_gate)
+    thread.start()
+    export()
+    thread.join()
+    assert state(ours.cuda_stream) == ready, "the host did not wait"
+
+
+def work_on_a_stream_that_use_on_ordered_needs_no_more():
+    """The order that `__dlpack__` asks for with -1: `use_on` first, then work on that stream."""
+    sim = simulated()
+    ours, theirs = cgb.Stream("cuda:0"), cgb.Stream("cuda:0")
+    buffer = cgb.Buffer(SHAPE, "f32", "cuda:0")
+    buffer.write(VALUES)
+    buffer.upload(ours)
+    buffer.use_on(theirs)
+    capsule = buffer.__dlpack__(stream=-1)
+    host = (ctypes.c_float * 30)()
+    to_host = 2
+    status = sim.cudaMemcpyAsync(
+        host, ctypes.c_void_p(buffer.device_ptr), ctypes.c_size_t(ctypes.sizeof(host)), to_host,
+        ctypes.c_void_p(theirs.cuda_stream),
+    )
+    assert status == 0, status
+    theirs.synchronize()
+    assert list(host) == VALUES
+    # Nobody has waited for this capsule's consumer. `use_on` does, and the next export does not.
+    del capsule
+    device_waits = sim.cudart_sim_calls(b"cudaDeviceSynchronize")
+    buffer.use_on(theirs)
+    waited = sim.cudart_sim_calls(b"cudaDeviceSynchronize")
+    assert waited > device_waits
+    buffer.__dlpack__(stream=-1)
+    assert sim.cudart_sim_calls(b"cudaDeviceSynchronize") == waited
 
 
 # ---- where PyTorch has a CUDA device ----
@@ -259,15 +587,25 @@ def the_current_stream_waits_for_the_upload():
             assert time.perf_counter() - start < 0.1 and not current.query(), "something waits on the host"
             assert total.item() == sum(VALUES)
         del tensor
-    # Streams that cannot be named: the host waits in their stead.
-    for stream in [-1, 2]:
-        buffer.fill(0, ours)
-        buffer.write(VALUES)
-        with torch.cuda.stream(on(ours)):
-            torch.cuda._sleep(LONG)
+    # A stream that cannot be named: the host waits in its stead.
+    buffer.fill(0, ours)
+    buffer.write(VALUES)
+    with torch.cuda.stream(on(ours)):
+        torch.cuda._sleep(LONG)
+    buffer.upload(ours)
+    with torch.cuda.stream(theirs):
+        assert torch.from_dlpack(buffer.__dlpack__(stream=2)).sum().item() == sum(VALUES)
+    # With -1 nothing waits. Here the consumer uses the stream on which everything is pending.
+    buffer.fill(0, ours)
+    buffer.write(VALUES)
+    with torch.cuda.stream(on(ours)):
+        torch.cuda._sleep(LONG)
         buffer.upload(ours)
-        with torch.cuda.stream(theirs):
-            assert torch.from_dlpack(buffer.__dlpack__(stream=stream)).sum().item() == sum(VALUES)
+        start = time.perf_counter()
+        tensor = torch.from_dlpack(buffer.__dlpack__(stream=-1))
+        assert time.perf_counter() - start < 0.1 and not on(ours).query(), "something waits on the host"
+        assert tensor.sum().item() == sum(VALUES)
+    del tensor
     for stream in [None, 1]:
         buffer.write([1.0] * 30)
         buffer.upload(ours)
@@ -397,7 +735,16 @@ WITH_ANY_LIBRARY = [
     what_a_consumer_has_is_refused_and_the_other_half_is_free,
     a_tensor_outlives_its_buffer_and_a_buffer_its_tensor,
     capsules_are_what_was_asked_for,
+    the_cpu_has_no_streams,
+    a_capsule_that_cannot_be_made_leaks_no_tensor,
     tensors_are_let_go_in_other_threads,
+]
+WITH_A_DEVICE = [dropping_a_buffer_lets_a_host_function_have_the_lock]
+SIMULATED = [
+    no_call_into_cuda_is_made_under_the_lock,
+    the_interpreters_end_waits_for_no_device,
+    a_stream_is_ordered_unless_none_is_to_be,
+    work_on_a_stream_that_use_on_ordered_needs_no_more,
 ]
 ON_CUDA = [
     the_current_stream_waits_for_the_upload,
@@ -409,20 +756,35 @@ ON_CUDA = [
 ]
 
 
+def alone(check):
+    """Runs a check in a process of its own, which ends itself should it be in a deadlock."""
+    child = subprocess.run([sys.executable, __file__, ALONE, check.__name__])
+    assert child.returncode == 0, f"the process ended with {child.returncode}"
+
+
 def main():
     wanted = sys.argv[1:]
+    if wanted[:1] == [ALONE]:
+        # This needs no lock, and goes on while the interpreter ends.
+        faulthandler.dump_traceback_later(LIMIT, exit=True)
+        return globals()[wanted[1]]()
     failed = 0
 
     def run(check, library, left_out):
         nonlocal failed
-        name = f"{check.__name__}, {library.__name__}"
+        name = ", ".join([check.__name__] + ([library.__name__] if library else []))
         if wanted and not any(part in name for part in wanted):
             return
         if left_out:
             print(f"{name}: left out, {left_out}")
             return
         try:
-            check() if check in ON_CUDA else check(library)
+            if check in WITH_A_DEVICE + SIMULATED:
+                alone(check)
+            elif check in ON_CUDA:
+                check()
+            else:
+                check(library)
             print(f"{name}: ok", flush=True)
         except Exception:  # the other checks are of interest all the same
             traceback.print_exc()
@@ -436,6 +798,10 @@ def main():
         for check in WITH_ANY_LIBRARY:
             run(check, library, absent)
     run(a_struct_from_before_dlpack_1_is_taken, PyTorch, None if torch else "there is no PyTorch")
+    for check in WITH_A_DEVICE:
+        run(check, None, None if cgb.cuda_count() else "there is no CUDA device")
+    for check in SIMULATED:
+        run(check, None, None if simulated() else "the runtime is not the simulated one")
     cuda = torch is not None and torch.cuda.is_available()
     if cuda:
         warm()

@@ -11,8 +11,14 @@
 //!
 //! While a tensor lives, what would touch its half raises `BufferError`; when it is gone, the first call that does waits for
 //! whatever PyTorch queued. See `cpu_gpu_buffer::dlpack`.
+//!
+//! Every call that may reach CUDA runs without Python's lock (the GIL). Such a call may wait for a
+//! device, and the device for a host function that needs the lock. [`Detached`] covers the drop of
+//! an object, which Python begins while it holds the lock.
 
 use std::ffi::{CStr, c_void};
+use std::mem::{self, ManuallyDrop};
+use std::ops::{Deref, DerefMut};
 
 use cpu_gpu_buffer::dlpack::{
     self, DLDeviceType, DLManagedTensor, DLManagedTensorVersioned, Tensor,
@@ -36,16 +42,61 @@ fn raised(error: Error) -> PyErr {
     }
 }
 
+/// A value whose drop may wait for a device. It is dropped without Python's lock.
+///
+/// Python drops an object while it holds the lock. If the drop waits for a device, and the device
+/// for a host function that needs the lock, neither goes on.
+///
+/// While the interpreter ends, the value is leaked: a host function cannot take the lock any more,
+/// and the wait might never end. The end of the process frees the memory.
+struct Detached<T: Send>(ManuallyDrop<T>);
+
+impl<T: Send> Detached<T> {
+    fn new(value: T) -> Detached<T> {
+        Detached(ManuallyDrop::new(value))
+    }
+}
+
+impl<T: Send> Deref for Detached<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T: Send> DerefMut for Detached<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}
+
+impl<T: Send> Drop for Detached<T> {
+    fn drop(&mut self) {
+        // SAFETY: only this drop takes the value, and nothing reads the field afterwards.
+        let value = unsafe { ManuallyDrop::take(&mut self.0) };
+        // SAFETY: this may be called at any time, with the lock or without it.
+        if unsafe { ffi::Py_IsInitialized() } == 0 {
+            return mem::forget(value);
+        }
+        // A thread that cannot take the lock does not hold it: the value is dropped at the end.
+        let mut value = Some(value);
+        Python::try_attach(|py| py.detach(|| drop(value.take())));
+    }
+}
+
 /// A queue of work on a device.
 #[pyclass(frozen)]
-struct Stream(cpu_gpu_buffer::Stream);
+struct Stream(Detached<cpu_gpu_buffer::Stream>);
 
 #[pymethods]
 impl Stream {
     #[new]
-    fn new(device: &str) -> PyResult<Stream> {
+    fn new(py: Python<'_>, device: &str) -> PyResult<Stream> {
         let device = device.parse().map_err(raised)?;
-        cpu_gpu_buffer::Stream::new(device).map(Stream).map_err(raised)
+        // The device's first stream loads the kernels, which may wait for the device.
+        let stream = py.detach(|| cpu_gpu_buffer::Stream::new(device)).map_err(raised)?;
+        Ok(Stream(Detached::new(stream)))
     }
 
     /// The stream as CUDA knows it, for `torch.cuda.ExternalStream`.
@@ -164,9 +215,9 @@ where
     Ok(Box::new(CpuGpuBuffer::<T>::new(shape, device).map_err(raised)?))
 }
 
-/// A pinned host half and a device half of one shape. Its own DLPack is that of the device half.
+/// A pinned host side and a device side of one shape. Its own DLPack is that of the device side.
 #[pyclass]
-struct Buffer(Box<dyn Halves>);
+struct Buffer(Detached<Box<dyn Halves>>);
 
 #[pymethods]
 impl Buffer {
@@ -174,7 +225,7 @@ impl Buffer {
     #[pyo3(signature = (shape, dtype = "f32", device = "cuda:0"))]
     fn new(py: Python<'_>, shape: Vec<usize>, dtype: &str, device: &str) -> PyResult<Buffer> {
         let device = device.parse().map_err(raised)?;
-        // It may wait for the devices, and what those do for Python.
+        // Allocating may wait for the devices.
         let halves = py.detach(|| match dtype {
             "u8" => made::<u8>(shape, device),
             "i8" => made::<i8>(shape, device),
@@ -190,7 +241,7 @@ impl Buffer {
             "f64" => made::<f64>(shape, device),
             _ => Err(PyValueError::new_err(format!("{dtype:?} is no element type"))),
         });
-        halves.map(Buffer)
+        Ok(Buffer(Detached::new(halves?)))
     }
 
     #[getter]
@@ -275,12 +326,26 @@ impl Buffer {
         py: Python<'_>,
         max_version: Option<(u32, u32)>,
     ) -> PyResult<Py<PyAny>> {
-        // SAFETY: Python cannot vouch for it: whoever calls this does, as its description says.
-        let tensor = unsafe { self.0.export_gpu_unguarded() }.map_err(raised)?;
-        capsule(py, tensor, max_version)
+        let halves = &mut self.0;
+        // SAFETY: the caller in Python vouches for the consumer, as the description asks.
+        let tensor = py.detach(|| unsafe { halves.export_gpu_unguarded() });
+        capsule(py, tensor.map_err(raised)?, max_version)
     }
 
-    /// The device half as a DLPack capsule: the array API's `__dlpack__`.
+    /// The device side as a DLPack capsule: the array API's `__dlpack__`.
+    ///
+    /// `stream` names the stream that the consumer uses the tensor on. That stream then waits for
+    /// everything that is pending. `None` and 1 are the legacy default stream, 2 is the per-thread
+    /// default stream, and a larger number is a `cudaStream_t`. 0 is refused, because it could mean
+    /// `None`, 1 or 2. For 2 the host waits: this module cannot send work to that stream.
+    ///
+    /// With -1 no stream of the consumer's waits, and the host waits for nothing that is pending.
+    /// The buffer guards the side as for any tensor. The consumer takes on the ordering: call
+    /// `use_on` with a stream first, and use the tensor on that stream, or after its work.
+    /// `use_on` also orders the zeroing of a side that was never used. One wait remains, for
+    /// earlier consumers: if their tensors are gone and nothing has waited for their work since,
+    /// the export waits for the devices, as any use of the side does. `synchronize` or `use_on`
+    /// before the export takes that wait out of it.
     #[pyo3(signature = (*, stream = None, max_version = None, dl_device = None, copy = None))]
     fn __dlpack__(
         &mut self,
@@ -293,26 +358,32 @@ impl Buffer {
         refuse(dl_device, self.__dlpack_device__(), copy)?;
         let device = self.0.device();
         let consumer = match (device, stream) {
-            (Device::Cpu, None) => Consumer::Host(cpu_gpu_buffer::Stream::new(device)),
+            (Device::Cpu, None) => Consumer::Unordered,
             (Device::Cpu, Some(_)) => return Err(PyValueError::new_err("the CPU has no streams")),
-            (_, Some(0 | ..-1)) => return Err(PyValueError::new_err("this names no stream")),
-            // It uses a stream that cannot be told from here: after all that is pending, any is good.
-            (_, Some(-1 | PER_THREAD)) => Consumer::Host(cpu_gpu_buffer::Stream::new(device)),
-            (_, raw) => {
-                let raw = std::ptr::without_provenance_mut(raw.unwrap_or(LEGACY) as usize);
-                // SAFETY: a live stream of the device's primary context, which the consumer names; the buffer does not
-                // touch it when the tensor is made, nor when the driver answered with an error.
-                Consumer::Stream(unsafe { cpu_gpu_buffer::Stream::from_raw(raw, device, None) })
+            (_, Some(UNORDERED)) => Consumer::Unordered,
+            (_, Some(PER_THREAD)) => Consumer::Unnamed,
+            (_, None) => Consumer::Stream(LEGACY as usize),
+            (_, Some(raw @ LEGACY..)) => Consumer::Stream(raw as usize),
+            (_, Some(other)) => {
+                return Err(PyValueError::new_err(format!("{other} names no stream")));
             }
         };
+        let halves = &mut self.0;
         let tensor = py.detach(|| match consumer {
-            Consumer::Stream(stream) => self.0.export_gpu(&stream?),
-            Consumer::Host(ours) => {
-                let ours = ours?;
-                let tensor = self.0.export_gpu(&ours)?;
+            Consumer::Stream(raw) => {
+                let raw = std::ptr::without_provenance_mut(raw);
+                // SAFETY: the consumer names a live stream of the device's primary context. The
+                // buffer does not touch it once the tensor is made, nor after a driver's error.
+                let stream = unsafe { cpu_gpu_buffer::Stream::from_raw(raw, device, None) }?;
+                halves.export_gpu(&stream)
+            }
+            Consumer::Unnamed => {
+                let ours = cpu_gpu_buffer::Stream::new(device)?;
+                let tensor = halves.export_gpu(&ours)?;
                 ours.synchronize()?;
                 Ok(tensor)
             }
+            Consumer::Unordered => halves.export_gpu(&cpu_gpu_buffer::Stream::new(device)?),
         });
         capsule(py, tensor.map_err(raised)?, max_version)
     }
@@ -325,15 +396,19 @@ impl Buffer {
     }
 }
 
-/// The streams that have numbers in the array API.
+// The numbers that the array API gives a meaning of their own on CUDA.
+const UNORDERED: i64 = -1;
 const LEGACY: i64 = 1;
 const PER_THREAD: i64 = 2;
 
-/// What the consumer uses.
+/// How a consumer's work is ordered after what is pending.
 enum Consumer {
-    Stream(cpu_gpu_buffer::Result<cpu_gpu_buffer::Stream>),
-    /// Whatever it likes, after a stream of ours was waited for.
-    Host(cpu_gpu_buffer::Result<cpu_gpu_buffer::Stream>),
+    /// This stream, by its address or number, waits for what is pending.
+    Stream(usize),
+    /// The host waits in place of a stream that this module cannot name.
+    Unnamed,
+    /// Nothing that the consumer uses waits. Only a stream of the module's own does.
+    Unordered,
 }
 
 /// The host half of a buffer. It says that it is CPU memory, also where it is pinned: PyTorch knows nothing else.
@@ -472,8 +547,9 @@ fn reclaim(py: Python<'_>) -> PyResult<()> {
 
 /// The number of CUDA devices.
 #[pyfunction]
-fn cuda_count() -> usize {
-    Device::cuda_count()
+fn cuda_count(py: Python<'_>) -> usize {
+    // The first call loads and starts the driver.
+    py.detach(Device::cuda_count)
 }
 
 /// Paired buffers, whose halves PyTorch takes over without a copy.
