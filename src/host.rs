@@ -18,6 +18,7 @@ use crate::chunks::{self, Piece};
 use crate::device::{Context, Device};
 use crate::error::{Error, Result, Side};
 use crate::fork;
+use crate::host_limit::room_in_groups;
 use crate::raw;
 #[cfg(unix)]
 use crate::registered::Registered;
@@ -130,6 +131,8 @@ impl HostMemory {
             (Pinning::Preferred, None) => None,
             (Pinning::Required, None) => Some("the device is the CPU".to_string()),
             _ if switches::is_pinning_off() => Some("CPU_GPU_BUFFER_PINNING=never".to_string()),
+            // Pinning touches the pages, and the kernel kills a process that touches more than its groups may have.
+            (_, Some(_)) if lacks_room(layout.size()) => return Err(out_of_memory()),
             (_, Some(context)) => match HostMemory::pinned(layout, flags, context) {
                 Ok(memory) => return Ok(memory),
                 Err(error) => Some(error.to_string()),
@@ -327,6 +330,13 @@ fn is_for_good(refusal: &Error) -> bool {
         Status::cudaErrorOperatingSystem,
     ];
     matches!(refusal, Error::Cuda { code, .. } if refusals.contains(code))
+}
+
+/// Whether memory of so many bytes is more than this process's control groups leave room for. Asking costs
+/// 0.2 ms, which small memory is not worth.
+fn lacks_room(bytes: usize) -> bool {
+    const ASKED_FROM: usize = 16 << 20;
+    bytes >= ASKED_FROM && room_in_groups().is_some_and(|room| room < bytes)
 }
 
 /// Whether buffers of a CUDA device can be pinned: there is a device, and

@@ -20,16 +20,29 @@ pub(crate) fn host_memory() -> Option<MemoryInfo> {
     memory_under(Path::new("/"))
 }
 
-/// The same, of the files under a root.
+/// The bytes that this process could use before it is killed for a limit of its groups; `None` if
+/// they have none.
+pub(crate) fn room_in_groups() -> Option<usize> {
+    let root = Path::new("/");
+    let machine = MemoryInfo { free: usize::MAX, ..of_machine(root)? };
+    limits(root, machine).map(|limit| limit.free).min()
+}
+
+/// The same as [`host_memory`], of the files under a root.
 fn memory_under(root: &Path) -> Option<MemoryInfo> {
     let machine = of_machine(root)?;
-    let Some(group) = group(root) else { return Some(machine) };
-    let levels = group.path.ancestors().map(|level| group.mount.join(level));
-    let limits = levels.filter_map(|level| group.version.limit(&level, machine));
-    Some(limits.fold(machine, |memory, limit| MemoryInfo {
+    Some(limits(root, machine).fold(machine, |memory, limit| MemoryInfo {
         free: memory.free.min(limit.free),
         total: memory.total.min(limit.total),
     }))
+}
+
+/// The limits of the groups that this process is in.
+fn limits(root: &Path, machine: MemoryInfo) -> impl Iterator<Item = MemoryInfo> {
+    group(root).into_iter().flat_map(move |group| {
+        let levels: Vec<_> = group.path.ancestors().map(|level| group.mount.join(level)).collect();
+        levels.into_iter().filter_map(move |level| group.version.limit(&level, machine))
+    })
 }
 
 /// `MemAvailable` and `MemTotal`: the memory that could be used without swapping, and all.

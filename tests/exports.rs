@@ -93,6 +93,8 @@ fn gpu(buffer: &CpuGpuBuffer<u32>) -> Vec<u32> {
 fn cuda(test: &str, run: impl FnOnce(Device)) {
     let Some((device, _turn)) = common::cuda(test) else { return };
     dlpack::reclaim().unwrap();
+    // Makes the chunks of memory that stay with the device.
+    drop(CpuGpuBuffer::<u8>::new(1, device).unwrap());
     run(device);
     dlpack::reclaim().unwrap();
 }

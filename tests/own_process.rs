@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use common::{Gate, in_own_process, is_own_process};
 use cpu_gpu_buffer::{
-    BufferOptions, CpuGpuBuffer, Device, Error, Pinning, Shape, Stream, is_pinned_memory_available,
-    sys,
+    BufferOptions, CpuGpuBuffer, Device, Error, Pinning, Shape, Side, Stream, UploadRing,
+    is_pinned_memory_available, sys,
 };
 
 #[track_caller]
@@ -817,5 +817,67 @@ fn a_variable_turns_pinning_off_and_the_buffer_says_so() {
             assert!(off && error.to_string().contains("CPU_GPU_BUFFER_PINNING=never"), "{error}");
             assert_eq!(preferred.pinning_error(), Some(&error));
         }
+    }
+}
+
+/// A control group within this process's own that may have so much memory, if one can be made.
+#[cfg(target_os = "linux")]
+struct LimitedGroup(std::path::PathBuf);
+
+#[cfg(target_os = "linux")]
+impl LimitedGroup {
+    fn new(bytes: usize) -> Option<LimitedGroup> {
+        let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+        let name = format!("cpu-gpu-buffer-{}", std::process::id());
+        groups.lines().find_map(|line| {
+            let mut fields = line.splitn(3, ':').skip(1);
+            let (controllers, path) = (fields.next()?, fields.next()?);
+            let (mount, limit) = match controllers {
+                "memory" => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+                "" => ("/sys/fs/cgroup", "memory.max"),
+                _ => return None,
+            };
+            let group = LimitedGroup(format!("{mount}{path}/{name}").into());
+            std::fs::create_dir(&group.0).ok()?;
+            std::fs::write(group.0.join(limit), bytes.to_string()).ok()?;
+            Some(group)
+        })
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for LimitedGroup {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_host_side_beyond_the_containers_limit_is_an_error_and_not_the_end_of_the_process() {
+    let test = "a_host_side_beyond_the_containers_limit_is_an_error_and_not_the_end_of_the_process";
+    let variable = "CPU_GPU_BUFFER_TEST_GROUP";
+    const LIMIT: usize = 512 << 20;
+    if !is_own_process() {
+        let Some(group) = LimitedGroup::new(LIMIT) else {
+            return common::left_out(test, "no control group can be made");
+        };
+        return succeeded(&in_own_process(test, &[(variable, group.0.to_str().unwrap())]));
+    }
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    drop(CpuGpuBuffer::<u8>::new(1, device).unwrap());
+    let procs = std::path::Path::new(&std::env::var(variable).unwrap()).join("cgroup.procs");
+    std::fs::write(procs, std::process::id().to_string()).unwrap();
+    let memory = Device::Cpu.memory().unwrap();
+    assert!(memory.total == LIMIT && memory.free <= LIMIT, "{memory:?}");
+    // Many host sides to one device side, which the simulated runtime keeps in the group, too.
+    const SLOT: usize = 16 << 20;
+    for pinning in [Pinning::Required, Pinning::Preferred] {
+        let options = BufferOptions { pinning, ..Default::default() };
+        let ring = |slots| UploadRing::<u8>::with_options(SLOT, device, slots, options);
+        let (side, bytes) = (Side::Host, 2 * LIMIT);
+        let beyond = Error::OutOfMemory { side, bytes, device };
+        assert_eq!(ring(2 * LIMIT / SLOT).err(), Some(beyond));
+        assert!(ring(4).unwrap().is_pinned());
     }
 }
