@@ -77,11 +77,12 @@ impl Default for PoolOptions {
 ///
 /// use cpu_gpu_buffer::{BufferPool, Device, PoolGrowth, PoolOptions};
 ///
-/// let growth = PoolGrowth::By(NonZeroUsize::MIN);
-/// let options = PoolOptions { growth, ..Default::default() };
-/// let pool = BufferPool::<u8>::with_options(100, Device::auto(), 4, options)?;
-/// let held = (0..5).map(|_| pool.acquire()).collect::<Vec<_>>();
-/// assert_eq!(pool.total(), 5);
+/// for (growth, total) in [(PoolGrowth::Double, 8), (PoolGrowth::By(NonZeroUsize::MIN), 5)] {
+///     let options = PoolOptions { growth, ..Default::default() };
+///     let pool = BufferPool::<u8>::with_options(100, Device::auto(), 4, options)?;
+///     let held = (0..5).map(|_| pool.acquire()).collect::<Vec<_>>();
+///     assert_eq!(pool.total(), total);
+/// }
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
