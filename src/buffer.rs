@@ -313,8 +313,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.copy_to_cpu(range, stream)
     }
 
-    /// [`copy_to_gpu`](Self::copy_to_gpu) into device memory that somebody else owns, of this buffer's
-    /// shape at least up to the last row copied: row `i` goes to row `i` of `to`.
+    /// [`copy_to_gpu`](Self::copy_to_gpu) into device memory that somebody else owns. `to` is the address of
+    /// row 0, and row `i` goes to row `i`. Only the selected rows need exist there.
     ///
     /// # Errors
     ///
@@ -326,16 +326,17 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// - **Valid:** they are valid for writes, and lie in one allocation. A pointer made from a `&[T]` is not valid for
     ///   writes.
-    /// - **Until when:** they stay allocated. Freed memory is not enough: the copy may run long after this call.
+    /// - **Until when:** they stay allocated. Do not free them, or return them to a caching allocator, before the
+    ///   copy has finished, which may be long after this call.
     /// - **Device:** they are memory of `stream`'s device; on [`Device::Cpu`], memory of the program, outside of this
     ///   buffer.
-    /// - **Aliasing:** nothing else reads or writes them, and no reference to them is used.
-    /// - **Stream:** other work on them is ordered before or after the copy: it is sent to `stream`, or put in order with
-    ///   `stream` by events. The buffer knows of no such work.
+    /// - **Aliasing:** the host neither reads nor writes them, and no reference to them is used.
+    /// - **Stream:** other work on them is sent to `stream`, or ordered before or after the copy by events. The buffer
+    ///   does not order it.
     ///
     /// They need be neither initialised nor aligned. The copy has finished when [`cpu_mut`](Self::cpu_mut),
     /// [`synchronize`](Self::synchronize) or [`Stream::synchronize`] has returned `Ok` after it; on the CPU, when this
-    /// returns. After an error of the driver's it may still run.
+    /// returns. After an error of the driver's it may still run: keep the memory until one of these returns `Ok`.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -361,8 +362,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
         unsafe { self.storage.copy_to_device_ptr(range, to, stream) }
     }
 
-    /// [`copy_to_cpu`](Self::copy_to_cpu) out of device memory that somebody else owns, of this buffer's
-    /// shape at least up to the last row copied: row `i` of `from` goes to row `i`.
+    /// [`copy_to_cpu`](Self::copy_to_cpu) out of device memory that somebody else owns. `from` is the address
+    /// of row 0, and row `i` goes to row `i`. Only the selected rows need exist there.
     ///
     /// # Errors
     ///
@@ -373,13 +374,14 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// From the call until the copy has finished, of the rows of `from` that `rows` selects:
     ///
     /// - **Valid:** they are valid for reads, and lie in one allocation.
-    /// - **Until when:** they stay allocated. Freed memory is not enough: the copy may run long after this call.
+    /// - **Until when:** they stay allocated. Do not free them, or return them to a caching allocator, before the
+    ///   copy has finished, which may be long after this call.
     /// - **Initialised:** all their bytes are, by work that is ordered before the copy.
     /// - **Device:** they are memory of `stream`'s device; on [`Device::Cpu`], memory of the program, outside of this
     ///   buffer.
     /// - **Aliasing:** nothing writes them, and no exclusive reference to them is used.
-    /// - **Stream:** work that writes them is ordered before or after the copy: it is sent to `stream`, or put in order
-    ///   with `stream` by events. The buffer knows of no such work.
+    /// - **Stream:** work that writes them is sent to `stream`, or ordered before or after the copy by events. The
+    ///   buffer does not order it.
     ///
     /// They need not be aligned. The copy has finished when [`cpu`](Self::cpu), [`synchronize`](Self::synchronize) or
     /// [`Stream::synchronize`] has returned `Ok` after it; on the CPU, when this returns. After an error of the driver's

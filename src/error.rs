@@ -51,7 +51,8 @@ pub enum Error {
         /// The device of the buffer.
         device: Device,
     },
-    /// [`Pinning::Required`](crate::Pinning::Required), and memory could not be pinned.
+    /// Memory could not be pinned: an error of constructors with [`Pinning::Required`](crate::Pinning::Required),
+    /// and the reason that [`pinning_error`](crate::CpuGpuBuffer::pinning_error) returns.
     PinningUnavailable {
         /// How much was asked for, in bytes.
         bytes: usize,
@@ -76,7 +77,8 @@ pub enum Error {
         end: usize,
         /// The rows there are.
         rows: usize,
-        /// The member of a group, by its number in the layout from 0 on. `None` for a buffer.
+        /// The number of the member in the order of `add`, from 0, in a copy of a group or a group's ring.
+        /// `None` for buffers, rings of one array, and views.
         member: Option<usize>,
     },
     /// A stream or an event belongs to another device.
@@ -98,7 +100,7 @@ pub enum Error {
         /// The text.
         text: String,
     },
-    /// All buffers of a pool are out, and it may not have more.
+    /// All buffers of a pool are out, and it may not have more; or it was to begin with more than it may have.
     PoolExhausted {
         /// The most buffers that it may have.
         max_buffers: usize,

@@ -73,7 +73,7 @@ pub enum Pinning {
     /// Pinned, or an error. A buffer without bytes has nothing to pin: it is made, and
     /// [`is_pinned`](crate::CpuGpuBuffer::is_pinned) is `false`.
     Required,
-    /// Pinned if that works, and pageable otherwise, on the CPU for instance.
+    /// Pinned if that works, otherwise pageable. Always pageable on [`Device::Cpu`]. On a CUDA device
     /// [`pinning_error`](crate::CpuGpuBuffer::pinning_error) says why.
     #[default]
     Preferred,
@@ -340,7 +340,8 @@ fn lacks_room(bytes: usize) -> bool {
 }
 
 /// Whether buffers of a CUDA device can be pinned: there is a device, and
-/// `CPU_GPU_BUFFER_PINNING=never` is not set. Creates no context and pins nothing.
+/// `CPU_GPU_BUFFER_PINNING=never` is not set. Creates no context and pins nothing. Asking is a use of CUDA:
+/// a child that is forked later cannot use it.
 ///
 /// ```
 /// println!("pinned memory: {}", cpu_gpu_buffer::is_pinned_memory_available());

@@ -70,7 +70,8 @@ impl Default for PoolOptions {
 }
 
 /// How many buffers a pool adds when all are out. It adds fewer if there is no memory for them, and never
-/// more than [`max_buffers`](PoolOptions::max_buffers) allows. A pool grows at most 255 times.
+/// more than [`max_buffers`](PoolOptions::max_buffers) allows. A pool that has grown 128 times adds an eighth
+/// of its buffers at least.
 ///
 /// ```
 /// use std::num::NonZeroUsize;
@@ -87,8 +88,8 @@ impl Default for PoolOptions {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum PoolGrowth {
-    /// As many as there are. If these were more than 16 MB of either side, then 16 MB or an eighth of the
-    /// pool, whichever is more, and at least one buffer.
+    /// Doubles the pool. Adds at most 16 MiB to each side, or an eighth of the pool if that is more, and at
+    /// least one buffer.
     #[default]
     Double,
     /// This many.
@@ -99,15 +100,20 @@ impl PoolGrowth {
     /// The most bytes that doubling adds to a side, unless an eighth of the pool is more.
     const BOUND: usize = 16 << 20;
 
-    /// The buffers to be added to `total` buffers of `bytes` bytes each.
-    fn step(self, total: usize, bytes: usize) -> usize {
+    /// So many steps may be small. A pool has room for 255.
+    const SMALL_STEPS: usize = 128;
+
+    /// The buffers to be added to `total` buffers of `bytes` bytes each, after so many steps.
+    fn step(self, total: usize, bytes: usize, steps: usize) -> usize {
+        // An eighth, so that no pool ever needs more steps than there are.
+        let least = total / 8;
         match self {
-            // An eighth, so that no pool ever needs more than 255 steps.
             PoolGrowth::Double => {
                 let bound = Self::BOUND.checked_div(bytes).unwrap_or(usize::MAX);
-                total.min(bound.max(total / 8)).max(1)
+                total.min(bound.max(least)).max(1)
             }
-            PoolGrowth::By(count) => count.get(),
+            PoolGrowth::By(count) if steps < Self::SMALL_STEPS => count.get(),
+            PoolGrowth::By(count) => count.get().max(least),
         }
     }
 }
@@ -138,7 +144,8 @@ pub struct PoolStats {
     /// Those whose host sides are pinned.
     pub pinned: usize,
     /// Those whose host sides are pageable. A pool of [`Pinning::Preferred`] has both if it grew when no
-    /// more could be pinned; [`pinning_error`](CpuGpuBuffer::pinning_error) of a buffer says why.
+    /// more could be pinned; [`pinning_error`](CpuGpuBuffer::pinning_error) of a buffer says why. On
+    /// [`Device::Cpu`] all are.
     pub pageable: usize,
     /// The most buffers that were seen to be out at once. Exact where one thread acquires, from up to 4,096 buffers.
     /// Where several do, a peak that is over within some thousand acquisitions may be missed, and a buffer that
@@ -146,7 +153,7 @@ pub struct PoolStats {
     pub high_water: usize,
     /// How often the pool grew.
     pub growths: usize,
-    /// How often a buffer was handed out whose host half was not known to be idle, for want of a better one.
+    /// Times [`acquire`](BufferPool::acquire) returned a possibly busy buffer.
     pub in_flight: usize,
 }
 
@@ -501,7 +508,8 @@ impl Inner {
         if room == 0 || self.slots.is_full() {
             return Err(Error::PoolExhausted { max_buffers: total });
         }
-        let mut count = self.options.growth.step(total, self.form.layout.size()).min(room);
+        let (bytes, steps) = (self.form.layout.size(), self.slots.growths());
+        let mut count = self.options.growth.step(total, bytes, steps).min(room);
         loop {
             match self.segment(count, true) {
                 Err(
@@ -551,7 +559,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn doubling_is_bounded_by_16_mb_or_an_eighth_of_the_pool() {
+    fn doubling_is_bounded_by_16_mib_or_an_eighth_of_the_pool() {
         const MB: usize = 1 << 20;
         for (total, bytes, expected) in [
             (0, 100, 1),
@@ -564,18 +572,17 @@ mod tests {
             (3, 100 * MB, 1),
             (80, 100 * MB, 10),
         ] {
-            assert_eq!(PoolGrowth::Double.step(total, bytes), expected, "{total} of {bytes}");
+            assert_eq!(PoolGrowth::Double.step(total, bytes, 0), expected, "{total} of {bytes}");
         }
         let by = PoolGrowth::By(NonZeroUsize::new(3).unwrap());
-        assert_eq!([by.step(0, 1), by.step(100, 100 * MB)], [3, 3]);
+        assert_eq!([by.step(0, 1, 0), by.step(100, 100 * MB, 127)], [3, 3]);
     }
 
     #[test]
-    fn buffers_of_any_size_double_to_any_number_within_255_steps() {
-        let mut total = 1;
-        for _ in 0..255 {
-            total += PoolGrowth::Double.step(total, 1 << 30);
+    fn a_pool_reaches_any_number_of_buffers_within_255_steps() {
+        for growth in [PoolGrowth::Double, PoolGrowth::By(NonZeroUsize::MIN)] {
+            let total = (0..255).fold(1, |total, steps| total + growth.step(total, 1 << 30, steps));
+            assert!(total > 1 << 20, "{growth:?}: {total}");
         }
-        assert!(total > 1 << 30, "{total}");
     }
 }

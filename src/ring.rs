@@ -101,8 +101,8 @@ impl GroupRing {
         Members::new(layout, device, halves, options).map(GroupRing)
     }
 
-    /// Switches to the next host slot. The slots are taken strictly in turn, and this waits for the copies of the slot
-    /// that it takes. The slot holds what was written to it last.
+    /// Switches to the next host slot. A new ring is at slot 0. The slots are taken strictly in turn, and this waits for
+    /// the copies of the slot that it takes. The slot holds what was written to it last.
     ///
     /// # Errors
     ///

@@ -346,6 +346,8 @@ impl Stream {
             return Err(Status::cudaErrorStreamCaptureUnmatched);
         }
         if capture.mode != Mode::cudaStreamCaptureModeRelaxed && capture.thread != this_thread() {
+            // It is over all the same, as an H200 has it.
+            capture.ended.store(true, Ordering::SeqCst);
             return Err(Status::cudaErrorStreamCaptureWrongThread);
         }
         capture.ended.store(true, Ordering::SeqCst);
