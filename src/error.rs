@@ -218,7 +218,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// What to do about a status that says how the machine is set up, which CUDA's text does not tell.
+/// The cure for a machine that is not set up, by the status that says so. The text of CUDA does not tell it.
 fn cure(code: sys::cudaError_t) -> Option<&'static str> {
     match code {
         sys::cudaError::cudaErrorSystemNotReady => Some(

@@ -332,8 +332,8 @@ fn is_for_good(refusal: &Error) -> bool {
     matches!(refusal, Error::Cuda { code, .. } if refusals.contains(code))
 }
 
-/// Whether memory of so many bytes is more than this process's control groups leave room for. Asking costs
-/// 0.2 ms, which small memory is not worth.
+/// Whether this process's control groups leave less room than these bytes. Asking costs 0.2 ms, which is
+/// too much for small memory.
 fn lacks_room(bytes: usize) -> bool {
     const ASKED_FROM: usize = 16 << 20;
     bytes >= ASKED_FROM && room_in_groups().is_some_and(|room| room < bytes)

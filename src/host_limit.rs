@@ -14,7 +14,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::device::MemoryInfo;
 
-/// What this process could use now, and could at most; `None` on a system that does not tell. It
+/// The memory that this process could use now, and at most; `None` on a system that does not tell. It
 /// reads about ten small files of the kernel's.
 pub(crate) fn host_memory() -> Option<MemoryInfo> {
     memory_under(Path::new("/"))
@@ -63,7 +63,7 @@ enum Version {
 }
 
 impl Version {
-    /// What the limit of one group leaves, and the limit; `None` if it has none that the machine
+    /// The room that the limit of one group leaves, and the limit; `None` if it has none that the machine
     /// can reach.
     fn limit(self, group: &Path, machine: MemoryInfo) -> Option<MemoryInfo> {
         let (limit, used, prefix) = match self {

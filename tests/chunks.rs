@@ -5,11 +5,10 @@
 
 mod common;
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread;
 
 use common::sim::{self, Held, Limits};
-use common::{in_own_process, is_own_process};
+use common::{in_child, in_own_process, is_own_process};
 use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, HostFlags, Pinning, Stream};
 
 const LARGEST: usize = 1 << 20;
@@ -191,22 +190,6 @@ fn succeeded(test: &str) {
     let output = in_own_process(test, &[]);
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
-}
-
-/// Runs in a forked child, which must end well.
-fn in_child(action: impl FnOnce()) {
-    // SAFETY: the child calls nothing that another thread of the parent could have left half done, but the allocator,
-    // which takes care of itself.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        let outcome = catch_unwind(AssertUnwindSafe(action));
-        // SAFETY: ends the child at once, without the parent's exit handlers.
-        unsafe { libc::_exit(outcome.is_err().into()) };
-    }
-    let mut status = -1;
-    // SAFETY: the child is ours, the place valid.
-    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-    assert_eq!(status, 0, "the child failed");
 }
 
 #[test]

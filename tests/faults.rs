@@ -12,7 +12,7 @@ mod common;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use common::{Gate, sim};
+use common::{Gate, in_child, sim};
 #[cfg(feature = "dlpack")]
 use cpu_gpu_buffer::dlpack;
 use cpu_gpu_buffer::{
@@ -957,19 +957,4 @@ fn every_operation_is_refused_in_a_forked_child_and_makes_no_call() {
             assert_eq!(sim::calls(), calls, "the child called CUDA");
         });
     }
-}
-
-/// Runs in a forked child, which must end well.
-fn in_child(action: impl FnOnce()) {
-    // SAFETY: no other thread of this process is within the allocator or the loader: streams only wait here.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        let outcome = catch_unwind(AssertUnwindSafe(action));
-        // SAFETY: ends the child at once, without the parent's exit handlers.
-        unsafe { libc::_exit(outcome.is_err().into()) };
-    }
-    let mut status = -1;
-    // SAFETY: the child is ours, the place valid.
-    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
-    assert_eq!(status, 0, "the child failed");
 }

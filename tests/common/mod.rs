@@ -395,3 +395,20 @@ pub fn end_capture(stream: &Stream) {
     // SAFETY: the capture made it.
     assert_eq!(unsafe { sys::cudaGraphDestroy(graph) }, SUCCESS);
 }
+
+/// Runs in a forked child, which must end well.
+#[cfg(target_os = "linux")]
+pub fn in_child(action: impl FnOnce()) {
+    // SAFETY: the child calls nothing that another thread of the parent could have left half done, but the allocator,
+    // which takes care of itself.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action));
+        // SAFETY: ends the child at once, without the parent's exit handlers.
+        unsafe { libc::_exit(outcome.is_err().into()) };
+    }
+    let mut status = -1;
+    // SAFETY: the child is ours, the place valid.
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert_eq!(status, 0, "the child failed");
+}
