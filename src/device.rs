@@ -204,7 +204,7 @@ impl Context {
 
 /// The context of a device, made by the first call that succeeds.
 pub(crate) fn context(ordinal: u32) -> Result<&'static Context> {
-    fork::refuse_child()?;
+    fork::refuse_heir()?;
     let place = place(ordinal)?;
     if let Some(context) = place.made.get() {
         return Ok(context);
@@ -249,19 +249,24 @@ struct Place {
 
 fn place(ordinal: u32) -> Result<&'static Place> {
     static PLACES: Mutex<Vec<&'static Place>> = Mutex::new(Vec::new());
-    let mut places = PLACES.lock().unwrap_or_else(|poison| poison.into_inner());
+    let places = || PLACES.lock().unwrap_or_else(|poison| poison.into_inner());
     let index = ordinal as usize;
-    if index >= places.len() {
-        let devices = count()?;
-        if index >= devices {
-            return Err(Error::Unavailable {
-                reason: format!(
-                    "there is no device cuda:{ordinal}: this machine has {devices}{}",
-                    visible_devices()
-                ),
-            });
-        }
-        places.resize_with(devices, || Box::leak(Box::default()));
+    if let Some(place) = places().get(index) {
+        return Ok(place);
+    }
+    // Not under the lock, which a child that is forked meanwhile would find held.
+    let devices = count()?;
+    if index >= devices {
+        return Err(Error::Unavailable {
+            reason: format!(
+                "there is no device cuda:{ordinal}: this machine has {devices}{}",
+                visible_devices()
+            ),
+        });
+    }
+    let mut places = places();
+    while places.len() < devices {
+        places.push(Box::leak(Box::default()));
     }
     Ok(places[index])
 }
@@ -282,21 +287,19 @@ fn make(ordinal: u32) -> Result<Context> {
 
 /// The number of CUDA devices, or why there is none.
 fn count() -> Result<usize> {
-    fork::refuse_child()?;
     let call = "cudaGetDeviceCount";
-    let counted = match fork::inherited_failure() {
-        Some(code) => Err(Error::Cuda { code, call }),
-        None => fork::ask(|| match raw::device_count()? {
-            0 => Err(Error::Cuda { code: sys::cudaError::cudaErrorNoDevice, call }),
-            count => Ok(count),
-        }),
+    let counted = || match raw::device_count()? {
+        0 => Err(Error::Cuda { code: sys::cudaError::cudaErrorNoDevice, call }),
+        count => Ok(count),
     };
-    counted.map_err(|error| match error {
-        Error::Cuda { code, .. } => match reason(code, &error) {
-            Ok(reason) => Error::Unavailable { reason },
-            Err(error) => error,
-        },
-        error => error,
+    fork::ask(|| {
+        counted().map_err(|error| match error {
+            Error::Cuda { code, .. } => match reason(code, &error) {
+                Ok(reason) => Error::Unavailable { reason },
+                Err(error) => error,
+            },
+            error => error,
+        })
     })
 }
 

@@ -9,67 +9,73 @@
 //! child. So the child of a process in which CUDA never worked does not ask again: it inherits the
 //! status. Asking the driver for its version initializes nothing.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 
 use crate::error::{Error, Result};
-use crate::sys::cudaError;
 
 static FORKED: AtomicBool = AtomicBool::new(false);
 /// Whether the first question to CUDA has ever been answered with a device.
 static WORKED: AtomicBool = AtomicBool::new(false);
 /// How many threads are asking right now.
 static ASKING: AtomicU32 = AtomicU32::new(0);
-/// The last failure of the first question in this process, and in the one that it was forked from.
-static FAILED: AtomicU32 = AtomicU32::new(SUCCESS);
-static INHERITED: AtomicU32 = AtomicU32::new(SUCCESS);
+/// Why the first question last failed in this process, and in the one that it was forked from.
+static FAILED: AtomicPtr<String> = AtomicPtr::new(ptr::null_mut());
+static INHERITED: AtomicPtr<String> = AtomicPtr::new(ptr::null_mut());
 
-const SUCCESS: u32 = cudaError::cudaSuccess.0;
-
-/// Asks the first question to CUDA, whose answer decides about children forked from now on.
+/// Asks the first question to CUDA, whose answer decides about children forked from now on. An error
+/// has its whole text when the question returns: a child makes no call for it.
 pub(crate) fn ask<T>(question: impl FnOnce() -> Result<T>) -> Result<T> {
+    refuse_heir()?;
     watch()?;
     // A child that is forked meanwhile cannot know how far the question came.
     ASKING.fetch_add(1, Ordering::SeqCst);
     let answer = question();
     match &answer {
         Ok(_) => WORKED.store(true, Ordering::SeqCst),
-        Err(Error::Cuda { code, .. }) => FAILED.store(code.0, Ordering::SeqCst),
-        Err(_) => {}
+        Err(Error::Unavailable { reason }) => remember(reason),
+        Err(error) => remember(&error.to_string()),
     }
     ASKING.fetch_sub(1, Ordering::SeqCst);
     answer
 }
 
-/// The status of the first question in the process that this one was forked from, if it only ever
-/// failed.
-pub(crate) fn inherited_failure() -> Option<cudaError> {
-    let status = cudaError(INHERITED.load(Ordering::Relaxed));
-    (status != cudaError::cudaSuccess).then_some(status)
+fn remember(reason: &str) {
+    let known = FAILED.load(Ordering::SeqCst);
+    // SAFETY: null, or a string that was leaked below.
+    if unsafe { known.as_ref() }.is_none_or(|known| known != reason) {
+        // Leaked, since a child may be reading it. The same reason is not leaked again.
+        FAILED.store(Box::leak(Box::new(reason.to_string())), Ordering::SeqCst);
+    }
 }
 
 /// Called before the first use of CUDA.
 #[cfg(unix)]
 fn watch() -> Result<()> {
-    use std::sync::OnceLock;
-
     extern "C" fn in_child() {
-        if WORKED.load(Ordering::SeqCst) || ASKING.load(Ordering::SeqCst) != 0 {
+        let failed = FAILED.load(Ordering::SeqCst);
+        if WORKED.load(Ordering::SeqCst) || failed.is_null() && ASKING.load(Ordering::SeqCst) != 0 {
             FORKED.store(true, Ordering::Relaxed);
         } else {
-            INHERITED.store(FAILED.load(Ordering::SeqCst), Ordering::Relaxed);
+            INHERITED.store(failed, Ordering::Relaxed);
         }
     }
 
-    static WATCHED: OnceLock<i32> = OnceLock::new();
-    let status = WATCHED.get_or_init(|| {
-        // SAFETY: the handler only loads and stores atomics, which is async-signal-safe, and it
-        // lives as long as the program.
-        unsafe { libc::pthread_atfork(None, None, Some(in_child)) }
-    });
-    match status {
-        0 => Ok(()),
-        _ => Err(Error::Unavailable { reason: "pthread_atfork failed for want of memory".into() }),
+    // Not a lock, which a child could find held. A handler that is registered twice does no harm.
+    static WATCHED: AtomicBool = AtomicBool::new(false);
+    if WATCHED.load(Ordering::SeqCst) {
+        return Ok(());
     }
+    // SAFETY: the handler only loads and stores atomics, which is async-signal-safe, and it lives as
+    // long as the program.
+    match unsafe { libc::pthread_atfork(None, None, Some(in_child)) } {
+        0 => WATCHED.store(true, Ordering::SeqCst),
+        _ => {
+            let reason = "pthread_atfork failed for want of memory".into();
+            return Err(Error::Unavailable { reason });
+        }
+    }
+    Ok(())
 }
 
 #[cfg(not(unix))]
@@ -88,5 +94,16 @@ pub(crate) fn refuse_child() -> Result<()> {
     match forked() {
         false => Ok(()),
         true => Err(Error::Forked),
+    }
+}
+
+/// [`refuse_child`], also in a child of a process in which CUDA never worked, whose reason it returns. It
+/// takes no lock, and makes no call.
+pub(crate) fn refuse_heir() -> Result<()> {
+    refuse_child()?;
+    // SAFETY: null, or a string that `remember` leaked in the parent.
+    match unsafe { INHERITED.load(Ordering::Relaxed).as_ref() } {
+        None => Ok(()),
+        Some(reason) => Err(Error::Unavailable { reason: reason.clone() }),
     }
 }

@@ -10,6 +10,8 @@ use std::iter;
 use std::mem;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
+#[cfg(unix)]
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bitflags::bitflags;
 
@@ -18,6 +20,7 @@ use crate::chunks::{self, Piece};
 use crate::device::{Context, Device};
 use crate::error::{Error, Result, Side};
 use crate::fork;
+#[cfg(unix)]
 use crate::host_limit::room_in_groups;
 use crate::raw;
 #[cfg(unix)]
@@ -131,10 +134,10 @@ impl HostMemory {
             (Pinning::Preferred, None) => None,
             (Pinning::Required, None) => Some("the device is the CPU".to_string()),
             _ if switches::is_pinning_off() => Some("CPU_GPU_BUFFER_PINNING=never".to_string()),
-            // Pinning touches the pages, and the kernel kills a process that touches more than its groups may have.
-            (_, Some(_)) if lacks_room(layout.size()) => return Err(out_of_memory()),
             (_, Some(context)) => match HostMemory::pinned(layout, flags, context) {
-                Ok(memory) => return Ok(memory),
+                Ok(Some(memory)) => return Ok(memory),
+                // As much pageable memory would not fit, either.
+                Ok(None) => return Err(out_of_memory()),
                 Err(error) => Some(error.to_string()),
             },
         };
@@ -176,15 +179,19 @@ impl HostMemory {
     }
 
     /// Zeroed pinned memory of a layout that is not empty. If neither way works, the error is
-    /// `cudaHostAlloc`'s.
-    fn pinned(layout: Layout, flags: HostFlags, context: &'static Context) -> Result<HostMemory> {
+    /// `cudaHostAlloc`'s. `None` if it does not fit into the limits of this process's control groups.
+    fn pinned(
+        layout: Layout,
+        flags: HostFlags,
+        context: &'static Context,
+    ) -> Result<Option<HostMemory>> {
         let _current = context.enter()?;
         // No bits but those that have a name: others mean other things to the two functions.
         let flags = flags & HostFlags::all();
         #[cfg(unix)]
         return HostMemory::registered_or_allocated(layout, flags, context);
         #[cfg(not(unix))]
-        HostMemory::allocated(layout, flags, context)
+        HostMemory::allocated(layout, flags, context).map(Some)
     }
 
     #[cfg(unix)]
@@ -192,29 +199,41 @@ impl HostMemory {
         layout: Layout,
         flags: HostFlags,
         context: &'static Context,
-    ) -> Result<HostMemory> {
-        let device = chunks::of_device(context);
-        if device.refuses_registering() {
-            return HostMemory::allocated(layout, flags, context);
+    ) -> Result<Option<HostMemory>> {
+        let (device, is_small) = (chunks::of_device(context), chunks::fits(layout));
+        if is_small && let Some(piece) = device.piece(layout, flags) {
+            return Ok(Some(HostMemory::piece(piece)));
         }
-        let registered = match chunks::fits(layout) {
-            true => device
-                .piece(layout, flags)
-                .map(|piece| HostMemory::whole(piece.address(), Kind::Piece { _piece: piece })),
-            false => Registered::new(layout, flags.bits(), context).map(|pages| {
-                let (address, piece) = (pages.address(), pages.piece());
-                let kind = Kind::Registered { _pages: pages };
-                HostMemory { address, piece, kind, pinning_error: None }
-            }),
-        };
-        registered.or_else(|refusal| {
-            let memory = HostMemory::allocated(layout, flags, context)?;
-            // `cudaHostAlloc` works, so the device is sound and refuses this alone.
-            if is_for_good(&refusal) {
-                device.remember_refusal();
+        // Either way touches the pages, and a process that touches more than its groups may have is killed.
+        if lacks_room(if is_small { chunks::CHUNK } else { layout.size() }) {
+            return Ok(None);
+        }
+        let mut refusal = None;
+        if !device.refuses_registering(flags) {
+            let registered = match is_small {
+                true => device.piece_of_new_chunk(layout, flags).map(HostMemory::piece),
+                false => Registered::new(layout, flags.bits(), context).map(|pages| {
+                    let (address, piece) = (pages.address(), pages.piece());
+                    let kind = Kind::Registered { _pages: pages };
+                    HostMemory { address, piece, kind, pinning_error: None }
+                }),
+            };
+            match registered {
+                Ok(memory) => return Ok(Some(memory)),
+                Err(error) => refusal = Some(error),
             }
-            Ok(memory)
-        })
+        }
+        let memory = HostMemory::allocated(layout, flags, context)?;
+        // `cudaHostAlloc` works, so the device is sound and refuses this alone.
+        if refusal.is_some_and(|refusal| is_for_good(&refusal)) {
+            device.remember_refusal(flags);
+        }
+        Ok(Some(memory))
+    }
+
+    #[cfg(unix)]
+    fn piece(piece: Piece) -> HostMemory {
+        HostMemory::whole(piece.address(), Kind::Piece { _piece: piece })
     }
 
     fn allocated(
@@ -324,19 +343,27 @@ pub(crate) fn parts(range: Range<usize>, piece: usize) -> impl Iterator<Item = R
 /// computing. A shortage passes, and other errors may be those of earlier work.
 #[cfg(unix)]
 fn is_for_good(refusal: &Error) -> bool {
-    let refusals = [
-        Status::cudaErrorNotSupported,
-        Status::cudaErrorNotPermitted,
-        Status::cudaErrorOperatingSystem,
-    ];
+    let refusals = [Status::cudaErrorNotSupported, Status::cudaErrorNotPermitted];
     matches!(refusal, Error::Cuda { code, .. } if refusals.contains(code))
 }
 
-/// Whether this process's control groups leave less room than these bytes. Asking costs 0.2 ms, which is
-/// too much for small memory.
+/// Whether this process's control groups leave less room than these bytes. Asking them costs 0.2 ms, so they
+/// are asked again only when half of the room that they had is used up.
+#[cfg(unix)]
 fn lacks_room(bytes: usize) -> bool {
-    const ASKED_FROM: usize = 16 << 20;
-    bytes >= ASKED_FROM && room_in_groups().is_some_and(|room| room < bytes)
+    /// Bytes that may be touched before the groups are asked again.
+    static CREDIT: AtomicUsize = AtomicUsize::new(0);
+    /// Groups may get a limit at any time.
+    const MOST: usize = 256 << 20;
+    /// Page tables are counted, too, and the process goes on to need some.
+    const MARGIN: usize = 2 << 20;
+    let pay = |credit: usize| credit.checked_sub(bytes);
+    if CREDIT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay).is_ok() {
+        return false;
+    }
+    let room = room_in_groups().map_or(usize::MAX, |room| room.saturating_sub(MARGIN));
+    CREDIT.store((room.saturating_sub(bytes) / 2).min(MOST), Ordering::Relaxed);
+    room < bytes
 }
 
 /// Whether buffers of a CUDA device can be pinned: there is a device, and

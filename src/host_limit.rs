@@ -6,8 +6,8 @@
 //! "Memory Resource Controller" in the kernel's documentation). `memory.high` is left aside, since
 //! a group beyond it is slowed down and not killed.
 //!
-//! The page cache counts as used. The kernel takes it back before it kills, so it is subtracted, as
-//! the kernel does for `MemAvailable`.
+//! The page cache and reclaimable slabs count as used. The kernel takes them back before it kills, so
+//! they are subtracted, as the kernel does for `MemAvailable`.
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -90,7 +90,9 @@ impl Version {
                 .find_map(|line| line.strip_prefix(prefix)?.strip_prefix(name)?.strip_prefix(' '));
             value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
         };
-        let cached = cached("inactive_file").saturating_add(cached("active_file"));
+        let cached = ["inactive_file", "active_file", "slab_reclaimable"]
+            .into_iter()
+            .fold(0, |sum: usize, name| sum.saturating_add(cached(name)));
         Some(MemoryInfo { free: total.saturating_sub(used.saturating_sub(cached)), total })
     }
 }

@@ -508,7 +508,7 @@ impl Inner {
         if room == 0 || self.slots.is_full() {
             return Err(Error::PoolExhausted { max_buffers: total });
         }
-        let (bytes, steps) = (self.form.layout.size(), self.slots.growths());
+        let (bytes, steps) = (self.form.layout.pad_to_align().size(), self.slots.growths());
         let mut count = self.options.growth.step(total, bytes, steps).min(room);
         loop {
             match self.segment(count, true) {

@@ -9,7 +9,7 @@ use common::sim::{self, Limits};
 use common::{Foreign, Gate, all};
 use cpu_gpu_buffer::{
     BufferGroup, BufferOptions, CpuGpuBuffer, Device, Error, GroupLayout, GroupLayoutBuilder,
-    GroupRing, Key, Pinning, Result, Side, Stream,
+    GroupRing, HostFlags, Key, Pinning, Result, Side, Stream,
 };
 
 /// More than the largest piece of a chunk, so that each host side is registered by itself.
@@ -149,11 +149,16 @@ fn a_device_that_refuses_registering_is_not_asked_again() {
         assert!(of(words, Pinning::Required, device).unwrap().is_pinned());
         assert_eq!(sim::calls_of(c"cudaHostRegister"), 3, "{words} words");
     }
+    // Other flags may be taken.
+    sim::heal();
+    let portable = BufferOptions { host_flags: HostFlags::PORTABLE, ..Default::default() };
+    drop(CpuGpuBuffer::<u8>::with_options(100, device, portable).unwrap());
+    assert_eq!(sim::calls_of(c"cudaHostRegister"), 4);
     // The other device did not refuse.
     sim::heal();
     let other = Device::cuda(1).unwrap();
     assert!(of(100, Pinning::Required, other).unwrap().is_pinned());
-    assert_eq!(sim::calls_of(c"cudaHostRegister"), 4);
+    assert_eq!(sim::calls_of(c"cudaHostRegister"), 5);
     // `cudaHostAlloc` gives memory that may hold anything.
     let mut dirty = of(100, Pinning::Required, device).unwrap();
     dirty.fill_cpu(OLD).unwrap();

@@ -770,6 +770,56 @@ fn a_serving_loop_in_python_that_fails_is_an_error() {
     }
 }
 
+// ---- a fork while another thread asks ----
+
+/// Forks while another thread is held in a call of this function, in a process of its own with some variables set. The
+/// child must get this error, and must not hang.
+#[cfg(target_os = "linux")]
+fn forked_while_held(
+    test: &str,
+    function: &std::ffi::CStr,
+    variables: &[(&str, &str)],
+    expected: fn() -> Error,
+) {
+    if !common::is_simulated() {
+        return common::left_out(test, "calls are held back by the simulated runtime");
+    }
+    if !is_own_process() {
+        return succeeded(&in_own_process(test, variables));
+    }
+    let expected = expected();
+    // Only what is loaded can be held back.
+    let _ = sys::runtime();
+    let held = common::sim::Held::next(function);
+    let asks = std::thread::spawn(|| drop(Device::cuda(0)));
+    held.wait();
+    common::in_child(|| {
+        // SAFETY: ends the child, should it hang.
+        unsafe { libc::alarm(10) };
+        assert_eq!(Device::cuda(0), Err(expected.clone()));
+        assert_eq!(Device::cuda_count(), 0);
+        CpuGpuBuffer::<u8>::new(1, Device::Cpu).unwrap();
+    });
+    drop(held);
+    asks.join().unwrap();
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_child_that_is_forked_while_a_thread_asks_for_the_first_time_is_refused_and_does_not_hang() {
+    let test = "a_child_that_is_forked_while_a_thread_asks_for_the_first_time_is_refused_and_does_not_hang";
+    forked_while_held(test, c"cudaGetDeviceCount", &[], || Error::Forked);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_child_that_is_forked_while_a_thread_learns_why_cuda_does_not_work_gets_the_reason() {
+    let test =
+        "a_child_that_is_forked_while_a_thread_learns_why_cuda_does_not_work_gets_the_reason";
+    let variables = [("CUDART_SIM_DRIVER", "12040")];
+    forked_while_held(test, c"cudaDriverGetVersion", &variables, || Device::cuda(0).unwrap_err());
+}
+
 // ---- pinning ----
 
 #[test]
@@ -879,5 +929,16 @@ fn a_host_side_beyond_the_containers_limit_is_an_error_and_not_the_end_of_the_pr
         let beyond = Error::OutOfMemory { side, bytes, device };
         assert_eq!(ring(2 * LIMIT / SLOT).err(), Some(beyond));
         assert!(ring(4).unwrap().is_pinned());
+        // Nor do small ones end the process, of which none is beyond the limit by itself.
+        let small = || UploadRing::<u8>::with_options(1 << 16, device, 128, options);
+        let mut held = Vec::new();
+        let error = loop {
+            match small() {
+                Ok(ring) => held.push(ring),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error, Error::OutOfMemory { side, bytes: 8 << 20, device });
+        assert!(held.len() > 20, "{}", held.len());
     }
 }

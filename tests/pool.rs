@@ -697,6 +697,10 @@ fn a_pool_of_large_buffers_grows_by_16_mb_or_by_the_number_that_its_options_say(
         let pool = BufferPool::<u8>::new(1_100_000, device, 33).unwrap();
         let _held: Vec<_> = (0..34).map(|_| pool.acquire().unwrap()).collect();
         assert_eq!(pool.total(), 33 + 15);
+        // Tiny ones take 256 bytes each.
+        let pool = BufferPool::<u8>::new(1, device, 100_000).unwrap();
+        let _held: Vec<_> = (0..100_001).map(|_| pool.acquire().unwrap()).collect();
+        assert_eq!(pool.total(), 100_000 + (16 << 20) / 256);
 
         for by in [1, 3] {
             let growth = PoolGrowth::By(NonZeroUsize::new(by).unwrap());
