@@ -136,7 +136,7 @@ fn a_device_that_refuses_registering_is_not_asked_again() {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         return assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
     }
-    let Some((device, _limits)) = Limits::of(test) else { return };
+    let Some((device, _turn)) = common::cuda(test) else { return };
     sim::reset();
     // A shortage passes, so it is asked again.
     for number in 1..=2 {

@@ -5,7 +5,7 @@ use std::sync::MutexGuard;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cpu_gpu_buffer::Device;
+use cpu_gpu_buffer::{CpuGpuBuffer, Device};
 
 /// A function of the simulation's, in the copy of it that the loader loaded.
 fn function<F>(name: &CStr) -> F {
@@ -153,6 +153,8 @@ impl Limits {
             super::left_out(test, "memory runs out on the simulated runtime alone");
             return None;
         }
+        // Makes the chunks of memory that stay with the device.
+        drop(CpuGpuBuffer::<u8>::new(1, device).unwrap());
         Some((device, Limits { _turn: turn }))
     }
 
