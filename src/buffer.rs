@@ -101,8 +101,8 @@ const _: () = {
 impl<T: Pod> CpuGpuBuffer<T> {
     /// A buffer with both halves zeroed, its host half pinned where that works.
     ///
-    /// A buffer without bytes uses no device: it is `Ok` for one that does not exist, too. [`resize`](Self::resize)
-    /// returns the error then.
+    /// A buffer without bytes uses no device: it is `Ok` for one that does not exist, too.
+    /// [`resize`](Self::resize) returns the error then.
     ///
     /// # Errors
     ///
@@ -313,8 +313,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.copy_to_cpu(range, stream)
     }
 
-    /// [`copy_to_gpu`](Self::copy_to_gpu) into device memory that somebody else owns. `to` is the address of
-    /// row 0, and row `i` goes to row `i`. Only the selected rows need exist there.
+    /// [`copy_to_gpu`](Self::copy_to_gpu) into device memory that somebody else owns. `to` is the
+    /// address of row 0, and row `i` goes to row `i`. Only the selected rows need exist there.
     ///
     /// # Errors
     ///
@@ -324,19 +324,20 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// From the call until the copy has finished, of the rows of `to` that `rows` selects:
     ///
-    /// - **Valid:** they are valid for writes, and lie in one allocation. A pointer made from a `&[T]` is not valid for
-    ///   writes.
-    /// - **Until when:** they stay allocated. Do not free them, or return them to a caching allocator, before the
-    ///   copy has finished, which may be long after this call.
-    /// - **Device:** they are memory of `stream`'s device; on [`Device::Cpu`], memory of the program, outside of this
-    ///   buffer.
+    /// - **Valid:** they are valid for writes, and lie in one allocation. A pointer made from a
+    ///   `&[T]` is not valid for writes.
+    /// - **Until when:** they stay allocated. Do not free them, or return them to a caching
+    ///   allocator, before the copy has finished, which may be long after this call.
+    /// - **Device:** they are memory of `stream`'s device; on [`Device::Cpu`], memory of the
+    ///   program, outside of this buffer.
     /// - **Aliasing:** the host neither reads nor writes them, and no reference to them is used.
-    /// - **Stream:** other work on them is sent to `stream`, or ordered before or after the copy by events. The buffer
-    ///   does not order it.
+    /// - **Stream:** other work on them is sent to `stream`, or ordered before or after the copy by
+    ///   events. The buffer does not order it.
     ///
-    /// They need be neither initialised nor aligned. The copy has finished when [`cpu_mut`](Self::cpu_mut),
-    /// [`synchronize`](Self::synchronize) or [`Stream::synchronize`] has returned `Ok` after it; on the CPU, when this
-    /// returns. After an error of the driver's it may still run: keep the memory until one of these returns `Ok`.
+    /// They need be neither initialised nor aligned. The copy has finished when
+    /// [`cpu_mut`](Self::cpu_mut), [`synchronize`](Self::synchronize) or [`Stream::synchronize`]
+    /// has returned `Ok` after it; on the CPU, when this returns. After an error of the driver's it
+    /// may still run: keep the memory until one of these returns `Ok`.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -362,8 +363,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
         unsafe { self.storage.copy_to_device_ptr(range, to, stream) }
     }
 
-    /// [`copy_to_cpu`](Self::copy_to_cpu) out of device memory that somebody else owns. `from` is the address
-    /// of row 0, and row `i` goes to row `i`. Only the selected rows need exist there.
+    /// [`copy_to_cpu`](Self::copy_to_cpu) out of device memory that somebody else owns. `from` is
+    /// the address of row 0, and row `i` goes to row `i`. Only the selected rows need exist there.
     ///
     /// # Errors
     ///
@@ -374,18 +375,18 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// From the call until the copy has finished, of the rows of `from` that `rows` selects:
     ///
     /// - **Valid:** they are valid for reads, and lie in one allocation.
-    /// - **Until when:** they stay allocated. Do not free them, or return them to a caching allocator, before the
-    ///   copy has finished, which may be long after this call.
+    /// - **Until when:** they stay allocated. Do not free them, or return them to a caching
+    ///   allocator, before the copy has finished, which may be long after this call.
     /// - **Initialised:** all their bytes are, by work that is ordered before the copy.
-    /// - **Device:** they are memory of `stream`'s device; on [`Device::Cpu`], memory of the program, outside of this
-    ///   buffer.
+    /// - **Device:** they are memory of `stream`'s device; on [`Device::Cpu`], memory of the
+    ///   program, outside of this buffer.
     /// - **Aliasing:** nothing writes them, and no exclusive reference to them is used.
-    /// - **Stream:** work that writes them is sent to `stream`, or ordered before or after the copy by events. The
-    ///   buffer does not order it.
+    /// - **Stream:** work that writes them is sent to `stream`, or ordered before or after the copy
+    ///   by events. The buffer does not order it.
     ///
-    /// They need not be aligned. The copy has finished when [`cpu`](Self::cpu), [`synchronize`](Self::synchronize) or
-    /// [`Stream::synchronize`] has returned `Ok` after it; on the CPU, when this returns. After an error of the driver's
-    /// it may still run.
+    /// They need not be aligned. The copy has finished when [`cpu`](Self::cpu),
+    /// [`synchronize`](Self::synchronize) or [`Stream::synchronize`] has returned `Ok` after it; on
+    /// the CPU, when this returns. After an error of the driver's it may still run.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -522,15 +523,15 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.admit(&[Side::Device], stream)?;
         if self.nbytes() > 0 {
             let address = self.storage.gpu_ptr().cast::<T>();
-            // SAFETY: on the CPU the device side is ordinary memory of this many elements, and has no
-            // work in flight.
+            // SAFETY: on the CPU the device side is ordinary memory of this many elements, and has
+            // no work in flight.
             set(unsafe { slice::from_raw_parts_mut(address, self.numel()) }, value);
         }
         Ok(())
     }
 
-    /// Sets every byte of both sides to zero, in the order of [`fill`](Self::fill). No element is made on the stack,
-    /// however large it is.
+    /// Sets every byte of both sides to zero, in the order of [`fill`](Self::fill). No element is
+    /// made on the stack, however large it is.
     ///
     /// # Errors
     ///
@@ -605,10 +606,10 @@ impl<T: Pod> CpuGpuBuffer<T> {
         Ok(GpuView::new(self.device_ptr(), *self.storage.shape(), self.numel(), self.device()))
     }
 
-    /// The address of the device half, ordered with nothing, not even with its first zeroing: for graph
-    /// capture, where [`gpu_on`](Self::gpu_on) was called before, and for logging. It changes only with a
-    /// [`resize`](Self::resize) beyond all earlier sizes. It is null if the buffer never had bytes; a buffer that was
-    /// resized to none keeps its memory and the address.
+    /// The address of the device half, ordered with nothing, not even with its first zeroing: for
+    /// graph capture, where [`gpu_on`](Self::gpu_on) was called before, and for logging. It changes
+    /// only with a [`resize`](Self::resize) beyond all earlier sizes. It is null if the buffer
+    /// never had bytes; a buffer that was resized to none keeps its memory and the address.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -691,8 +692,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.is_pinned()
     }
 
-    /// Why the host side is pageable although [`Pinning::Preferred`] asked for pinned memory. `None` if
-    /// it is pinned, if [`Pinning::Never`] was asked for, if it has no bytes, and on [`Device::Cpu`].
+    /// Why the host side is pageable although [`Pinning::Preferred`] asked for pinned memory.
+    /// `None` if it is pinned, if [`Pinning::Never`] was asked for, if it has no bytes, and on
+    /// [`Device::Cpu`].
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};

@@ -1,8 +1,8 @@
 //! Small pinned memory: pieces of chunks that are registered once.
 //!
-//! Registering is a matter of system calls, which cost the same for a page as for 2 MB. So small memory
-//! is cut from chunks of [registered pages](crate::registered), and one chunk stays with its device.
-//! Giving a piece back calls no CUDA.
+//! Registering is a matter of system calls, which cost the same for a page as for 2 MB. So small
+//! memory is cut from chunks of [registered pages](crate::registered), and one chunk stays with its
+//! device. Giving a piece back calls no CUDA.
 //!
 //! No lock is held during a call of CUDA's, since the call may wait for a device that waits for
 //! another thread's piece. Two threads that find no room at once therefore make a chunk each.
@@ -24,8 +24,8 @@ use crate::registered::Registered;
 /// The bytes of a chunk, which is one hugepage.
 pub(crate) const CHUNK: usize = 2 << 20;
 
-/// The most bytes of a piece. Two of them fit into a chunk. Memory of its own takes 320 us for 1 MB to
-/// map, register and release (H100).
+/// The most bytes of a piece. Two of them fit into a chunk. Memory of its own takes 320 us for 1 MB
+/// to map, register and release (H100).
 const LARGEST: usize = 1 << 20;
 
 /// Pieces begin at multiples of it, and have multiples of it.

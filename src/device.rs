@@ -186,9 +186,9 @@ impl Context {
 }
 
 impl Context {
-    /// Keeps the driver's chunk of device memory, from which it cuts small allocations, by one that is
-    /// never freed. Without it, a lone small allocation makes and releases a chunk. The context is
-    /// current.
+    /// Keeps the driver's chunk of device memory, from which it cuts small allocations, by one that
+    /// is never freed. Without it, a lone small allocation makes and releases a chunk. The context
+    /// is current.
     pub(crate) fn keep_memory(&self) {
         // Most calls find it set, and write nothing.
         if self.keeps_memory.load(Ordering::Relaxed)

@@ -46,9 +46,9 @@
 //!   either. Both leave the memory *behind*: [`reclaim`] gives it back, and so does whatever next allocates
 //!   for a CUDA device, and [`acquire`](crate::BufferPool::acquire) where a pool has no other buffer left.
 //!   To give it back at once, call [`synchronize`](CpuGpuBuffer::synchronize) between the tensors' end and the buffer's.
-//! - A forked child must not use a tensor of a CUDA buffer. Pinned host memory reads as zeroes there,
-//!   through a NumPy view, too, and the child's stores reach nobody. `SECURITY.md` has the exceptions.
-//!   Pageable memory is the child's own copy.
+//! - A forked child must not use a tensor of a CUDA buffer. Pinned host memory reads as zeroes
+//!   there, through a NumPy view, too, and the child's stores reach nobody. `SECURITY.md` has the
+//!   exceptions. Pageable memory is the child's own copy.
 //! - Waiting for a device **ends every capture** of a stream there, whoever's, as CUDA has no way to do the one
 //!   without the other ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"). The operation then answers
 //!   [`Error::StreamCapturing`], or goes on without the memory left behind. While something is being captured, let
@@ -482,14 +482,16 @@ impl<T: Element> CpuGpuBuffer<T> {
     ///
     /// The consumer uses the memory as the addresses of a [`GpuView`](crate::GpuView) are used:
     ///
-    /// - **Stream:** each time by work that is sent to a stream after `gpu_on` was called with that stream, and before
-    ///   this buffer is used in any other way, given back to its pool or dropped.
-    /// - **Device:** the stream is one of the buffer's device. On [`Device::Cpu`] the memory is host memory, and the
-    ///   consumer uses it between `gpu_on` and the next use of the buffer.
+    /// - **Stream:** each time by work that is sent to a stream after `gpu_on` was called with that
+    ///   stream, and before this buffer is used in any other way, given back to its pool or
+    ///   dropped.
+    /// - **Device:** the stream is one of the buffer's device. On [`Device::Cpu`] the memory is
+    ///   host memory, and the consumer uses it between `gpu_on` and the next use of the buffer.
     /// - **Until when:** after a [`resize`](Self::resize) it does not use the memory at all.
-    /// - **Initialised:** before the first `gpu_on` the memory holds anything; it is zeroed by that call.
-    /// - **Aliasing:** while the consumer's work may run, no other work writes the memory, and none reads what the
-    ///   consumer writes.
+    /// - **Initialised:** before the first `gpu_on` the memory holds anything; it is zeroed by that
+    ///   call.
+    /// - **Aliasing:** while the consumer's work may run, no other work writes the memory, and none
+    ///   reads what the consumer writes.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};

@@ -51,8 +51,9 @@ pub enum Error {
         /// The device of the buffer.
         device: Device,
     },
-    /// Memory could not be pinned: an error of constructors with [`Pinning::Required`](crate::Pinning::Required),
-    /// and the reason that [`pinning_error`](crate::CpuGpuBuffer::pinning_error) returns.
+    /// Memory could not be pinned: an error of constructors with
+    /// [`Pinning::Required`](crate::Pinning::Required), and the reason that
+    /// [`pinning_error`](crate::CpuGpuBuffer::pinning_error) returns.
     PinningUnavailable {
         /// How much was asked for, in bytes.
         bytes: usize,
@@ -77,8 +78,8 @@ pub enum Error {
         end: usize,
         /// The rows there are.
         rows: usize,
-        /// The number of the member in the order of `add`, from 0, in a copy of a group or a group's ring.
-        /// `None` for buffers, rings of one array, and views.
+        /// The number of the member in the order of `add`, from 0, in a copy of a group or a
+        /// group's ring. `None` for buffers, rings of one array, and views.
         member: Option<usize>,
     },
     /// A stream or an event belongs to another device.
@@ -100,7 +101,8 @@ pub enum Error {
         /// The text.
         text: String,
     },
-    /// All buffers of a pool are out, and it may not have more; or it was to begin with more than it may have.
+    /// All buffers of a pool are out, and it may not have more; or it was to begin with more than
+    /// it may have.
     PoolExhausted {
         /// The most buffers that it may have.
         max_buffers: usize,
@@ -128,7 +130,8 @@ pub enum Error {
     Forked,
 }
 
-/// Room for `more` elements, of a number that the caller of this crate chose: an error if there is not as much memory.
+/// Room for `more` elements, of a number that the caller of this crate chose: an error if there is
+/// not as much memory.
 pub(crate) fn reserve<E>(vector: &mut Vec<E>, more: usize, device: Device) -> Result<()> {
     vector.try_reserve(more).map_err(|_| Error::OutOfMemory {
         side: Side::Host,
@@ -218,7 +221,8 @@ impl fmt::Display for Error {
     }
 }
 
-/// The cure for a machine that is not set up, by the status that says so. The text of CUDA does not tell it.
+/// The cure for a machine that is not set up, by the status that says so. The text of CUDA does not
+/// tell it.
 fn cure(code: sys::cudaError_t) -> Option<&'static str> {
     match code {
         sys::cudaError::cudaErrorSystemNotReady => Some(

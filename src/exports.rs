@@ -234,7 +234,8 @@ pub(crate) fn reclaim() -> Result<()> {
         let give_back = |home: Home| {
             let of_pool = home.left_behind().cloned();
             let rest = home.give_back();
-            // After the slot is free. `Release`: a thread that finds none left behind finds the slot.
+            // After the slot is free. `Release`: a thread that finds none left behind finds the
+            // slot.
             if let Some(of_pool) = of_pool {
                 of_pool.fetch_sub(1, Ordering::Release);
             }

@@ -48,7 +48,8 @@ struct Pattern<const VECTORS: usize>([[u8; 16]; VECTORS]);
 /// # Safety
 ///
 /// - The range is device memory of the stream's device, valid for writes.
-/// - Until the fill has finished in stream order, it stays allocated, and nothing else reads or writes it.
+/// - Until the fill has finished in stream order, it stays allocated, and nothing else reads or
+///   writes it.
 /// - `element` is not empty, and `bytes` is a multiple of its length.
 pub(crate) unsafe fn enqueue(
     to: *mut u8,

@@ -23,8 +23,8 @@ static ASKING: AtomicU32 = AtomicU32::new(0);
 static FAILED: AtomicPtr<String> = AtomicPtr::new(ptr::null_mut());
 static INHERITED: AtomicPtr<String> = AtomicPtr::new(ptr::null_mut());
 
-/// Asks the first question to CUDA, whose answer decides about children forked from now on. An error
-/// has its whole text when the question returns: a child makes no call for it.
+/// Asks the first question to CUDA, whose answer decides about children forked from now on. An
+/// error has its whole text when the question returns: a child makes no call for it.
 pub(crate) fn ask<T>(question: impl FnOnce() -> Result<T>) -> Result<T> {
     refuse_heir()?;
     watch()?;
@@ -66,8 +66,8 @@ fn watch() -> Result<()> {
     if WATCHED.load(Ordering::SeqCst) {
         return Ok(());
     }
-    // SAFETY: the handler only loads and stores atomics, which is async-signal-safe, and it lives as
-    // long as the program.
+    // SAFETY: the handler only loads and stores atomics, which is async-signal-safe, and it lives
+    // as long as the program.
     match unsafe { libc::pthread_atfork(None, None, Some(in_child)) } {
         0 => WATCHED.store(true, Ordering::SeqCst),
         _ => {
@@ -97,8 +97,8 @@ pub(crate) fn refuse_child() -> Result<()> {
     }
 }
 
-/// [`refuse_child`], also in a child of a process in which CUDA never worked, whose reason it returns. It
-/// takes no lock, and makes no call.
+/// [`refuse_child`], also in a child of a process in which CUDA never worked, whose reason it
+/// returns. It takes no lock, and makes no call.
 pub(crate) fn refuse_heir() -> Result<()> {
     refuse_child()?;
     // SAFETY: null, or a string that `remember` leaked in the parent.

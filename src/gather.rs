@@ -46,11 +46,11 @@ impl Entry {
 ///
 /// # Safety
 ///
-/// - Of `to` and `from`, both aligned to 16, one is memory of the stream's device and the other host memory that its
-///   kernels reach under this address.
+/// - Of `to` and `from`, both aligned to 16, one is memory of the stream's device and the other
+///   host memory that its kernels reach under this address.
 /// - The pieces lie in both and are not empty; those of `from` are initialised in stream order.
-/// - Until the copies have finished in stream order, both stay allocated, nothing else writes the pieces in either, and
-///   nothing reads them in `to`.
+/// - Until the copies have finished in stream order, both stay allocated, nothing else writes the
+///   pieces in either, and nothing reads them in `to`.
 pub(crate) unsafe fn enqueue(
     to: *mut u8,
     from: *const u8,

@@ -49,9 +49,10 @@ impl BufferGroup {
     /// # Errors
     ///
     /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a layout without members,
-    /// [`Error::InvalidShape`](crate::Error::InvalidShape) if a member's shape is invalid, or if all together overflow
-    /// `isize`, [`Error::OutOfMemory`](crate::Error::OutOfMemory) also if the layout's builder had too little memory;
-    /// otherwise as for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
+    /// [`Error::InvalidShape`](crate::Error::InvalidShape) if a member's shape is invalid, or if
+    /// all together overflow `isize`, [`Error::OutOfMemory`](crate::Error::OutOfMemory) also if the
+    /// layout's builder had too little memory; otherwise as for
+    /// [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
@@ -169,22 +170,24 @@ impl BufferGroup {
 
     // ---- transfers ----
 
-    /// Copies rows of members from the host side to the device side on `stream`, after everything that those members
-    /// have pending on any stream, and moves nothing else; only of members that the host owns
-    /// ([`add_host_owned`](crate::GroupLayoutBuilder::add_host_owned)) more rows may be carried along. Returns as soon
-    /// as the copy is enqueued. A copy of no members does nothing.
+    /// Copies rows of members from the host side to the device side on `stream`, after everything
+    /// that those members have pending on any stream, and moves nothing else; only of members that
+    /// the host owns ([`add_host_owned`](crate::GroupLayoutBuilder::add_host_owned)) more rows may
+    /// be carried along. Returns as soon as the copy is enqueued. A copy of no members does
+    /// nothing.
     ///
     /// Neighbours go as one copy where nothing lies between their rows. What remains goes by one kernel that reads the
     /// pinned slab, or by copies where the rows are many; a kernel waits for room on the device like any other.
     ///
     /// # Errors
     ///
-    /// With nothing changed: [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout,
-    /// [`Error::OutOfRange`](crate::Error::OutOfRange), which names the member,
+    /// With nothing changed: [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another
+    /// layout, [`Error::OutOfRange`](crate::Error::OutOfRange), which names the member,
     /// [`Error::DuplicateMember`](crate::Error::DuplicateMember),
     /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
-    /// [`Error::StreamCapturing`](crate::Error::StreamCapturing), [`Error::OutOfMemory`](crate::Error::OutOfMemory).
-    /// After an error of the driver's the copy counts as in flight, until the driver says otherwise.
+    /// [`Error::StreamCapturing`](crate::Error::StreamCapturing),
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory). After an error of the driver's the copy
+    /// counts as in flight, until the driver says otherwise.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};

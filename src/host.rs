@@ -2,8 +2,9 @@
 //!
 //! Pinned memory is [pages](crate::pages) of this process, [registered](crate::registered) with the
 //! runtime; small memory is cut from [chunks](crate::chunks) of them. If CUDA refuses to register
-//! memory, `cudaHostAlloc` stands in. The runtime shares that memory with forked children, so a child's
-//! store is seen by the parent and by its copies; registered pages read as zeroes in a child.
+//! memory, `cudaHostAlloc` stands in. The runtime shares that memory with forked children, so a
+//! child's store is seen by the parent and by its copies; registered pages read as zeroes in a
+//! child.
 
 use std::alloc::{self, Layout};
 use std::iter;
@@ -76,8 +77,8 @@ pub enum Pinning {
     /// Pinned, or an error. A buffer without bytes has nothing to pin: it is made, and
     /// [`is_pinned`](crate::CpuGpuBuffer::is_pinned) is `false`.
     Required,
-    /// Pinned if that works, otherwise pageable. Always pageable on [`Device::Cpu`]. On a CUDA device
-    /// [`pinning_error`](crate::CpuGpuBuffer::pinning_error) says why.
+    /// Pinned if that works, otherwise pageable. Always pageable on [`Device::Cpu`]. On a CUDA
+    /// device [`pinning_error`](crate::CpuGpuBuffer::pinning_error) says why.
     #[default]
     Preferred,
     /// Pageable. Copies of pageable memory are staged by the driver and may make the caller wait.
@@ -87,8 +88,8 @@ pub enum Pinning {
 /// An owned piece of host memory.
 pub(crate) struct HostMemory {
     address: NonNull<u8>,
-    /// The bytes that one registration covers, from the first byte on. `usize::MAX` if one covers all,
-    /// or none is needed.
+    /// The bytes that one registration covers, from the first byte on. `usize::MAX` if one covers
+    /// all, or none is needed.
     piece: usize,
     kind: Kind,
     /// Why memory is pageable that was to be pinned if that works.
@@ -179,7 +180,8 @@ impl HostMemory {
     }
 
     /// Zeroed pinned memory of a layout that is not empty. If neither way works, the error is
-    /// `cudaHostAlloc`'s. `None` if it does not fit into the limits of this process's control groups.
+    /// `cudaHostAlloc`'s. `None` if it does not fit into the limits of this process's control
+    /// groups.
     fn pinned(
         layout: Layout,
         flags: HostFlags,
@@ -204,7 +206,8 @@ impl HostMemory {
         if is_small && let Some(piece) = device.piece(layout, flags) {
             return Ok(Some(HostMemory::piece(piece)));
         }
-        // Either way touches the pages, and a process that touches more than its groups may have is killed.
+        // Either way touches the pages, and a process that touches more than its groups may have is
+        // killed.
         if lacks_room(if is_small { chunks::CHUNK } else { layout.size() }) {
             return Ok(None);
         }
@@ -339,16 +342,16 @@ pub(crate) fn parts(range: Range<usize>, piece: usize) -> impl Iterator<Item = R
     })
 }
 
-/// Whether a failed registration says that this device refuses all of them, as it does under confidential
-/// computing. A shortage passes, and other errors may be those of earlier work.
+/// Whether a failed registration says that this device refuses all of them, as it does under
+/// confidential computing. A shortage passes, and other errors may be those of earlier work.
 #[cfg(unix)]
 fn is_for_good(refusal: &Error) -> bool {
     let refusals = [Status::cudaErrorNotSupported, Status::cudaErrorNotPermitted];
     matches!(refusal, Error::Cuda { code, .. } if refusals.contains(code))
 }
 
-/// Whether this process's control groups leave less room than these bytes. Asking them costs 0.2 ms, so they
-/// are asked again only when half of the room that they had is used up.
+/// Whether this process's control groups leave less room than these bytes. Asking them costs 0.2
+/// ms, so they are asked again only when half of the room that they had is used up.
 #[cfg(unix)]
 fn lacks_room(bytes: usize) -> bool {
     /// Bytes that may be touched before the groups are asked again.
@@ -367,8 +370,8 @@ fn lacks_room(bytes: usize) -> bool {
 }
 
 /// Whether buffers of a CUDA device can be pinned: there is a device, and
-/// `CPU_GPU_BUFFER_PINNING=never` is not set. Creates no context and pins nothing. Asking is a use of CUDA:
-/// a child that is forked later cannot use it.
+/// `CPU_GPU_BUFFER_PINNING=never` is not set. Creates no context and pins nothing. Asking is a use
+/// of CUDA: a child that is forked later cannot use it.
 ///
 /// ```
 /// println!("pinned memory: {}", cpu_gpu_buffer::is_pinned_memory_available());

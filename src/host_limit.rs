@@ -6,16 +6,16 @@
 //! "Memory Resource Controller" in the kernel's documentation). `memory.high` is left aside, since
 //! a group beyond it is slowed down and not killed.
 //!
-//! The page cache and reclaimable slabs count as used. The kernel takes them back before it kills, so
-//! they are subtracted, as the kernel does for `MemAvailable`.
+//! The page cache and reclaimable slabs count as used. The kernel takes them back before it kills,
+//! so they are subtracted, as the kernel does for `MemAvailable`.
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use crate::device::MemoryInfo;
 
-/// The memory that this process could use now, and at most; `None` on a system that does not tell. It
-/// reads about ten small files of the kernel's.
+/// The memory that this process could use now, and at most; `None` on a system that does not tell.
+/// It reads about ten small files of the kernel's.
 pub(crate) fn host_memory() -> Option<MemoryInfo> {
     memory_under(Path::new("/"))
 }
@@ -63,8 +63,8 @@ enum Version {
 }
 
 impl Version {
-    /// The room that the limit of one group leaves, and the limit; `None` if it has none that the machine
-    /// can reach.
+    /// The room that the limit of one group leaves, and the limit; `None` if it has none that the
+    /// machine can reach.
     fn limit(self, group: &Path, machine: MemoryInfo) -> Option<MemoryInfo> {
         let (limit, used, prefix) = match self {
             Version::One => ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),

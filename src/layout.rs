@@ -73,8 +73,9 @@ impl GroupLayoutBuilder {
         GroupLayoutBuilder { id: NEXT.fetch_add(1, Ordering::Relaxed), members: Ok(Vec::new()) }
     }
 
-    /// Adds a member, and gives the key that names it. The group's constructor checks the shape, as a buffer's
-    /// constructor checks a [`Shape`], and returns the error if there was too little memory for the member here.
+    /// Adds a member, and gives the key that names it. The group's constructor checks the shape, as
+    /// a buffer's constructor checks a [`Shape`], and returns the error if there was too little
+    /// memory for the member here.
     ///
     /// # Panics
     ///
@@ -102,15 +103,16 @@ impl GroupLayoutBuilder {
         self.ask(shape.into(), false)
     }
 
-    /// Adds a member that the host owns: its device side only ever mirrors its host side, and nothing on the
-    /// device writes it.
+    /// Adds a member that the host owns: its device side only ever mirrors its host side, and
+    /// nothing on the device writes it.
     ///
-    /// An upload may carry rows of this member that were not asked for, from the host side as it is then, if that
-    /// makes one copy of several. It may also carry a host-owned member that the call does not name, if that lies
-    /// between two named ones. Carried rows count as being uploaded: [`cpu_mut`](crate::BufferGroup::cpu_mut) of the
-    /// member waits for the copy, too. The rows of other members are never carried along. A ring of several host slots
-    /// carries nothing along: the contents of another slot are some steps old. [`Device::Cpu`] carries the same rows
-    /// as a GPU, so that a member which is not the host's alone is found there, too.
+    /// An upload may carry rows of this member that were not asked for, from the host side as it is
+    /// then, if that makes one copy of several. It may also carry a host-owned member that the call
+    /// does not name, if that lies between two named ones. Carried rows count as being uploaded:
+    /// [`cpu_mut`](crate::BufferGroup::cpu_mut) of the member waits for the copy, too. The rows of
+    /// other members are never carried along. A ring of several host slots carries nothing along:
+    /// the contents of another slot are some steps old. [`Device::Cpu`] carries the same rows as a
+    /// GPU, so that a member which is not the host's alone is found there, too.
     ///
     /// # Panics
     ///
@@ -247,7 +249,8 @@ impl GroupLayout {
         self.0.form.as_ref().map_err(Error::clone)
     }
 
-    /// [`form`](Self::form) for a group of `device`, which an error of memory names: a layout is of no device.
+    /// [`form`](Self::form) for a group of `device`, which an error of memory names: a layout is of
+    /// no device.
     pub(crate) fn form_for(&self, device: Device) -> Result<&Form> {
         self.form().map_err(|error| match error {
             Error::OutOfMemory { side, bytes, .. } => Error::OutOfMemory { side, bytes, device },

@@ -13,8 +13,8 @@
 //! which are the group's: so the newest call of a member is ordered after all before it, and what no member refers to
 //! any more is covered by something newer. Its record serves again.
 //!
-//! There is one device side. There may be several host slots, of which one is current: uploads come from it, and the
-//! others keep their records. Slots are taken strictly in turn.
+//! There is one device side. There may be several host slots, of which one is current: uploads come
+//! from it, and the others keep their records. Slots are taken strictly in turn.
 
 use std::alloc::Layout;
 use std::ops::Range;
@@ -408,8 +408,8 @@ impl Members {
     /// Joins pieces between which lies nothing, or what may be carried along.
     fn join(&mut self, direction: Direction) {
         let form = self.layout.form().expect("a group is made of a valid layout");
-        // A download would write what the host did not ask for, and another slot than the last one may hold what the
-        // device side held some steps ago.
+        // A download would write what the host did not ask for, and another slot than the last one
+        // may hold what the device side held some steps ago.
         let carries = direction == Direction::Up && self.halves.len() == 1;
         join(&mut self.pieces, |piece, next| {
             let gap = piece.bytes.end..next.bytes.start;

@@ -1,9 +1,9 @@
 //! Pages of this process's own: fresh, hence zero, and on hugepages if they fill some.
 //!
-//! A forked child reads them as zeroes, and writes to pages of its own (`MADV_WIPEONFORK`). Inherited
-//! pages would be copied on write, which can move a page of the parent's away from under a transfer.
-//! Kernels before 4.14 lack that advice. There the child has no pages (`MADV_DONTFORK`), and its next
-//! mapping may lie where a slice from before the fork still points.
+//! A forked child reads them as zeroes, and writes to pages of its own (`MADV_WIPEONFORK`).
+//! Inherited pages would be copied on write, which can move a page of the parent's away from under
+//! a transfer. Kernels before 4.14 lack that advice. There the child has no pages
+//! (`MADV_DONTFORK`), and its next mapping may lie where a slice from before the fork still points.
 //!
 //! Most of what large pinned memory costs is the kernel's zeroing of it, page by page, when it is first touched. One
 //! thread does that at a fraction of what the memory can take, so several do.

@@ -69,9 +69,9 @@ impl Default for PoolOptions {
     }
 }
 
-/// How many buffers a pool adds when all are out. It adds fewer if there is no memory for them, and never
-/// more than [`max_buffers`](PoolOptions::max_buffers) allows. A pool that has grown 128 times adds an eighth
-/// of its buffers at least.
+/// How many buffers a pool adds when all are out. It adds fewer if there is no memory for them, and
+/// never more than [`max_buffers`](PoolOptions::max_buffers) allows. A pool that has grown 128
+/// times adds an eighth of its buffers at least.
 ///
 /// ```
 /// use std::num::NonZeroUsize;
@@ -88,8 +88,8 @@ impl Default for PoolOptions {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum PoolGrowth {
-    /// Doubles the pool. Adds at most 16 MiB to each side, or an eighth of the pool if that is more, and at
-    /// least one buffer.
+    /// Doubles the pool. Adds at most 16 MiB to each side, or an eighth of the pool if that is
+    /// more, and at least one buffer.
     #[default]
     Double,
     /// This many.
@@ -143,9 +143,9 @@ pub struct PoolStats {
     pub total: usize,
     /// Those whose host sides are pinned.
     pub pinned: usize,
-    /// Those whose host sides are pageable. A pool of [`Pinning::Preferred`] has both if it grew when no
-    /// more could be pinned; [`pinning_error`](CpuGpuBuffer::pinning_error) of a buffer says why. On
-    /// [`Device::Cpu`] all are.
+    /// Those whose host sides are pageable. A pool of [`Pinning::Preferred`] has both if it grew
+    /// when no more could be pinned; [`pinning_error`](CpuGpuBuffer::pinning_error) of a buffer
+    /// says why. On [`Device::Cpu`] all are.
     pub pageable: usize,
     /// The most buffers that were seen to be out at once. Exact where one thread acquires, from up to 4,096 buffers.
     /// Where several do, a peak that is over within some thousand acquisitions may be missed, and a buffer that
@@ -191,13 +191,14 @@ pub struct PoolStats {
 /// The buffers that a pool begins with, and those that it grows by each time, share one allocation of either
 /// half. Each begins at a multiple of 256 bytes, or of the element's alignment where that is more.
 ///
-/// A buffer remembers the streams of its last transfers, also while nobody holds it: a stream that was dropped,
-/// or the owner of a foreign one, is let go when the buffer has been used elsewhere, or with the memory. An owner
-/// that keeps the pool is therefore kept by it. If two owners panic while a pool is dropped, the process aborts,
-/// as it does for the elements of a `Vec`.
+/// A buffer remembers the streams of its last transfers, also while nobody holds it: a stream that
+/// was dropped, or the owner of a foreign one, is let go when the buffer has been used elsewhere,
+/// or with the memory. An owner that keeps the pool is therefore kept by it. If two owners panic
+/// while a pool is dropped, the process aborts, as it does for the elements of a `Vec`.
 ///
-/// If a buffer was given back while a stream of its [`gpu_on`](CpuGpuBuffer::gpu_on) was being captured, and was
-/// not handed out since, dropping the pool leaks the allocation that this buffer shares with others.
+/// If a buffer was given back while a stream of its [`gpu_on`](CpuGpuBuffer::gpu_on) was being
+/// captured, and was not handed out since, dropping the pool leaks the allocation that this buffer
+/// shares with others.
 pub struct BufferPool<T: Pod> {
     inner: Arc<Inner>,
     // What one thread leaves in a buffer another finds: the pool sends elements between threads.
@@ -290,11 +291,11 @@ impl<T: Pod> BufferPool<T> {
     /// A buffer of the pool's shape. If none is left, the pool grows as [`PoolGrowth`] says.
     /// ([`Pinning::Preferred`] grows by pageable memory if no more can be pinned.)
     ///
-    /// Prefers a buffer whose host half is not in flight. Where all of the few that it looks at may be, it asks
-    /// the driver about one (`cudaEventQuery`), and hands that out, in flight or not. It waits for no transfer. (If
-    /// tensors of the feature `dlpack` left buffers of this pool behind and no other is left, it waits for the
-    /// devices to have them back.)
-    /// Growing takes what allocating takes; where it fails, giving the other half back waits for the device.
+    /// Prefers a buffer whose host half is not in flight. Where all of the few that it looks at may
+    /// be, it asks the driver about one (`cudaEventQuery`), and hands that out, in flight or not.
+    /// It waits for no transfer. (If tensors of the feature `dlpack` left buffers of this pool
+    /// behind and no other is left, it waits for the devices to have them back.) Growing takes what
+    /// allocating takes; where it fails, giving the other half back waits for the device.
     ///
     /// # Errors
     ///
@@ -482,12 +483,13 @@ impl Inner {
         Ok(segment)
     }
 
-    /// A slot, although none was free. Those that tensors left behind come before new ones. The search goes
-    /// on while the pool itself has some left behind: other threads may have taken the ones that came back,
-    /// and left theirs behind.
+    /// A slot, although none was free. Those that tensors left behind come before new ones. The
+    /// search goes on while the pool itself has some left behind: other threads may have taken the
+    /// ones that came back, and left theirs behind.
     fn claim_or_grow(&self) -> Result<(Lease<Storage>, bool)> {
         loop {
-            // Before the look. `Acquire`: if none is left behind, all that were are seen to be free.
+            // Before the look. `Acquire`: if none is left behind, all that were are seen to be
+            // free.
             let left_behind = self.left_behind.load(Ordering::Acquire);
             #[cfg(feature = "dlpack")]
             let left_behind = match left_behind {
@@ -501,8 +503,8 @@ impl Inner {
         }
     }
 
-    /// Slots for a pool that has `total`: as many as its options say, or as many as there is memory for. Under
-    /// the lock of growing.
+    /// Slots for a pool that has `total`: as many as its options say, or as many as there is memory
+    /// for. Under the lock of growing.
     fn grow(&self, total: usize) -> Result<Segment<Storage>> {
         let room = self.options.max_buffers.map_or(usize::MAX, |most| most.saturating_sub(total));
         if room == 0 || self.slots.is_full() {

@@ -565,10 +565,10 @@ pub(crate) enum Direction {
 /// # Safety
 ///
 /// - As for [`refuse_capture`].
-/// - Both ranges are valid, in the memory that `direction` says, `from` for reads and `to` for writes; `from` is
-///   initialised in stream order. The device memory is of the stream's device.
-/// - Until the copy has finished in stream order, both stay allocated, nothing else writes either, and nothing reads
-///   `to`.
+/// - Both ranges are valid, in the memory that `direction` says, `from` for reads and `to` for
+///   writes; `from` is initialised in stream order. The device memory is of the stream's device.
+/// - Until the copy has finished in stream order, both stay allocated, nothing else writes either,
+///   and nothing reads `to`.
 #[inline]
 pub(crate) unsafe fn memcpy(
     direction: Direction,

@@ -40,8 +40,8 @@ struct Failed {
 }
 
 impl Registered {
-    /// Zeroed memory of a layout, in the current context, which is `context`. The error is that of the
-    /// last attempt.
+    /// Zeroed memory of a layout, in the current context, which is `context`. The error is that of
+    /// the last attempt.
     pub(crate) fn new(layout: Layout, flags: u32, context: &'static Context) -> Result<Registered> {
         let no_pages = Error::Cuda { code: cudaError::cudaErrorMemoryAllocation, call: "mmap" };
         let mut mapping = Mapping::new(layout).ok_or(no_pages.clone())?;

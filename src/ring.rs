@@ -1,8 +1,8 @@
-//! Rings: several host slots for one device side, so that the host writes the next step's input while the upload of
-//! the one before is still queued.
+//! Rings: several host slots for one device side, so that the host writes the next step's input
+//! while the upload of the one before is still queued.
 //!
-//! A ring has a current host slot, and everything else is a group's: each slot remembers the copies that read it, and
-//! the uploads of all are ordered by the device side that they write.
+//! A ring has a current host slot, and everything else is a group's: each slot remembers the copies
+//! that read it, and the uploads of all are ordered by the device side that they write.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -20,8 +20,9 @@ use crate::shape::{Shape, select};
 use crate::stream::Stream;
 use crate::view::GpuView;
 
-/// Several host slots for one [`BufferGroup`](crate::BufferGroup)'s device side, whose addresses never change: a whole
-/// step's input is written while those of earlier steps are still on their way.
+/// Several host slots for one [`BufferGroup`](crate::BufferGroup)'s device side, whose addresses
+/// never change: a whole step's input is written while those of earlier steps are still on their
+/// way.
 ///
 /// The slots are taken strictly in turn.
 ///
@@ -48,13 +49,13 @@ use crate::view::GpuView;
 pub struct GroupRing(Members);
 
 impl GroupRing {
-    /// A ring of so many host slots, each with every member zeroed, and a zeroed device side. With one slot it is a
-    /// group that waits in [`advance`](Self::advance).
+    /// A ring of so many host slots, each with every member zeroed, and a zeroed device side. With
+    /// one slot it is a group that waits in [`advance`](Self::advance).
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without slots, or of more than 65,536; otherwise
-    /// as for [`BufferGroup::new`](crate::BufferGroup::new).
+    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without slots, or of more
+    /// than 65,536; otherwise as for [`BufferGroup::new`](crate::BufferGroup::new).
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Error, GroupLayoutBuilder, GroupRing};
@@ -101,12 +102,14 @@ impl GroupRing {
         Members::new(layout, device, halves, options).map(GroupRing)
     }
 
-    /// Switches to the next host slot. A new ring is at slot 0. The slots are taken strictly in turn, and this waits for
-    /// the copies of the slot that it takes. The slot holds what was written to it last.
+    /// Switches to the next host slot. A new ring is at slot 0. The slots are taken strictly in
+    /// turn, and this waits for the copies of the slot that it takes. The slot holds what was
+    /// written to it last.
     ///
     /// # Errors
     ///
-    /// An error of the driver's, which may be that of earlier work. The current slot stays the current one.
+    /// An error of the driver's, which may be that of earlier work. The current slot stays the
+    /// current one.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
@@ -126,7 +129,8 @@ impl GroupRing {
         self.0.advance()
     }
 
-    /// [`advance`](Self::advance), or `false` if it would wait: a copy of the next slot is in flight.
+    /// [`advance`](Self::advance), or `false` if it would wait: a copy of the next slot is in
+    /// flight.
     ///
     /// # Errors
     ///
@@ -177,7 +181,8 @@ impl GroupRing {
         host(&self.0, key)
     }
 
-    /// A member in the current host slot, to write. Waits for uploads of the member out of this slot.
+    /// A member in the current host slot, to write. Waits for uploads of the member out of this
+    /// slot.
     ///
     /// # Errors
     ///
@@ -203,7 +208,8 @@ impl GroupRing {
         host_mut(&mut self.0, key)
     }
 
-    /// Several members in the current host slot at once: [`BufferGroup::members_mut`](crate::BufferGroup::members_mut).
+    /// Several members in the current host slot at once:
+    /// [`BufferGroup::members_mut`](crate::BufferGroup::members_mut).
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
@@ -397,8 +403,8 @@ impl fmt::Debug for GroupRing {
     }
 }
 
-/// Several pinned host slots of one shape, and one device side at an address that never changes. The slots are taken
-/// strictly in turn.
+/// Several pinned host slots of one shape, and one device side at an address that never changes.
+/// The slots are taken strictly in turn.
 ///
 /// ```
 /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
@@ -426,8 +432,8 @@ impl<T: Pod + Send + Sync> UploadRing<T> {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without slots, or of more than 65,536; otherwise
-    /// as for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
+    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without slots, or of more
+    /// than 65,536; otherwise as for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, UploadRing};
@@ -470,12 +476,14 @@ impl<T: Pod + Send + Sync> UploadRing<T> {
 }
 
 impl<T: Pod> UploadRing<T> {
-    /// Switches to the next host slot, and gives it, to write. The slots are taken strictly in turn, and this waits for
-    /// the copies of the slot that it takes. The slot holds what was written to it last.
+    /// Switches to the next host slot, and gives it, to write. The slots are taken strictly in
+    /// turn, and this waits for the copies of the slot that it takes. The slot holds what was
+    /// written to it last.
     ///
     /// # Errors
     ///
-    /// An error of the driver's, which may be that of earlier work. The current slot stays the current one.
+    /// An error of the driver's, which may be that of earlier work. The current slot stays the
+    /// current one.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
@@ -495,7 +503,8 @@ impl<T: Pod> UploadRing<T> {
         self.cpu_mut()
     }
 
-    /// [`advance`](Self::advance), or `None` if it would wait: a copy of the next slot is in flight.
+    /// [`advance`](Self::advance), or `None` if it would wait: a copy of the next slot is in
+    /// flight.
     ///
     /// # Errors
     ///
@@ -567,8 +576,8 @@ impl<T: Pod> UploadRing<T> {
         host_mut(&mut self.members, self.key)
     }
 
-    /// Copies rows of the current host slot to the same rows of the device side, on `stream`, after everything that
-    /// the ring has pending on any stream. Returns as soon as the copy is enqueued.
+    /// Copies rows of the current host slot to the same rows of the device side, on `stream`, after
+    /// everything that the ring has pending on any stream. Returns as soon as the copy is enqueued.
     ///
     /// # Errors
     ///
@@ -592,7 +601,8 @@ impl<T: Pod> UploadRing<T> {
         self.members.copy_to_gpu(&[self.key.rows(rows)], stream)
     }
 
-    /// The device side, for kernels and libraries on `stream`: [`CpuGpuBuffer::gpu_on`](crate::CpuGpuBuffer::gpu_on).
+    /// The device side, for kernels and libraries on `stream`:
+    /// [`CpuGpuBuffer::gpu_on`](crate::CpuGpuBuffer::gpu_on).
     ///
     /// # Errors
     ///
@@ -615,8 +625,8 @@ impl<T: Pod> UploadRing<T> {
         GroupView(&self.members).get(self.key)
     }
 
-    /// The address of the device side, ordered with nothing, not even with its first zeroing. It never changes. Null
-    /// if there are no bytes.
+    /// The address of the device side, ordered with nothing, not even with its first zeroing. It
+    /// never changes. Null if there are no bytes.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, UploadRing};

@@ -118,8 +118,9 @@ impl From<Vec<usize>> for Shape {
     }
 }
 
-/// The rows that `range` selects of `rows`, which are a buffer's or those of the `member` of a group. Each bound is
-/// read once: `RangeBounds` is a safe trait, and may return something else the second time.
+/// The rows that `range` selects of `rows`, which are a buffer's or those of the `member` of a
+/// group. Each bound is read once: `RangeBounds` is a safe trait, and may return something else the
+/// second time.
 pub(crate) fn select(
     range: &impl RangeBounds<usize>,
     rows: usize,

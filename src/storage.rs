@@ -206,8 +206,8 @@ const _: () = {
 };
 
 impl Storage {
-    /// Storages of one form in one slab, both sides of each zeroed. `locked`: as for [`Slab::new`]. A pool
-    /// gives its count of buffers that were left behind.
+    /// Storages of one form in one slab, both sides of each zeroed. `locked`: as for [`Slab::new`].
+    /// A pool gives its count of buffers that were left behind.
     pub(crate) fn slots(
         form: Form,
         count: usize,
@@ -518,9 +518,11 @@ impl Storage {
     ///
     /// # Safety
     ///
-    /// From the call until the copy has finished in stream order, as many bytes at `to` as the range has
+    /// From the call until the copy has finished in stream order, as many bytes at `to` as the
+    /// range has
     ///
-    /// - are allocated, valid for writes, and memory of `stream`'s device (on the CPU, of the program);
+    /// - are allocated, valid for writes, and memory of `stream`'s device (on the CPU, of the
+    ///   program);
     /// - are read and written by nothing else.
     pub(crate) unsafe fn copy_to_device_ptr(
         &mut self,
@@ -561,9 +563,11 @@ impl Storage {
     ///
     /// # Safety
     ///
-    /// From the call until the copy has finished in stream order, as many bytes at `from` as the range has
+    /// From the call until the copy has finished in stream order, as many bytes at `from` as the
+    /// range has
     ///
-    /// - are allocated, valid for reads, initialised, and memory of `stream`'s device (on the CPU, of the program);
+    /// - are allocated, valid for reads, initialised, and memory of `stream`'s device (on the CPU,
+    ///   of the program);
     /// - are written by nothing.
     pub(crate) unsafe fn copy_from_device_ptr(
         &mut self,
@@ -597,8 +601,8 @@ impl Storage {
         Ok(())
     }
 
-    /// Zeroes the used part of both sides: of the host side at once, after pending copies, and of the device side on
-    /// `stream`.
+    /// Zeroes the used part of both sides: of the host side at once, after pending copies, and of
+    /// the device side on `stream`.
     pub(crate) fn zero(&mut self, stream: &Stream) -> Result<()> {
         self.admit(&BOTH, stream)?;
         self.wait_to_write()?;
@@ -754,9 +758,10 @@ impl Storage {
     /// # Safety
     ///
     /// - One range lies in the host side, as `direction` says.
-    /// - The other is of as many bytes of the stream's device, valid for the copy and initialised if they are read.
-    /// - Until the copy has finished in stream order, these stay allocated, nothing writes them, and nothing reads them
-    ///   if the copy writes them.
+    /// - The other is of as many bytes of the stream's device, valid for the copy and initialised
+    ///   if they are read.
+    /// - Until the copy has finished in stream order, these stay allocated, nothing writes them,
+    ///   and nothing reads them if the copy writes them.
     #[inline]
     unsafe fn transfer(
         &mut self,

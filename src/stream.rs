@@ -301,7 +301,8 @@ impl Stream {
 
     /// The stream as the CUDA runtime knows it, borrowed from this handle; null on the CPU.
     ///
-    /// The pointer is valid while any handle to the stream lives. Code that uses it owes two things:
+    /// The pointer is valid while any handle to the stream lives. Code that uses it owes two
+    /// things:
     ///
     /// - Nobody destroys the stream.
     /// - Nobody begins to capture the stream while another thread uses a buffer, group or ring on

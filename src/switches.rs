@@ -1,6 +1,6 @@
-//! Environment variables that turn off what a machine promises and does not do well, under WSL and in containers for
-//! instance. Each is read once, when it is first needed. `never` turns off; every other value has no meaning and is
-//! ignored, as an absent variable is.
+//! Environment variables that turn off what a machine promises and does not do well, under WSL and
+//! in containers for instance. Each is read once, when it is first needed. `never` turns off; every
+//! other value has no meaning and is ignored, as an absent variable is.
 
 use std::env;
 use std::sync::OnceLock;

@@ -47,8 +47,8 @@ impl<'a, T> GpuView<'a, T> {
         GpuView { address, shape, len, device, buffer: PhantomData }
     }
 
-    /// The first element's device address. If there are no bytes, it may be null, and nothing may be read or written
-    /// there.
+    /// The first element's device address. If there are no bytes, it may be null, and nothing may
+    /// be read or written there.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};

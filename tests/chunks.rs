@@ -1,5 +1,6 @@
-//! Small host sides are pieces of chunks that are registered once: they never overlap, come zeroed, and cost no call
-//! of CUDA's while a chunk has room. One chunk stays. A forked child disturbs no pinned memory, whatever its size.
+//! Small host sides are pieces of chunks that are registered once: they never overlap, come zeroed,
+//! and cost no call of CUDA's while a chunk has room. One chunk stays. A forked child disturbs no
+//! pinned memory, whatever its size.
 
 #![cfg(target_os = "linux")]
 

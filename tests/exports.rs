@@ -1013,7 +1013,8 @@ fn a_pool_is_not_exhausted_while_a_buffer_of_it_is_left_behind() {
     });
 }
 
-/// A pool of one buffer, which is out, and a buffer that has nothing to do with it and was left behind.
+/// A pool of one buffer, which is out, and a buffer that has nothing to do with it and was left
+/// behind.
 fn exhausted_beside_one_left_behind(device: Device) -> (BufferPool<u32>, CpuGpuBuffer<u32>) {
     let options = PoolOptions { max_buffers: Some(1), ..Default::default() };
     let pool = BufferPool::<u32>::with_options(WORDS, device, 1, options).unwrap();
@@ -1052,7 +1053,8 @@ fn an_owner_that_leaves_one_behind_each_time_makes_a_pool_wait_once() {
         let options = PoolOptions { max_buffers: Some(1), ..Default::default() };
         let pool = BufferPool::<u32>::with_options(WORDS, device, 1, options).unwrap();
         let stream = Stream::new(device).unwrap();
-        // Each that is given back leaves the next one behind, and the first takes the pool's buffer, too.
+        // Each that is given back leaves the next one behind, and the first takes the pool's
+        // buffer, too.
         type Kept = Arc<Mutex<Option<CpuGpuBuffer<u32>>>>;
         let kept: Kept = Arc::default();
         fn leaves_another(stream: Stream, left: usize) {

@@ -874,7 +874,8 @@ fn memory_that_a_broken_context_may_still_use_is_never_given_back_nor_handed_out
         stream.synchronize().unwrap_err();
         drop(buffer);
         assert_eq!(releases(), [0, 0, 0], "kind {kind}: memory was given back that may be in use");
-        // Known to be idle: that is given back, whatever comes of it. Its host side is a piece of a chunk.
+        // Known to be idle: that is given back, whatever comes of it. Its host side is a piece of a
+        // chunk.
         drop(idle);
         assert_eq!(releases(), [1, 0, 0], "kind {kind}");
         gate.open();

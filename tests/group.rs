@@ -486,7 +486,8 @@ fn rows_that_the_host_does_not_own_after_all_are_overwritten_on_the_cpu_as_on_a_
             let view = group.gpu_on(stream).unwrap().member(keys[1]);
             match device {
                 Device::Cpu => {
-                    // SAFETY: on the CPU the view is so many words of the group's, which is borrowed for it.
+                    // SAFETY: on the CPU the view is so many words of the group's, which is
+                    // borrowed for it.
                     unsafe { std::slice::from_raw_parts_mut(view.as_mut_ptr(), view.len()) }
                         .fill(7);
                 }

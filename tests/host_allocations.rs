@@ -1,4 +1,5 @@
-//! Memory for a number of things that the caller chose is an error where there is none: nothing aborts the process.
+//! Memory for a number of things that the caller chose is an error where there is none: nothing
+//! aborts the process.
 
 mod common;
 

@@ -772,8 +772,8 @@ fn a_serving_loop_in_python_that_fails_is_an_error() {
 
 // ---- a fork while another thread asks ----
 
-/// Forks while another thread is held in a call of this function, in a process of its own with some variables set. The
-/// child must get this error, and must not hang.
+/// Forks while another thread is held in a call of this function, in a process of its own with some
+/// variables set. The child must get this error, and must not hang.
 #[cfg(target_os = "linux")]
 fn forked_while_held(
     test: &str,

@@ -37,8 +37,8 @@ fn in_pieces(limits: &Limits, device: Device) -> CpuGpuBuffer<u8> {
     buffer
 }
 
-/// The bytes that a forked child does not inherit (`MADV_WIPEONFORK`), which are mapped in order to be
-/// registered.
+/// The bytes that a forked child does not inherit (`MADV_WIPEONFORK`), which are mapped in order to
+/// be registered.
 fn mapped() -> usize {
     let table = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let (mut size, mut sum) = (0, 0);

@@ -1,5 +1,5 @@
-//! A ring's host slots are written while others are still being uploaded, strictly in turn, and never one that a queued
-//! upload reads. The device holds what was sent last.
+//! A ring's host slots are written while others are still being uploaded, strictly in turn, and
+//! never one that a queued upload reads. The device holds what was sent last.
 
 mod common;
 

@@ -590,7 +590,8 @@ fn a_copy_that_a_capture_takes_after_the_stream_was_asked_is_refused_and_not_tak
     let (stream, foreign) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     let mut buffer = CpuGpuBuffer::<u32>::new(1 << 10, device).unwrap();
     buffer.fill(3, &stream).unwrap();
-    // The buffer is the last that remembers this handle. It lets the owner go between its question and its copy.
+    // The buffer is the last that remembers this handle. It lets the owner go between its question
+    // and its copy.
     // SAFETY: `foreign` outlives the buffer's use of it.
     let borrowed = unsafe {
         Stream::from_raw(foreign.as_raw(), device, Some(Arc::new(Capturer(stream.clone()))))

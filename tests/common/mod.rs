@@ -399,8 +399,8 @@ pub fn end_capture(stream: &Stream) {
 /// Runs in a forked child, which must end well.
 #[cfg(target_os = "linux")]
 pub fn in_child(action: impl FnOnce()) {
-    // SAFETY: the child calls nothing that another thread of the parent could have left half done, but the allocator,
-    // which takes care of itself.
+    // SAFETY: the child calls nothing that another thread of the parent could have left half done,
+    // but the allocator, which takes care of itself.
     let child = unsafe { libc::fork() };
     if child == 0 {
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action));
