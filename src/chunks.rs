@@ -36,7 +36,7 @@ pub(crate) fn fits(layout: Layout) -> bool {
     layout.size() <= LARGEST && layout.align() <= LARGEST
 }
 
-/// A layout that [fits](fits), in whole units.
+/// A layout that [fits], in whole units.
 fn in_units(layout: Layout) -> Layout {
     let bytes = layout.size().next_multiple_of(UNIT);
     Layout::from_size_align(bytes, layout.align().max(UNIT)).expect("it is small")
@@ -82,7 +82,7 @@ impl DeviceChunks {
         &self.chunks[flags.bits() as usize]
     }
 
-    /// A zeroed piece for a layout that is not empty and [fits](fits), if a chunk has room for it.
+    /// A zeroed piece for a layout that is not empty and [fits], if a chunk has room for it.
     pub(crate) fn piece(&'static self, layout: Layout, flags: HostFlags) -> Option<Piece> {
         let (chunks, layout) = (self.chunks(flags), in_units(layout));
         let address = chunks.lock().values_mut().find_map(|chunk| chunk.take(layout))?;

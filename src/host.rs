@@ -1,7 +1,7 @@
 //! Host memory, pinned if there is a CUDA device: zeroed, aligned, and given back as it was made.
 //!
 //! Pinned memory is [pages](crate::pages) of this process, [registered](crate::registered) with the
-//! runtime; small memory is cut from [chunks](crate::chunks) of them. If CUDA refuses to register
+//! runtime; small memory is cut from [chunks] of them. If CUDA refuses to register
 //! memory, `cudaHostAlloc` stands in. The runtime shares that memory with forked children, so a
 //! child's store is seen by the parent and by its copies; registered pages read as zeroes in a
 //! child.
