@@ -207,8 +207,8 @@ fn leave_behind(home: Home) {
     }
 }
 
-/// Whether anything is left behind.
-fn is_any_left() -> bool {
+/// Whether anything is left behind, by any buffer.
+pub(crate) fn is_any_left() -> bool {
     ANY.load(Ordering::Acquire)
 }
 

@@ -294,7 +294,8 @@ impl<T: Pod> BufferPool<T> {
     /// Prefers a buffer whose host half is not in flight. Where all of the few that it looks at may
     /// be, it asks the driver about one (`cudaEventQuery`), and hands that out, in flight or not.
     /// It waits for no transfer. (If tensors of the feature `dlpack` left buffers of this pool
-    /// behind and no other is left, it waits for the devices to have them back.) Growing takes what
+    /// behind and no other is left, it waits for the devices to have them back; and once more if
+    /// memory is short and other buffers left theirs behind.) Growing takes what
     /// allocating takes; where it fails, giving the other half back waits for the device.
     ///
     /// # Errors
@@ -483,24 +484,35 @@ impl Inner {
         Ok(segment)
     }
 
-    /// A slot, although none was free. Those that tensors left behind come before new ones. The
-    /// search goes on while the pool itself has some left behind: other threads may have taken the
-    /// ones that came back, and left theirs behind.
+    /// A slot, although none was free. Those that tensors left behind come before new ones. The search
+    /// goes on while the pool itself has some left behind: other threads may have taken the ones that
+    /// came back, and left theirs behind.
     fn claim_or_grow(&self) -> Result<(Lease<Storage>, bool)> {
         loop {
-            // Before the look. `Acquire`: if none is left behind, all that were are seen to be
-            // free.
+            // Before the look. `Acquire`: if none is left behind, all that were are seen to be free.
             let left_behind = self.left_behind.load(Ordering::Acquire);
             #[cfg(feature = "dlpack")]
             let left_behind = match left_behind {
                 0 => 0,
                 some => crate::exports::reclaim().map_or(0, |()| some),
             };
-            let slot = self.slots.claim_or_grow(Storage::is_known_ready, |total| self.grow(total));
+            let slot = self.claim_or_append();
+            #[cfg(feature = "dlpack")]
+            if let Err(Error::OutOfMemory { .. } | Error::PinningUnavailable { .. }) = &slot
+                && crate::exports::is_any_left()
+                && crate::exports::reclaim().is_ok()
+            {
+                // The memory of others came back.
+                return self.claim_or_append();
+            }
             if slot.is_ok() || left_behind == 0 {
                 return slot;
             }
         }
+    }
+
+    fn claim_or_append(&self) -> Result<(Lease<Storage>, bool)> {
+        self.slots.claim_or_grow(Storage::is_known_ready, |total| self.grow(total))
     }
 
     /// Slots for a pool that has `total`: as many as its options say, or as many as there is memory

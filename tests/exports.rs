@@ -1085,6 +1085,30 @@ fn an_owner_that_leaves_one_behind_each_time_makes_a_pool_wait_once() {
     });
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_pool_that_lacks_memory_to_grow_takes_back_what_others_left_behind() {
+    let test = "a_pool_that_lacks_memory_to_grow_takes_back_what_others_left_behind";
+    let Some((device, limits)) = common::sim::Limits::of(test) else { return };
+    dlpack::reclaim().unwrap();
+    let pool = BufferPool::<u32>::new(WORDS, device, 1).unwrap();
+    let held = pool.acquire().unwrap();
+    let mut lone = buffer(device).0;
+    limits.allocate(0, device);
+    let full = pool.acquire().err();
+    assert!(matches!(full, Some(Error::OutOfMemory { .. })), "{full:?}");
+    drop(lone.export_cpu().unwrap());
+    drop(lone);
+    reset();
+    let grown = pool.acquire().unwrap();
+    let once = waits();
+    assert!(pool.total() == 2 && once > Some(0));
+    // There is no more to come back, and nobody waits for that.
+    assert!(matches!(pool.acquire().err(), Some(Error::OutOfMemory { .. })));
+    assert_eq!(waits(), once);
+    drop((held, grown));
+}
+
 #[test]
 fn an_export_that_is_refused_changes_nothing() {
     cuda("an_export_that_is_refused_changes_nothing", |device| {
