@@ -44,7 +44,8 @@
 //! - Letting a tensor go calls no CUDA at all, so that it may happen in a callback of CUDA's, during a capture, in
 //!   a forked child, or at the end of the process. Dropping a buffer whose consumers were not waited for waits for nothing,
 //!   either. Both leave the memory *behind*: [`reclaim`] gives it back, and so does whatever next allocates
-//!   for a CUDA device, and [`acquire`](crate::BufferPool::acquire) where a pool has no other buffer left.
+//!   for a CUDA device, and [`acquire`](crate::BufferPool::acquire) of an exhausted pool, if buffers of that pool
+//!   are among it, or memory to grow is short.
 //!   To give it back at once, call [`synchronize`](CpuGpuBuffer::synchronize) between the tensors' end and the buffer's.
 //! - A forked child must not use a tensor of a CUDA buffer. Pinned host memory reads as zeroes
 //!   there, through a NumPy view, too, and the child's stores reach nobody. `SECURITY.md` has the
@@ -442,10 +443,10 @@ const fn dtype<T: Element>() -> DType {
 }
 
 impl<T: Element> CpuGpuBuffer<T> {
-    /// The device half as a tensor for a consumer that uses it on `stream`, first: orders the stream after everything that
-    /// this buffer has pending, as [`gpu_on`](Self::gpu_on) does. The buffer [guards](crate::dlpack#what-is-guarded) the
-    /// half as long as the tensor lives, and the stream may be destroyed when this has returned: where the driver answered
-    /// with an error, it may be remembered, as [`Stream::from_raw`] says.
+    /// The device side as a tensor for a consumer that uses it on `stream`, first: orders the stream
+    /// after everything that this buffer has pending, as [`gpu_on`](Self::gpu_on) does. The buffer
+    /// [guards](crate::dlpack#what-is-guarded) the side as long as the tensor lives. The stream may be
+    /// destroyed when this has returned, also with an error. A refused export leaves the buffer as it was.
     ///
     /// Where the last tensor of the half is gone and its consumer was not waited for, this waits for the devices first. On
     /// [`Device::Cpu`] the tensor is one of host memory. Needs the feature `dlpack`.
@@ -468,6 +469,37 @@ impl<T: Element> CpuGpuBuffer<T> {
     pub fn export_gpu(&mut self, stream: &Stream) -> Result<Tensor> {
         let (shape, device) = (Shape::from(self.shape()), self.dl_device());
         Tensor::new(&shape, dtype::<T>(), device, || self.storage_mut().lend_gpu(stream))
+    }
+
+    /// The device side as a tensor that is ordered with nothing, for a consumer that asks its producer for no
+    /// synchronization: `stream=-1` of the array API's `__dlpack__`. It calls no CUDA and waits for nothing. The buffer
+    /// [guards](crate::dlpack#what-is-guarded) the side as long as the tensor lives. Needs the feature `dlpack`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Forked`], and [`Error::InvalidShape`] as for [`export_gpu`](Self::export_gpu).
+    ///
+    /// # Safety
+    ///
+    /// - The consumer's first use comes after everything that this buffer has pending, and after the work of earlier
+    ///   consumers: in stream order, or since the host waited.
+    /// - The device side was used before: its first use zeroes it, and may come late.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Side, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut batch = CpuGpuBuffer::<f32>::new([32, 64], stream.device())?;
+    /// batch.copy_to_gpu(.., &stream)?;
+    /// stream.synchronize()?;
+    /// // SAFETY: the copy used the whole device side, and the host has waited for it.
+    /// let tensor = unsafe { batch.export_gpu_unordered() }?;
+    /// assert_eq!(batch.fill_gpu(1.0, &stream), Err(Error::Exported { side: Side::Device }));
+    /// # Ok::<(), Error>(())
+    /// ```
+    pub unsafe fn export_gpu_unordered(&mut self) -> Result<Tensor> {
+        let (shape, device) = (Shape::from(self.shape()), self.dl_device());
+        Tensor::new(&shape, dtype::<T>(), device, || self.storage_mut().lend_gpu_unordered())
     }
 
     /// The device half as a tensor that the buffer does not guard: its memory is kept as long as the tensor lives, and

@@ -81,10 +81,14 @@ impl Exports {
     /// Lends a half to a tensor. Only the holder of the buffer does, who has it exclusively: not while anybody
     /// [settles](Self::settle).
     pub(crate) fn lend(self: &Arc<Self>, side: Side) -> Loan {
-        let half = self.half(side);
-        half.unknown.store(self.device != Device::Cpu, Ordering::Relaxed);
-        half.living.fetch_add(1, Ordering::Relaxed);
+        self.distrust(side);
+        self.half(side).living.fetch_add(1, Ordering::Relaxed);
         Loan { exports: Arc::clone(self), side: Some(side) }
+    }
+
+    /// Work on this side may be queued that no record stands for. As for [`lend`](Self::lend).
+    pub(crate) fn distrust(&self, side: Side) {
+        self.half(side).unknown.store(self.device != Device::Cpu, Ordering::Relaxed);
     }
 
     /// Lends the memory and nothing else: the half is guarded by whoever asked for it.

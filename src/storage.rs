@@ -636,20 +636,33 @@ impl Storage {
             return Ok((ptr::null_mut(), None));
         }
         // A consumer before may still use it, and knows nothing of the next.
-        if !self.exports().is_lent(Side::Device) {
+        if !self.is_lent(Side::Device) {
             self.settle(&[Side::Device])?;
         }
         if let Some(entered) = &entered {
             self.order(entered)?;
-            self.define(entered)?;
-            // The stream may be gone when somebody asks. Who does will wait for the devices, for the consumer's sake: what
-            // could not be closed is over then, too.
+            let defined = self.define(entered);
+            // The stream may be destroyed before the record is asked about.
             self.device_use.close();
             if self.device_use.is_lazy() {
+                // The next use of the device side waits for the devices instead of the record.
+                self.exports().distrust(Side::Device);
                 self.device_use.cover();
             }
+            defined?;
         }
-        // Last, so that an export that is refused changes nothing.
+        // Last: a refused export leaves the buffer as it was.
+        let loan = self.exports().lend(Side::Device);
+        Ok((self.gpu, Some(loan)))
+    }
+
+    /// Lends the device side, guarded and ordered with nothing. As for [`lend_gpu`](Self::lend_gpu).
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn lend_gpu_unordered(&mut self) -> Result<(*mut u8, Option<Loan>)> {
+        self.refuse_child()?;
+        if self.bytes == 0 {
+            return Ok((ptr::null_mut(), None));
+        }
         let loan = self.exports().lend(Side::Device);
         Ok((self.gpu, Some(loan)))
     }
@@ -673,12 +686,17 @@ impl Storage {
             return Ok((ptr::null_mut(), None));
         }
         // While it is lent, nothing comes to be in flight.
-        if !self.exports().is_lent(Side::Host) {
+        if !self.is_lent(Side::Host) {
             self.wait_to_write()?;
         }
         let loan = self.exports().lend(Side::Host);
         self.host_is_free = false;
         Ok((self.host, Some(loan)))
+    }
+
+    #[cfg(feature = "dlpack")]
+    fn is_lent(&self, side: Side) -> bool {
+        self.exports.as_ref().is_some_and(|exports| exports.is_lent(side))
     }
 
     #[cfg(feature = "dlpack")]

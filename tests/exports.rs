@@ -1135,6 +1135,100 @@ fn an_export_that_is_refused_changes_nothing() {
     });
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn whatever_fails_in_an_export_nothing_is_lent_and_the_next_use_comes_after_what_was_queued() {
+    let test =
+        "whatever_fails_in_an_export_nothing_is_lent_and_the_next_use_comes_after_what_was_queued";
+    cuda(test, |device| {
+        if !common::is_simulated() {
+            return common::left_out(test, "faults need the simulated runtime");
+        }
+        let stream = Stream::new(device).unwrap();
+        // With its effect: the zeroing is queued although the call failed. Alone, or all calls after it, too, so that no
+        // event can be recorded behind the zeroing.
+        for once in [true, false] {
+            let mut failed = 0;
+            for number in 1.. {
+                let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, device).unwrap();
+                buffer.fill_cpu(NEW).unwrap();
+                let (theirs, raw) = foreign_stream(device);
+                let gate = Gate::close(&theirs);
+                common::sim::reset();
+                common::sim::fail(number, 700, once, true);
+                let exported = buffer.export_gpu(&theirs);
+                let injected = common::sim::injected();
+                common::sim::heal();
+                // The buffer may not touch it any more.
+                drop(theirs);
+                // SAFETY: as above.
+                unsafe { destroy(raw) };
+                if injected == 0 {
+                    gate.open();
+                    break;
+                }
+                common::sim::reset();
+                let lent = exported.is_ok();
+                drop(exported);
+                gate.waits(|| {
+                    buffer.copy_to_gpu(.., &stream).unwrap();
+                    stream.synchronize().unwrap();
+                });
+                // SAFETY: no arguments. The zeroing, if it comes later.
+                assert_eq!(unsafe { sys::cudaDeviceSynchronize() }, sys::cudaError::cudaSuccess);
+                all(&gpu(&buffer), NEW);
+                failed += u64::from(!lent);
+                if once && !lent {
+                    // One wait is that of this test.
+                    assert_eq!(waits(), Some(1), "call {number}");
+                }
+                reset();
+                drop(buffer);
+                dlpack::reclaim().unwrap();
+                assert_eq!(waits(), Some(0), "call {number}: something was left behind");
+            }
+            assert!(failed > 3, "only {failed} calls failed");
+        }
+    });
+}
+
+#[test]
+fn a_tensor_that_is_ordered_with_nothing_waits_for_nothing_and_is_guarded() {
+    cuda("a_tensor_that_is_ordered_with_nothing_waits_for_nothing_and_is_guarded", |device| {
+        let (mut buffer, stream) = buffer(device);
+        let theirs = Stream::new(device).unwrap();
+        let seen = Foreign::new(WORDS, 0);
+        // The work of an earlier consumer is unknown, a copy is queued, and a stream is captured.
+        drop(buffer.export_gpu(&stream).unwrap());
+        let gate = Gate::close(&stream);
+        // SAFETY: as many words, which nothing else uses.
+        unsafe { buffer.copy_to_device_ptr(.., seen.as_ptr(), &stream) }.unwrap();
+        common::begin_capture(&theirs);
+        reset();
+        let consumer = gate.passes(|| {
+            // SAFETY: used when the stream was waited for.
+            Consumer::new(unsafe { buffer.export_gpu_unordered() }.unwrap())
+        });
+        #[cfg(target_os = "linux")]
+        if common::is_simulated() {
+            assert_eq!(common::sim::calls(), 0, "CUDA was called");
+        }
+        common::end_capture(&theirs);
+        let refused = Err(Error::Exported { side: Side::Device });
+        assert_eq!(buffer.copy_to_gpu(.., &stream), refused);
+        stream.synchronize().unwrap();
+        let gate = Gate::close(&theirs);
+        common::store(consumer.data(), WORDS, NEW, &theirs);
+        consumer.let_go();
+        gate.waits(|| {
+            buffer.copy_to_gpu(.., &stream).unwrap();
+            stream.synchronize().unwrap();
+        });
+        theirs.synchronize().unwrap();
+        all(&gpu(&buffer), OLD);
+    });
+}
+
 #[test]
 fn dropping_a_lent_buffer_never_waits_also_where_its_memory_is_given_up() {
     cuda("dropping_a_lent_buffer_never_waits_also_where_its_memory_is_given_up", |device| {

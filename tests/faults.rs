@@ -274,6 +274,11 @@ const OPERATIONS: &[(&str, Operation)] = &[
         bench.buffer.copy_to_gpu(1..3, &bench.other)
     }),
     #[cfg(feature = "dlpack")]
+    ("CpuGpuBuffer::export_gpu_unordered", |bench| {
+        // SAFETY: nobody uses it.
+        unsafe { bench.buffer.export_gpu_unordered() }.map(drop)
+    }),
+    #[cfg(feature = "dlpack")]
     ("CpuGpuBuffer::export_gpu_unguarded", |bench| {
         // SAFETY: nobody uses it.
         unsafe { bench.buffer.export_gpu_unguarded() }.map(drop)

@@ -128,6 +128,10 @@ trait Halves: Send + Sync {
     fn export_cpu(&mut self) -> cpu_gpu_buffer::Result<Tensor>;
     /// # Safety
     ///
+    /// As for [`CpuGpuBuffer::export_gpu_unordered`].
+    unsafe fn export_gpu_unordered(&mut self) -> cpu_gpu_buffer::Result<Tensor>;
+    /// # Safety
+    ///
     /// As for [`CpuGpuBuffer::export_gpu_unguarded`].
     unsafe fn export_gpu_unguarded(&mut self) -> cpu_gpu_buffer::Result<Tensor>;
 }
@@ -199,6 +203,11 @@ where
         self.export_cpu()
     }
 
+    unsafe fn export_gpu_unordered(&mut self) -> cpu_gpu_buffer::Result<Tensor> {
+        // SAFETY: the caller vouches for the consumer.
+        unsafe { self.export_gpu_unordered() }
+    }
+
     unsafe fn export_gpu_unguarded(&mut self) -> cpu_gpu_buffer::Result<Tensor> {
         // SAFETY: the caller vouches for the consumer.
         unsafe { self.export_gpu_unguarded() }
@@ -212,7 +221,12 @@ fn made<T: Element + Send + Sync + AsPrimitive<f64>>(
 where
     f64: AsPrimitive<T>,
 {
-    Ok(Box::new(CpuGpuBuffer::<T>::new(shape, device).map_err(raised)?))
+    let mut buffer = CpuGpuBuffer::<T>::new(shape, device).map_err(raised)?;
+    let stream = cpu_gpu_buffer::Stream::new(device).map_err(raised)?;
+    // The first use zeroes the device side. A consumer that asks for no order would not come after it.
+    buffer.gpu_on(&stream).map_err(raised)?;
+    buffer.synchronize().map_err(raised)?;
+    Ok(Box::new(buffer))
 }
 
 /// A pinned host side and a device side of one shape. Its own DLPack is that of the device side.
@@ -342,10 +356,6 @@ impl Buffer {
     /// With -1 no stream of the consumer's waits, and the host waits for nothing that is pending.
     /// The buffer guards the side as for any tensor. The consumer takes on the ordering: call
     /// `use_on` with a stream first, and use the tensor on that stream, or after its work.
-    /// `use_on` also orders the zeroing of a side that was never used. One wait remains, for
-    /// earlier consumers: if their tensors are gone and nothing has waited for their work since,
-    /// the export waits for the devices, as any use of the side does. `synchronize` or `use_on`
-    /// before the export takes that wait out of it.
     #[pyo3(signature = (*, stream = None, max_version = None, dl_device = None, copy = None))]
     fn __dlpack__(
         &mut self,
@@ -383,7 +393,9 @@ impl Buffer {
                 ours.synchronize()?;
                 Ok(tensor)
             }
-            Consumer::Unordered => halves.export_gpu(&cpu_gpu_buffer::Stream::new(device)?),
+            // SAFETY: the consumer asked for no order, and so has made it itself. The side was zeroed
+            // when the buffer was made.
+            Consumer::Unordered => unsafe { halves.export_gpu_unordered() },
         });
         capsule(py, tensor.map_err(raised)?, max_version)
     }
@@ -407,7 +419,7 @@ enum Consumer {
     Stream(usize),
     /// The host waits in place of a stream that this module cannot name.
     Unnamed,
-    /// Nothing that the consumer uses waits. Only a stream of the module's own does.
+    /// Nothing waits, and no CUDA is called.
     Unordered,
 }
 
