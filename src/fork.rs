@@ -20,8 +20,15 @@ static WORKED: AtomicBool = AtomicBool::new(false);
 /// How many threads are asking right now.
 static ASKING: AtomicU32 = AtomicU32::new(0);
 /// Why the first question last failed in this process, and in the one that it was forked from.
-static FAILED: AtomicPtr<String> = AtomicPtr::new(ptr::null_mut());
-static INHERITED: AtomicPtr<String> = AtomicPtr::new(ptr::null_mut());
+static FAILED: AtomicPtr<Failure> = AtomicPtr::new(ptr::null_mut());
+static INHERITED: AtomicPtr<Failure> = AtomicPtr::new(ptr::null_mut());
+
+/// Never freed, since a child may be reading it.
+struct Failure {
+    reason: String,
+    /// The one before, which a leak detector finds by this.
+    _before: *mut Failure,
+}
 
 /// Asks the first question to CUDA, whose answer decides about children forked from now on. An
 /// error has its whole text when the question returns: a child makes no call for it.
@@ -41,11 +48,12 @@ pub(crate) fn ask<T>(question: impl FnOnce() -> Result<T>) -> Result<T> {
 }
 
 fn remember(reason: &str) {
-    let known = FAILED.load(Ordering::SeqCst);
-    // SAFETY: null, or a string that was leaked below.
-    if unsafe { known.as_ref() }.is_none_or(|known| known != reason) {
-        // Leaked, since a child may be reading it. The same reason is not leaked again.
-        FAILED.store(Box::leak(Box::new(reason.to_string())), Ordering::SeqCst);
+    let before = FAILED.load(Ordering::SeqCst);
+    // SAFETY: null, or a failure that was leaked below.
+    if unsafe { before.as_ref() }.is_none_or(|known| known.reason != reason) {
+        // The same reason is not leaked again.
+        let failure = Failure { reason: reason.into(), _before: before };
+        FAILED.store(Box::leak(Box::new(failure)), Ordering::SeqCst);
     }
 }
 
@@ -101,9 +109,9 @@ pub(crate) fn refuse_child() -> Result<()> {
 /// returns. It takes no lock, and makes no call.
 pub(crate) fn refuse_heir() -> Result<()> {
     refuse_child()?;
-    // SAFETY: null, or a string that `remember` leaked in the parent.
+    // SAFETY: null, or a failure that `remember` leaked in the parent.
     match unsafe { INHERITED.load(Ordering::Relaxed).as_ref() } {
         None => Ok(()),
-        Some(reason) => Err(Error::Unavailable { reason: reason.clone() }),
+        Some(failure) => Err(Error::Unavailable { reason: failure.reason.clone() }),
     }
 }

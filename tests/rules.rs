@@ -311,13 +311,15 @@ fn registered_memory_has_a_device_address_if_it_is_mapped() {
         let registered = |flags| {
             // SAFETY: not of size 0.
             let page: *mut c_void = unsafe { std::alloc::alloc_zeroed(layout) }.cast();
-            // SAFETY: a page of the test's own, which is never given back.
+            // SAFETY: a page of the test's own, given back when it is no longer registered.
             assert_eq!(unsafe { sys::cudaHostRegister(page, 4096, flags) }, SUCCESS);
             let status = address(page);
             // SAFETY: no arguments.
             let _ = unsafe { sys::cudaGetLastError() };
             // SAFETY: registered above, and in no use.
             assert_eq!(unsafe { sys::cudaHostUnregister(page) }, SUCCESS);
+            // SAFETY: allocated above with this layout.
+            unsafe { std::alloc::dealloc(page.cast(), layout) };
             status
         };
         assert_eq!(registered(sys::cudaHostRegisterDefault), SUCCESS);
