@@ -5,8 +5,8 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::figures::{Figure, Run};
-use crate::lanes::{OURS, RAW};
-use crate::report::{distinct, number, size};
+use crate::format::{distinct, number, size};
+use crate::lane::{OURS, RAW};
 use crate::subjects::pool;
 
 pub struct Chart {
@@ -299,7 +299,7 @@ fn enqueue(run: &Run) -> Option<String> {
     let rows = BAR * names.len() as i32;
     let bottom = 76 + rows;
     let svg = drawn((LEFT + 2 * PANEL) as u32, (bottom + 60) as u32, |area| {
-        write(area, "What enqueueing a copy of 4 KB costs the caller", (20, 20), 19, HPos::Left);
+        write(area, "Cost of enqueueing a copy of 4 KB", (20, 20), 19, HPos::Left);
         for (row, name) in names.iter().enumerate() {
             write(
                 area,

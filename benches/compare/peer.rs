@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cpu_gpu_buffer::sys;
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, PinnedHostSlice};
 
-use crate::lanes::Lane;
+use crate::lane::Lane;
 
 pub struct Peer {
     tracked: Arc<CudaContext>,

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 
 use crate::charts;
 use crate::figures::{Figure, Run};
+use crate::format::{distinct, number, ratio, size};
 use crate::goals::{Bound, Goal, goals};
-use crate::lanes::{OURS, OURS_PREFIX, RAW_EVENT};
+use crate::lane::{OURS, OURS_PREFIX, RAW_EVENT};
 use crate::subjects;
 
 const TEMPLATE: &str = "\
@@ -163,7 +164,8 @@ fn sentence(run: &Run) -> String {
 }
 
 fn goal_table(goals: &[Goal], short: bool) -> String {
-    let mut table = "| what | against | goal | measured | |\n|---|---|---|---|---|\n".to_string();
+    let mut table =
+        "| operation | compared with | goal | measured | |\n|---|---|---|---|---|\n".to_string();
     for goal in goals {
         let bound = match goal.bound {
             Bound::AtMost(bound) if bound < 0.1 => format!("at most {bound}"),
@@ -201,18 +203,9 @@ fn quoted(run: &Run) -> String {
     let lines = of([
         ("`copy_to_gpu` of 4 KB, enqueue", RAW_EVENT),
         ("`cpu_mut` of an idle buffer", "cudaEventQuery"),
-        ("1 GB of zeroed pinned memory and a device half, allocated", "cudaHostAlloc + cudaMalloc"),
+        ("1 GB of zeroed pinned memory and a device side, allocated", "cudaHostAlloc + cudaMalloc"),
     ]);
-    format!("{}\n\n| what | against | ratio |\n|---|---|---|\n{lines}", sentence(run))
-}
-
-pub fn distinct<V: PartialEq>(all: impl Iterator<Item = V>) -> Vec<V> {
-    all.fold(Vec::new(), |mut seen, value| {
-        if !seen.contains(&value) {
-            seen.push(value);
-        }
-        seen
-    })
+    format!("{}\n\n| operation | compared with | ratio |\n|---|---|---|\n{lines}", sentence(run))
 }
 
 /// One table for each unit of a subject's: a line for each case and size, a column for each contender.
@@ -271,30 +264,4 @@ fn at_text(subject: &str, case: &str, at: usize) -> String {
         ("pool" | "threads", _) => format!("{at} thread{}", if at == 1 { "" } else { "s" }),
         _ => size(at),
     }
-}
-
-pub fn size(bytes: usize) -> String {
-    let units = [(30, "GB"), (20, "MB"), (10, "KB")];
-    let unit = units.into_iter().find(|(shift, _)| bytes >= 1 << shift);
-    unit.map_or(format!("{bytes} B"), |(shift, unit)| format!("{} {unit}", bytes >> shift))
-}
-
-/// Three digits that count, and thousands marked.
-pub fn number(value: f64) -> String {
-    match value {
-        1000.0.. => {
-            let digits = format!("{value:.0}");
-            let groups: Vec<_> =
-                digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy).collect();
-            groups.join(",")
-        }
-        100.0.. => format!("{value:.0}"),
-        10.0.. => format!("{value:.1}"),
-        1.0.. => format!("{value:.2}"),
-        _ => format!("{value:.3}"),
-    }
-}
-
-fn ratio(value: f64) -> String {
-    if value < 0.1 { format!("{value:.3}") } else { format!("{value:.2}") }
 }

@@ -8,8 +8,13 @@ use crate::figures::Run;
 /// It travels within the program.
 const SCRIPT: &str = include_str!("../compare.py");
 
-pub const SUBJECTS: [&str; 7] =
+const SUBJECTS: [&str; 7] =
     ["enqueue", "latency", "bandwidth", "fill", "pinned", "access", "group"];
+
+/// Whether `compare.py` measures the subject, too.
+pub fn has_subject(name: &str) -> bool {
+    SUBJECTS.contains(&name)
+}
 
 pub struct Torch {
     child: Child,

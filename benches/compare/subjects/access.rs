@@ -5,9 +5,10 @@ use std::hint::black_box;
 
 use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
 
-use super::{BATCH, Job, compare};
+use super::job::{BATCH, Job, compare};
 use crate::figures::Run;
-use crate::lanes::{Kind, OURS};
+use crate::lane::OURS;
+use crate::lanes::Kind;
 use crate::measure::{Named, each, turns};
 use crate::raw::{self, Event};
 use crate::setup::Setup;

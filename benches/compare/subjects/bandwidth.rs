@@ -2,9 +2,10 @@
 
 use std::hint::black_box;
 
-use super::Job;
+use super::job::Job;
 use crate::figures::Run;
-use crate::lanes::{Kind, Lane, verify};
+use crate::lane::{Lane, verify};
+use crate::lanes::Kind;
 use crate::measure::{seconds, turns};
 use crate::raw::Timer;
 use crate::setup::Setup;

@@ -1,8 +1,9 @@
 //! What enqueueing a copy costs the thread that does it.
 
-use super::{BATCH, Job};
+use super::job::{BATCH, Job};
 use crate::figures::Run;
-use crate::lanes::{Kind, Lane, verify};
+use crate::lane::{Lane, verify};
+use crate::lanes::Kind;
 use crate::measure::{each, turns};
 use crate::setup::Setup;
 

@@ -7,9 +7,9 @@ use std::mem;
 use bytemuck::Pod;
 use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Pinning, Stream, sys};
 
-use super::{BATCH, Job, compare};
+use super::job::{BATCH, Job, compare};
 use crate::figures::Run;
-use crate::lanes::OURS;
+use crate::lane::OURS;
 use crate::measure::{Named, each, seconds};
 use crate::raw::{self, Timer};
 use crate::setup::Setup;

@@ -2,7 +2,7 @@
 
 use cpu_gpu_buffer::{BufferGroup, CpuGpuBuffer, Device, GroupLayoutBuilder, Key, Stream, sys};
 
-use super::{BATCH, Job};
+use super::job::{BATCH, Job};
 use crate::figures::Run;
 use crate::measure::{each, seconds, turns};
 use crate::raw::{self, DeviceMemory, Pinned};
@@ -15,7 +15,7 @@ const ROOM: usize = 16 << 10;
 pub const BYTES: usize = MEMBERS * ROOM / 2;
 pub const CASES: [&str; 2] = ["enqueue", "until done"];
 pub const GROUP: &str = "cpu-gpu-buffer group";
-const GROUP_HOST_OWNED: &str = "cpu-gpu-buffer group, host-owned";
+const GROUP_MIRRORED: &str = "cpu-gpu-buffer group, mirrored";
 const BUFFERS: &str = "cpu-gpu-buffer, 16 buffers";
 pub const RAW_EACH: &str = "16 cudaMemcpyAsync";
 const RAW_ALL: &str = "one cudaMemcpyAsync of as much";
@@ -35,7 +35,7 @@ fn job(setup: &Setup, run: &mut Run) {
     let device = setup.device;
     let mut bundles: Vec<Box<dyn Bundle>> = vec![
         Box::new(Grouped::new(GROUP, device)),
-        Box::new(Grouped::new(GROUP_HOST_OWNED, device)),
+        Box::new(Grouped::new(GROUP_MIRRORED, device)),
         Box::new(Single::new(device)),
     ];
     if setup.is_cuda() {
@@ -120,7 +120,7 @@ impl Grouped {
     fn new(name: &'static str, device: Device) -> Grouped {
         let mut builder = GroupLayoutBuilder::new();
         let add = |_| match name {
-            GROUP_HOST_OWNED => builder.add_host_owned(ROOM),
+            GROUP_MIRRORED => builder.add_host_owned(ROOM),
             _ => builder.add(ROOM),
         };
         let keys = (0..MEMBERS).map(add).collect();

@@ -1,8 +1,9 @@
 //! From the call that enqueues a copy to the first byte that may be read, or written again.
 
-use super::Job;
+use super::job::Job;
 use crate::figures::Run;
-use crate::lanes::{Kind, Lane, RAW, RAW_EVENT, verify};
+use crate::lane::{Lane, RAW, RAW_EVENT, verify};
+use crate::lanes::Kind;
 use crate::measure::{seconds, turns};
 use crate::setup::Setup;
 

@@ -5,9 +5,9 @@
 
 use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
 
-use super::{Job, Way, lives, way};
+use super::job::{Job, Lifecycle, compare_lifecycles, lifecycle};
 use crate::figures::Run;
-use crate::lanes::OURS;
+use crate::lane::OURS;
 use crate::raw::{DeviceMemory, Pinned, Registered};
 use crate::setup::Setup;
 
@@ -23,18 +23,19 @@ pub fn plan(setup: &Setup) -> Vec<Job> {
     setup.sizes(&SIZES).map(move |bytes| job(bytes, ALONE)).chain(beside).collect()
 }
 
-fn ways(setup: &Setup, bytes: usize) -> Vec<Way<'_>> {
+fn lifecycles(setup: &Setup, bytes: usize) -> Vec<Lifecycle<'_>> {
     let buffer = move || CpuGpuBuffer::<u8>::new(bytes, setup.device).unwrap();
-    let mut ways = vec![way(OURS, buffer)];
+    let mut lifecycles = vec![lifecycle(OURS, buffer)];
     if setup.is_cuda() {
-        ways.push(way(RAW_BOTH, move || (Pinned::new(bytes), DeviceMemory::new(bytes))));
-        ways.push(way("cudaMalloc", move || DeviceMemory::new(bytes)));
-        ways.push(way("mmap + cudaHostRegister", move || Registered::new(bytes)));
+        lifecycles
+            .push(lifecycle(RAW_BOTH, move || (Pinned::new(bytes), DeviceMemory::new(bytes))));
+        lifecycles.push(lifecycle("cudaMalloc", move || DeviceMemory::new(bytes)));
+        lifecycles.push(lifecycle("mmap + cudaHostRegister", move || Registered::new(bytes)));
     }
     if let Some(peer) = &setup.cudarc {
-        ways.push(way("cudarc alloc_pinned", move || peer.pinned_as_usual(bytes)));
+        lifecycles.push(lifecycle("cudarc alloc_pinned", move || peer.pinned_as_usual(bytes)));
     }
-    ways
+    lifecycles
 }
 
 fn job(setup: &Setup, run: &mut Run, bytes: usize, cases: [&str; 2]) {
@@ -50,7 +51,7 @@ fn job(setup: &Setup, run: &mut Run, bytes: usize, cases: [&str; 2]) {
     let rounds =
         rounds.into_iter().find(|(most, _)| bytes <= *most).map_or(2, |(_, rounds)| rounds);
     let rounds = if setup.short { 3 } else { rounds };
-    lives(run, rounds, ("pinned", cases, bytes), &mut ways(setup, bytes));
+    compare_lifecycles(run, rounds, ("pinned", cases, bytes), &mut lifecycles(setup, bytes));
     verify(setup.device, bytes);
 }
 

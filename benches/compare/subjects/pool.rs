@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use cpu_gpu_buffer::{BufferPool, CpuGpuBuffer, PoolOptions};
 use crossbeam_queue::{ArrayQueue, SegQueue};
 
-use super::{Job, compare, lives, way};
+use super::job::{Job, compare, compare_lifecycles, lifecycle};
 use crate::figures::Run;
 use crate::measure::Named;
 use crate::setup::Setup;
@@ -143,11 +143,12 @@ fn contention(setup: &Setup, run: &mut Run, case: &str, hold: usize, threads: us
 fn creation(setup: &Setup, run: &mut Run) {
     let device = setup.device;
     let buffers = if setup.short { 64 } else { BUFFERS };
-    let pool = way("one BufferPool", move || BufferPool::<u8>::new(4096, device, buffers).unwrap());
-    let single = way("single buffers", move || {
+    let pool =
+        lifecycle("one BufferPool", move || BufferPool::<u8>::new(4096, device, buffers).unwrap());
+    let single = lifecycle("single buffers", move || {
         let one = |_| CpuGpuBuffer::<u8>::new(4096, device).unwrap();
         (0..buffers).map(one).collect::<Vec<_>>()
     });
     let cases = ["making buffers of 4 KB", "dropping buffers of 4 KB"];
-    lives(run, setup.rounds(3), ("pool", cases, buffers), &mut [pool, single]);
+    compare_lifecycles(run, setup.rounds(3), ("pool", cases, buffers), &mut [pool, single]);
 }

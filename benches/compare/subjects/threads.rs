@@ -3,9 +3,10 @@
 use std::sync::Barrier;
 use std::thread;
 
-use super::Job;
+use super::job::Job;
 use crate::figures::Run;
-use crate::lanes::{Kind, Lane, verify};
+use crate::lane::{Lane, verify};
+use crate::lanes::Kind;
 use crate::measure::{each, turns};
 use crate::setup::Setup;
 
