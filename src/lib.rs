@@ -1,46 +1,93 @@
-//! Pinned host memory and CUDA device memory of one shape, with asynchronous copies between them that
-//! no safe program can race with. It builds with nothing but Rust, uses CUDA where the machine has it,
-//! and otherwise runs the same program on [`Device::Cpu`].
+//! Pinned host memory and CUDA device memory of one shape, with asynchronous copies between them
+//! that no safe program can race with.
 //!
-//! The same step over the raw runtime, and with this crate:
+//! The crate builds with nothing but Rust. It loads the CUDA runtime when it is first needed.
+//! Without CUDA, the same program runs on [`Device::Cpu`].
+//!
+//! ```
+//! use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+//!
+//! fn main() -> cpu_gpu_buffer::Result<()> {
+//!     let device = Device::auto(); // the first CUDA device that works, or the CPU
+//!     let stream = Stream::new(device)?;
+//!     let mut tokens = CpuGpuBuffer::<i32>::new([32, 8], device)?; // both sides zeroed
+//!
+//!     for step in 0..10 {
+//!         // Waits for the previous upload if that still reads this memory.
+//!         tokens.cpu_mut()?[..16].fill(step);
+//!         tokens.copy_to_gpu(..2, &stream)?; // rows 0 and 1; enqueued, returns at once
+//!         let view = tokens.gpu_on(&stream)?;
+//!         // Launch kernels with `view.as_mut_ptr()` on `stream.as_raw()` here.
+//!         assert_eq!(view.len(), 32 * 8);
+//!         tokens.copy_to_cpu(..1, &stream)?;
+//!         assert_eq!(tokens.cpu()?[..8], [step; 8]); // waits for the copy to the host side
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # The in-flight rule
+//!
+//! A [`CpuGpuBuffer`] has a *host side*, which the program reads and writes, and a *device side*,
+//! which kernels read and write. An *upload* copies rows from the host side to the device side, a
+//! *download* copies them back. Both run later, on a [`Stream`]: a queue of work for one device,
+//! which runs in order. Until a copy has run, it is *in flight*.
+//!
+//! With the raw runtime, the program must wait before it touches the memory again:
 //!
 //! ```c
 //! cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream);
-//! host[0] = next; // a race: the copy may not have read `host` yet, and nothing says so
+//! host[0] = next; // a race: the copy may not have read `host` yet
 //! ```
 //!
-//! ```
-//! # use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
-//! # let (stream, next) = (Stream::new(Device::auto())?, 1);
-//! # let mut buffer = CpuGpuBuffer::<i32>::new(1024, Device::auto())?;
-//! buffer.copy_to_gpu(.., &stream)?;
-//! buffer.cpu_mut()?[0] = next; // waits for the copy, and for nothing else
-//! # Ok::<(), cpu_gpu_buffer::Error>(())
-//! ```
+//! Here the buffer tracks its own copies. Its accessors wait for exactly those copies that make the
+//! access unsafe:
 //!
-//! A [`BufferPool`] hands such buffers out again and again, to any number of threads, without locks. A [`BufferGroup`] moves
-//! rows of many arrays by one call, and a ring has several host halves.
+//! - [`cpu`](CpuGpuBuffer::cpu) waits for downloads.
+//! - [`cpu_mut`](CpuGpuBuffer::cpu_mut) waits for uploads and downloads.
+//! - Neither waits for kernels or for other buffers. If nothing is in flight, each costs one atomic
+//!   load.
+//! - If the next operation uses another stream, that stream waits. The thread does not.
 //!
-//! The [guide] says what waits for what, how to launch your own kernels, what each error means, and how to [come over] from
-//! vLLM's `CpuGpuBuffer`, raw CUDA calls and cudarc.
+//! The buffer may be moved, sent to another thread, dropped or forgotten at any time.
 //!
-//! [come over]: guide::moving
+//! # Which type
+//!
+//! - [`CpuGpuBuffer`] is one array.
+//! - [`BufferPool`] hands buffers of one shape to any number of threads, without locks. Dropping a
+//!   buffer gives it back.
+//! - [`BufferGroup`] keeps many arrays, its *members*, in one slab for each side. One call moves
+//!   rows of any of them. A *mirrored* member ([`add_mirrored`](GroupLayoutBuilder::add_mirrored))
+//!   is never written on the device, so that an upload may include its rows between two requested
+//!   ranges.
+//! - [`GroupRing`] and [`BufferRing`] have several host *slots* for one device side. The program
+//!   writes the next input into one slot while the previous slot is still queued.
+//!
+//! The [guide] explains waiting, your own kernels, CUDA graphs, environment variables and each
+//! error. [Moving over](guide::moving) compares programs with vLLM's `CpuGpuBuffer` and with raw
+//! CUDA calls, [another page](guide::cudarc) with cudarc.
 //!
 //! # What it refuses to do
 //!
-//! - It hands out no guard whose forgetting would make a race: a buffer itself knows what is in flight.
-//! - It enqueues nothing on a stream that is being captured into a graph, where it would not run.
-//! - It frees no memory while the driver cannot say that nothing uses it: it leaks it.
-//! - It links to no CUDA library, unless the feature `static` asks for it, and never panics for want of one.
+//! - Copies return no guard objects. The buffer itself tracks pending copies, so `mem::forget` is
+//!   safe.
+//! - It enqueues no work on a stream that is being captured into a CUDA graph. Calls return
+//!   [`Error::StreamCapturing`].
+//! - It never frees memory that may be in use. If the driver cannot confirm that memory is unused,
+//!   the crate leaks it.
+//! - It links no CUDA library, unless the feature `static` is on. If no library is found,
+//!   operations return [`Error::Unavailable`] and nothing panics.
 //! - It uses neither managed nor write-combined memory.
 //!
 //! # Features
 //!
-//! - `half`: `f16` and `bf16` elements, those of the `half` crate.
-//! - `ndarray`: the host half as an array: `cpu_array` and `cpu_array_mut` of buffers, groups and rings.
-//! - `dlpack`: either half as a DLPack tensor, for PyTorch and others: the module `dlpack`.
-//! - `bindgen`: regenerates the CUDA bindings from the machine's own headers.
-//! - `static`: links the static CUDA runtime instead of loading one.
+//! No feature is on by default.
+//!
+//! - `half`: elements `f16` and `bf16` of the `half` crate.
+//! - `ndarray`: `cpu_array` and `cpu_array_mut`, the host side as an array of the `ndarray` crate.
+//! - `dlpack`: either side as a DLPack tensor, for PyTorch and others. See the module `dlpack`.
+//! - `bindgen`: CUDA bindings generated at build time from the machine's headers.
+//! - `static`: the static CUDA runtime, linked instead of loaded. Linux only.
 
 // docs.rs says of each item which feature it needs.
 #![cfg_attr(docsrs, feature(doc_cfg))]

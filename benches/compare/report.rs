@@ -10,7 +10,7 @@ use crate::figures::{Figure, Run};
 use crate::format::{distinct, number, ratio, size};
 use crate::goals::{Bound, Goal, goals};
 use crate::lane::{OURS, OURS_PREFIX, RAW_EVENT};
-use crate::subjects;
+use crate::subjects::{self, group, latency};
 
 const TEMPLATE: &str = "\
 # Benchmarks
@@ -202,8 +202,8 @@ fn quoted(run: &Run) -> String {
     };
     let lines = of([
         ("`copy_to_gpu` of 4 KB, enqueue", RAW_EVENT),
-        ("`cpu_mut` of an idle buffer", "cudaEventQuery"),
-        ("1 GB of zeroed pinned memory and a device side, allocated", "cudaHostAlloc + cudaMalloc"),
+        ("`copy_to_cpu` of 4 KB and `cpu`, until it is read", latency::RAW_STREAM_WAIT),
+        ("prefixes of 16 members of a group, 128 KB in all, enqueue", group::RAW_EACH),
     ]);
     format!("{}\n\n| operation | compared with | ratio |\n|---|---|---|\n{lines}", sentence(run))
 }
