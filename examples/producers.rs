@@ -24,7 +24,7 @@ const WIDTH: usize = 128;
 /// Batches of which the consumer has not seen yet what the GPU got.
 const UNSEEN: usize = 8;
 
-/// A batch on its way: its rows are in the buffer's device half, or will be when the producer's stream gets there.
+/// A batch on its way: its rows are in the buffer's device side, or will be when the producer's stream gets there.
 struct Batch {
     buffer: CpuGpuBuffer<u32>,
     rows: usize,

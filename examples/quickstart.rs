@@ -23,7 +23,7 @@ type Failure = Box<dyn std::error::Error>;
 const PIECE: usize = 4 << 20;
 const IN_FLIGHT: usize = 4;
 
-/// A piece of the file on its way back, into the host half of a buffer.
+/// A piece of the file on its way back, into the host side of a buffer.
 struct Piece {
     down: CpuGpuBuffer<u8>,
     bytes: usize,

@@ -21,7 +21,7 @@ use crate::host::{HostFlags, Pinning};
 use crate::shape::{Shape, select};
 #[cfg(feature = "dlpack")]
 use crate::storage::Storage;
-use crate::storage::{BOTH, Form, Home};
+use crate::storage::{BOTH, SideLayout, StorageHandle};
 use crate::stream::Stream;
 use crate::view::GpuView;
 
@@ -37,7 +37,7 @@ use crate::view::GpuView;
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BufferOptions {
-    /// Whether the host half is pinned: [`Pinning::Preferred`] unless given.
+    /// Whether the host side is pinned: [`Pinning::Preferred`] unless given.
     pub pinning: Pinning,
     /// How it is pinned: all flags unless given.
     pub host_flags: HostFlags,
@@ -53,7 +53,7 @@ impl Default for BufferOptions {
 /// safe program can race with.
 ///
 /// A copy is enqueued on a stream and runs beside the program. The buffer remembers it: an accessor of
-/// the host half waits for the copies that make it unsafe to look, and for nothing else. Whether the
+/// the host side waits for the copies that make it unsafe to look, and for nothing else. Whether the
 /// buffer is moved, sent to another thread, swapped, dropped or forgotten meanwhile makes no difference.
 ///
 /// ```
@@ -79,14 +79,14 @@ impl Default for BufferOptions {
 ///
 /// # Tensors of other libraries
 ///
-/// With the feature `dlpack`, either half can be lent to a tensor of PyTorch, JAX and others. While one lives, whatever
-/// touches that half answers [`Error::Exported`]: the module `dlpack` says what is guarded, and how.
+/// With the feature `dlpack`, either side can be lent to a tensor of PyTorch, JAX and others. While one lives, whatever
+/// touches that side answers [`Error::Exported`]: the module `dlpack` says what is guarded, and how.
 pub struct CpuGpuBuffer<T: Pod> {
-    storage: Home,
+    storage: StorageHandle,
     elements: PhantomData<T>,
 }
 
-// SAFETY: the buffer owns elements of `T` in its host half, as a `Vec<T>` does, and its other parts are
+// SAFETY: the buffer owns elements of `T` in its host side, as a `Vec<T>` does, and its other parts are
 // `Send` and `Sync`.
 unsafe impl<T: Pod + Send> Send for CpuGpuBuffer<T> {}
 // SAFETY: through a shared reference elements can be read, as of a `Vec<T>`.
@@ -95,11 +95,11 @@ unsafe impl<T: Pod + Sync> Sync for CpuGpuBuffer<T> {}
 // The buffer's own parts must not rely on the promises above.
 const _: () = {
     const fn send_and_sync<P: Send + Sync>() {}
-    send_and_sync::<Home>();
+    send_and_sync::<StorageHandle>();
 };
 
 impl<T: Pod> CpuGpuBuffer<T> {
-    /// A buffer with both halves zeroed, its host half pinned where that works.
+    /// A buffer with both sides zeroed, its host side pinned where that works.
     ///
     /// A buffer without bytes uses no device: it is `Ok` for one that does not exist, too.
     /// [`resize`](Self::resize) returns the error then.
@@ -123,7 +123,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         Self::with_options(shape, device, BufferOptions::default())
     }
 
-    /// A buffer with both halves zeroed, made as `options` say.
+    /// A buffer with both sides zeroed, made as `options` say.
     ///
     /// # Errors
     ///
@@ -146,10 +146,10 @@ impl<T: Pod> CpuGpuBuffer<T> {
         device: Device,
         options: BufferOptions,
     ) -> Result<Self> {
-        Ok(Self::stored(Home::own(Self::form(shape.into())?, device, options)?))
+        Ok(Self::stored(StorageHandle::own(Self::side_layout(shape.into())?, device, options)?))
     }
 
-    pub(crate) fn stored(storage: Home) -> Self {
+    pub(crate) fn stored(storage: StorageHandle) -> Self {
         CpuGpuBuffer { storage, elements: PhantomData }
     }
 
@@ -159,20 +159,20 @@ impl<T: Pod> CpuGpuBuffer<T> {
     }
 
     /// A shape of this type's elements.
-    pub(crate) fn form(shape: Shape) -> Result<Form> {
+    pub(crate) fn side_layout(shape: Shape) -> Result<SideLayout> {
         let numel = shape.numel(size_of::<T>())?;
         let bytes = numel * size_of::<T>();
         let align = align_of::<T>().max(DeviceMemory::ALIGN);
         let layout = Layout::from_size_align(bytes, align).map_err(|_| Error::InvalidShape {
             reason: format!("{bytes} bytes at an alignment of {align} overflow isize"),
         })?;
-        Ok(Form { shape, numel, layout })
+        Ok(SideLayout { shape, numel, layout })
     }
 
-    // ---- the host half ----
+    // ---- the host side ----
 
-    /// The host half, to read. Waits for a pending copy *into* it, and for nothing else: not for an
-    /// upload, a kernel, or a fill of the device half.
+    /// The host side, to read. Waits for a pending copy *into* it, and for nothing else: not for an
+    /// upload, a kernel, or a fill of the device side.
     ///
     /// # Errors
     ///
@@ -191,11 +191,11 @@ impl<T: Pod> CpuGpuBuffer<T> {
     #[inline]
     pub fn cpu(&self) -> Result<&[T]> {
         self.storage.wait_to_read()?;
-        // SAFETY: no copy writes the host half, and none can be enqueued while this borrow lives.
+        // SAFETY: no copy writes the host side, and none can be enqueued while this borrow lives.
         Ok(unsafe { self.host_slice() })
     }
 
-    /// The host half, to write. Waits for any pending copy into or out of it, and for nothing else.
+    /// The host side, to write. Waits for any pending copy into or out of it, and for nothing else.
     ///
     /// # Errors
     ///
@@ -211,11 +211,11 @@ impl<T: Pod> CpuGpuBuffer<T> {
     #[inline]
     pub fn cpu_mut(&mut self) -> Result<&mut [T]> {
         self.storage.wait_to_write()?;
-        // SAFETY: no copy touches the host half, and none can be enqueued while this borrow lives.
+        // SAFETY: no copy touches the host side, and none can be enqueued while this borrow lives.
         Ok(unsafe { self.host_slice_mut() })
     }
 
-    /// The host half, to read; `None` where [`cpu`](Self::cpu) would wait.
+    /// The host side, to read; `None` where [`cpu`](Self::cpu) would wait.
     ///
     /// # Errors
     ///
@@ -238,7 +238,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         })
     }
 
-    /// The host half, to write; `None` where [`cpu_mut`](Self::cpu_mut) would wait.
+    /// The host side, to write; `None` where [`cpu_mut`](Self::cpu_mut) would wait.
     ///
     /// # Errors
     ///
@@ -264,9 +264,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     // ---- transfers ----
 
-    /// Copies rows of the host half to the same rows of the device half, on `stream`, after everything
+    /// Copies rows of the host side to the same rows of the device side, on `stream`, after everything
     /// that this buffer has pending on any stream. Returns as soon as the copy is enqueued
-    /// (`cudaMemcpyAsync`); a host half that is not pinned may be staged first.
+    /// (`cudaMemcpyAsync`); a host side that is not pinned may be staged first.
     ///
     /// `rows` selects the first dimension: `..`, `..n`, `a..b`.
     ///
@@ -290,9 +290,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.copy_to_gpu(range, stream)
     }
 
-    /// Copies rows of the device half to the same rows of the host half, on `stream`, after everything
+    /// Copies rows of the device side to the same rows of the host side, on `stream`, after everything
     /// that this buffer has pending on any stream. Returns as soon as the copy is enqueued, unless the
-    /// host half is not pinned.
+    /// host side is not pinned.
     ///
     /// # Errors
     ///
@@ -450,10 +450,10 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.wait_for_all()
     }
 
-    // ---- both halves ----
+    // ---- both sides ----
 
-    /// Sets every element of both halves: the host half before this returns, which waits for pending
-    /// copies as [`cpu_mut`](Self::cpu_mut) does, the device half on `stream`.
+    /// Sets every element of both sides: the host side before this returns, which waits for pending
+    /// copies as [`cpu_mut`](Self::cpu_mut) does, the device side on `stream`.
     ///
     /// # Errors
     ///
@@ -469,7 +469,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn fill(&mut self, value: T, stream: &Stream) -> Result<()> {
-        self.storage.admit(&BOTH, stream)?;
+        self.storage.enter_for_work(&BOTH, stream)?;
         self.storage.wait_to_write()?;
         self.fill_gpu(value, stream)?;
         // SAFETY: no copy touches the host side since the wait: a fill enqueues none.
@@ -477,7 +477,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         Ok(())
     }
 
-    /// Sets every element of the host half, after pending copies into or out of it.
+    /// Sets every element of the host side, after pending copies into or out of it.
     ///
     /// # Errors
     ///
@@ -499,7 +499,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         Ok(())
     }
 
-    /// Sets every element of the device half on `stream`, after everything that this buffer has
+    /// Sets every element of the device side on `stream`, after everything that this buffer has
     /// pending on any stream. Returns as soon as that is enqueued: as a memset of the driver's where the
     /// bytes of `value` repeat every 1, 2 or 4 and there is less than 64 KB to fill, and as a kernel otherwise.
     ///
@@ -520,7 +520,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         if self.device() != Device::Cpu {
             return self.storage.fill_gpu(bytemuck::bytes_of(&value), stream);
         }
-        self.storage.admit(&[Side::Device], stream)?;
+        self.storage.enter_for_work(&[Side::Device], stream)?;
         if self.nbytes() > 0 {
             let address = self.storage.gpu_ptr().cast::<T>();
             // SAFETY: on the CPU the device side is ordinary memory of this many elements, and has
@@ -552,9 +552,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.zero(stream)
     }
 
-    /// Gives the buffer another shape, with both halves zeroed. Memory is kept where the new shape fits:
-    /// then this waits for pending copies of the host half only, and the device address stays.
-    /// Otherwise both halves are made anew, after everything that the buffer has pending.
+    /// Gives the buffer another shape, with both sides zeroed. Memory is kept where the new shape fits:
+    /// then this waits for pending copies of the host side only, and the device address stays.
+    /// Otherwise both sides are made anew, after everything that the buffer has pending.
     ///
     /// # Errors
     ///
@@ -569,21 +569,21 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn resize(&mut self, shape: impl Into<Shape>) -> Result<()> {
-        let form = Self::form(shape.into())?;
-        if form.layout.size() <= self.storage.capacity() {
-            return self.storage.restart(form);
+        let side_layout = Self::side_layout(shape.into())?;
+        if side_layout.layout.size() <= self.storage.capacity() {
+            return self.storage.reshape_zeroed(side_layout);
         }
-        self.storage.settle(&BOTH)?;
-        let larger = Home::own(form, self.device(), self.storage.options())?;
+        self.storage.wait_for_consumers(&BOTH)?;
+        let larger = StorageHandle::own(side_layout, self.device(), self.storage.options())?;
         self.storage.wait_for_all()?;
         // With it may go the owner of a foreign stream, which may panic.
         drop(mem::replace(&mut self.storage, larger));
         Ok(())
     }
 
-    // ---- the device half ----
+    // ---- the device side ----
 
-    /// The device half, for kernels and libraries on `stream`: orders the stream after everything that
+    /// The device side, for kernels and libraries on `stream`: orders the stream after everything that
     /// this buffer has pending, and remembers that it may use the memory from now on. Whatever the
     /// buffer does next, on any stream, waits for what `stream` was sent by then.
     ///
@@ -606,7 +606,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         Ok(GpuView::new(self.device_ptr(), *self.storage.shape(), self.numel(), self.device()))
     }
 
-    /// The address of the device half, ordered with nothing, not even with its first zeroing: for
+    /// The address of the device side, ordered with nothing, not even with its first zeroing: for
     /// graph capture, where [`gpu_on`](Self::gpu_on) was called before, and for logging. It changes
     /// only with a [`resize`](Self::resize) beyond all earlier sizes. It is null if the buffer
     /// never had bytes; a buffer that was resized to none keeps its memory and the address.
@@ -640,7 +640,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.shape().dims()
     }
 
-    /// The number of elements of one half.
+    /// The number of elements of one side.
     ///
     /// ```
     /// let buffer = cpu_gpu_buffer::CpuGpuBuffer::<[f32; 2]>::new([4, 5], cpu_gpu_buffer::Device::Cpu)?;
@@ -652,7 +652,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.numel()
     }
 
-    /// The bytes of one half.
+    /// The bytes of one side.
     ///
     /// ```
     /// let buffer = cpu_gpu_buffer::CpuGpuBuffer::<f64>::new([4, 5], cpu_gpu_buffer::Device::Cpu)?;
@@ -663,7 +663,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.bytes()
     }
 
-    /// The device of the device half.
+    /// The device of the device side.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -677,7 +677,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.device()
     }
 
-    /// Whether the host half is pinned.
+    /// Whether the host side is pinned.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -737,17 +737,17 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// # Safety
     ///
-    /// No copy writes the host half while the slice lives.
+    /// No copy writes the host side while the slice lives.
     #[inline]
     unsafe fn host_slice(&self) -> &[T] {
-        // SAFETY: the host half holds `numel` elements, aligned and initialised (it began as zeroes, and
+        // SAFETY: the host side holds `numel` elements, aligned and initialised (it began as zeroes, and
         // any bytes are a `Pod`); it is borrowed with `self`.
         unsafe { slice::from_raw_parts(self.storage.host_ptr().cast(), self.numel()) }
     }
 
     /// # Safety
     ///
-    /// No copy touches the host half while the slice lives.
+    /// No copy touches the host side while the slice lives.
     #[inline]
     unsafe fn host_slice_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `host_slice`, and borrowed exclusively.

@@ -176,7 +176,7 @@ impl Context {
 
     /// Makes the context current where it is not: enough where nothing makes another one current meanwhile.
     #[inline]
-    pub(crate) fn enter_unless_current(&self) -> Result<Option<raw::Entered>> {
+    pub(crate) fn ensure_current(&self) -> Result<Option<raw::Entered>> {
         fork::refuse_child()?;
         match raw::current_context()? == self.handle {
             true => Ok(None),
@@ -205,13 +205,13 @@ impl Context {
 /// The context of a device, made by the first call that succeeds.
 pub(crate) fn context(ordinal: u32) -> Result<&'static Context> {
     fork::refuse_heir()?;
-    let place = place(ordinal)?;
-    if let Some(context) = place.made.get() {
+    let cell = context_cell(ordinal)?;
+    if let Some(context) = cell.made.get() {
         return Ok(context);
     }
     // Making a context may wait for its device, and for no other.
-    let _making = place.making.lock().unwrap_or_else(|poison| poison.into_inner());
-    if let Some(context) = place.made.get() {
+    let _making = cell.making.lock().unwrap_or_else(|poison| poison.into_inner());
+    if let Some(context) = cell.made.get() {
         return Ok(context);
     }
     let made = make(ordinal).map_err(|error| match error {
@@ -220,7 +220,7 @@ pub(crate) fn context(ordinal: u32) -> Result<&'static Context> {
         }
         error => error,
     })?;
-    Ok(place.made.get_or_init(|| made))
+    Ok(cell.made.get_or_init(|| made))
 }
 
 /// Waits for everything that was sent to any device of this process, by whomever: pinned memory serves them all. Devices
@@ -242,17 +242,17 @@ pub(crate) fn synchronize_all() -> Result<()> {
 
 /// Where a device's context is kept.
 #[derive(Default)]
-struct Place {
+struct ContextCell {
     made: OnceLock<Context>,
     making: Mutex<()>,
 }
 
-fn place(ordinal: u32) -> Result<&'static Place> {
-    static PLACES: Mutex<Vec<&'static Place>> = Mutex::new(Vec::new());
-    let places = || PLACES.lock().unwrap_or_else(|poison| poison.into_inner());
+fn context_cell(ordinal: u32) -> Result<&'static ContextCell> {
+    static CELLS: Mutex<Vec<&'static ContextCell>> = Mutex::new(Vec::new());
+    let cells = || CELLS.lock().unwrap_or_else(|poison| poison.into_inner());
     let index = ordinal as usize;
-    if let Some(place) = places().get(index) {
-        return Ok(place);
+    if let Some(cell) = cells().get(index) {
+        return Ok(cell);
     }
     // Not under the lock, which a child that is forked meanwhile would find held.
     let devices = count()?;
@@ -264,11 +264,11 @@ fn place(ordinal: u32) -> Result<&'static Place> {
             ),
         });
     }
-    let mut places = places();
-    while places.len() < devices {
-        places.push(Box::leak(Box::default()));
+    let mut cells = cells();
+    while cells.len() < devices {
+        cells.push(Box::leak(Box::default()));
     }
-    Ok(places[index])
+    Ok(cells[index])
 }
 
 fn make(ordinal: u32) -> Result<Context> {

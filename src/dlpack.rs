@@ -1,4 +1,4 @@
-//! Halves of a buffer as DLPack tensors: what PyTorch, JAX, CuPy, NumPy and others take over without a copy.
+//! Sides of a buffer as DLPack tensors: what PyTorch, JAX, CuPy, NumPy and others take over without a copy.
 //!
 //! [`export_gpu`](CpuGpuBuffer::export_gpu) and [`export_cpu`](CpuGpuBuffer::export_cpu) give a [`Tensor`], which becomes
 //! one of DLPack's two structs: [`DLManagedTensorVersioned`], or [`DLManagedTensor`] for consumers from before DLPack 1.0.
@@ -16,7 +16,7 @@
 //!     let tensor = batch.export_gpu(&stream)?; // `stream`: the consumer's, which waits for the copy
 //!     let raw = tensor.into_raw(); // a consumer takes it,
 //!
-//!     // and while it has it, the host half is free and the device half is not.
+//!     // and while it has it, the host side is free and the device side is not.
 //!     batch.cpu_mut()?.fill(0.5);
 //!     assert_eq!(batch.copy_to_gpu(.., &stream), Err(Error::Exported { side: Side::Device }));
 //!
@@ -29,12 +29,12 @@
 //!
 //! # What is guarded
 //!
-//! A consumer reads and writes its half as it likes, on streams that nobody here knows, and what it queued there may run
+//! A consumer reads and writes its side as it likes, on streams that nobody here knows, and what it queued there may run
 //! after it let the tensor go.
 //!
-//! - While a tensor of a half lives, whatever would look at that half, write it, move it or resize it answers
-//!   [`Error::Exported`]: accessors for the host half, `gpu_on` and `fill_gpu` for the device half, copies
-//!   between the halves for either. Shapes and addresses are told, the other half is used as ever, and more tensors can be
+//! - While a tensor of a side lives, whatever would look at that side, write it, move it or resize it answers
+//!   [`Error::Exported`]: accessors for the host side, `gpu_on` and `fill_gpu` for the device side, copies
+//!   between the sides for either. Shapes and addresses are told, the other side is used as ever, and more tensors can be
 //!   made. Those are not ordered with each other.
 //! - When the last one is gone, the first such operation waits for all work of **every device** on which this process has a
 //!   primary context, once. `try_cpu` and `try_cpu_mut` never wait: they answer `None`, and `is_idle` answers `false`, until
@@ -261,7 +261,7 @@ impl From<DType> for DLDataType {
 
 // ---- tensors ----
 
-/// A half of a buffer, to be handed to a consumer: see [`dlpack`](self). Dropping it lets it go, as the deleter of what it
+/// A side of a buffer, to be handed to a consumer: see [`dlpack`](self). Dropping it lets it go, as the deleter of what it
 /// becomes does.
 ///
 /// ```
@@ -448,7 +448,7 @@ impl<T: Element> CpuGpuBuffer<T> {
     /// [guards](crate::dlpack#what-is-guarded) the side as long as the tensor lives. The stream may be
     /// destroyed when this has returned, also with an error. A refused export leaves the buffer as it was.
     ///
-    /// Where the last tensor of the half is gone and its consumer was not waited for, this waits for the devices first. On
+    /// Where the last tensor of the side is gone and its consumer was not waited for, this waits for the devices first. On
     /// [`Device::Cpu`] the tensor is one of host memory. Needs the feature `dlpack`.
     ///
     /// # Errors
@@ -463,7 +463,7 @@ impl<T: Element> CpuGpuBuffer<T> {
     /// batch.cpu_mut()?.fill(0.5);
     /// batch.copy_to_gpu(.., &ours)?;
     /// let tensor = batch.export_gpu(&theirs)?; // `theirs` waits for the copy
-    /// batch.cpu_mut()?.fill(0.75); // while a consumer uses the device half
+    /// batch.cpu_mut()?.fill(0.75); // while a consumer uses the device side
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn export_gpu(&mut self, stream: &Stream) -> Result<Tensor> {
@@ -502,7 +502,7 @@ impl<T: Element> CpuGpuBuffer<T> {
         Tensor::new(&shape, dtype::<T>(), device, || self.storage_mut().lend_gpu_unordered())
     }
 
-    /// The device half as a tensor that the buffer does not guard: its memory is kept as long as the tensor lives, and
+    /// The device side as a tensor that the buffer does not guard: its memory is kept as long as the tensor lives, and
     /// that is all. So one tensor serves for all steps of a loop whose consumer's stream is known. Ordered with nothing:
     /// call [`gpu_on`](Self::gpu_on) before each use, as for kernels of your own. Needs the feature `dlpack`.
     ///
@@ -545,8 +545,8 @@ impl<T: Element> CpuGpuBuffer<T> {
         Tensor::new(&shape, dtype::<T>(), device, || self.storage_mut().lend_gpu_unguarded())
     }
 
-    /// The host half as a tensor: of pinned memory where it [is pinned](Self::is_pinned). Waits for pending copies into or
-    /// out of it, as [`cpu_mut`](Self::cpu_mut) does. The buffer [guards](crate::dlpack#what-is-guarded) the half as long
+    /// The host side as a tensor: of pinned memory where it [is pinned](Self::is_pinned). Waits for pending copies into or
+    /// out of it, as [`cpu_mut`](Self::cpu_mut) does. The buffer [guards](crate::dlpack#what-is-guarded) the side as long
     /// as the tensor lives. Needs the feature `dlpack`.
     ///
     /// # Errors

@@ -100,7 +100,7 @@ impl DType {
 /// assert_eq!(f32::DTYPE, DType::F32);
 /// ```
 ///
-/// A type of your own may have one, too. It is as large as that says, or else exporting its halves does not compile:
+/// A type of your own may have one, too. It is as large as that says, or else exporting its sides does not compile:
 ///
 #[cfg_attr(feature = "dlpack", doc = "```compile_fail,E0080")]
 #[cfg_attr(not(feature = "dlpack"), doc = "```ignore")]

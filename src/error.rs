@@ -44,7 +44,7 @@ pub enum Error {
     },
     /// There is not as much memory as was asked for. What had been allocated so far was given back.
     OutOfMemory {
-        /// The half that could not be allocated.
+        /// The side that could not be allocated.
         side: Side,
         /// How much was asked for, in bytes.
         bytes: usize,
@@ -119,9 +119,9 @@ pub enum Error {
         /// Why not.
         reason: &'static str,
     },
-    /// A tensor of the half lives, whose consumer may be using it: only with the feature `dlpack`.
+    /// A tensor of the side lives, whose consumer may be using it: only with the feature `dlpack`.
     Exported {
-        /// The half.
+        /// The side.
         side: Side,
     },
     /// Time was asked from an event to one that was recorded before it.
@@ -140,14 +140,14 @@ pub(crate) fn reserve<E>(vector: &mut Vec<E>, more: usize, device: Device) -> Re
     })
 }
 
-/// A half of a buffer.
+/// A side of a buffer.
 ///
 /// ```
 /// use cpu_gpu_buffer::{Device, Error, Side};
 ///
 /// fn advice(error: &Error) -> &'static str {
 ///     match error {
-///         Error::OutOfMemory { side: Side::Host, .. } => "fewer or smaller host halves",
+///         Error::OutOfMemory { side: Side::Host, .. } => "fewer or smaller host sides",
 ///         Error::OutOfMemory { side: Side::Device, .. } => "a smaller batch",
 ///         _ => "see the text",
 ///     }
@@ -157,9 +157,9 @@ pub(crate) fn reserve<E>(vector: &mut Vec<E>, more: usize, device: Device) -> Re
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Side {
-    /// The host half.
+    /// The host side.
     Host,
-    /// The device half.
+    /// The device side.
     Device,
 }
 
@@ -182,7 +182,7 @@ impl fmt::Display for Error {
             Error::OutOfMemory { side, bytes, device } => {
                 write!(
                     f,
-                    "out of memory: {bytes} bytes for the {side} half of a buffer on {device}"
+                    "out of memory: {bytes} bytes for the {side} side of a buffer on {device}"
                 )
             }
             Error::PinningUnavailable { bytes, reason } => {
@@ -212,7 +212,7 @@ impl fmt::Display for Error {
                 write!(f, "member {index} of the group is named twice")
             }
             Error::InvalidGroup { reason } => write!(f, "invalid group: {reason}"),
-            Error::Exported { side } => write!(f, "a tensor of the {side} half lives"),
+            Error::Exported { side } => write!(f, "a tensor of the {side} side lives"),
             Error::EventOrder => f.write_str("the earlier event was recorded after the later one"),
             Error::Forked => {
                 f.write_str("CUDA was used before a fork, and does not work in the child")

@@ -51,20 +51,20 @@ impl EventHandle {
 
     pub(crate) fn is_complete(&self) -> Result<bool> {
         // Its own context: another one might answer with an error of its own.
-        let _current = self.context.enter_unless_current()?;
+        let _current = self.context.ensure_current()?;
         // SAFETY: the event is destroyed with the value, not before.
         unsafe { raw::event_query(self.raw) }
     }
 
     pub(crate) fn synchronize(&self) -> Result<()> {
-        let _current = self.context.enter_unless_current()?;
+        let _current = self.context.ensure_current()?;
         // SAFETY: as above.
         unsafe { raw::event_synchronize(self.raw) }
     }
 
     /// Milliseconds since `earlier`, an event of the same device.
     fn since(&self, earlier: &EventHandle) -> Result<f32> {
-        let _current = self.context.enter_unless_current()?;
+        let _current = self.context.ensure_current()?;
         // SAFETY: both are live, and of one device.
         unsafe { raw::event_elapsed(earlier.raw, self.raw) }
     }
@@ -77,7 +77,7 @@ impl Drop for EventHandle {
         }
         // Its own context: a broken one would refuse to destroy the event. The handle says enough,
         // should the context not be had.
-        let _current = self.context.enter_unless_current();
+        let _current = self.context.ensure_current();
         // SAFETY: the value owns the event, and this is its end. An event may be destroyed before it
         // has finished (CUDA Runtime API, `cudaEventDestroy`).
         let destroyed = unsafe { raw::event_destroy(self.raw) };
@@ -113,7 +113,7 @@ impl Event {
         };
         entered.refuse_capture()?;
         let flags = match stream.wait_policy() {
-            WaitPolicy::Spin => EventFlags::empty(),
+            WaitPolicy::DeviceDefault => EventFlags::empty(),
             WaitPolicy::Block => EventFlags::BLOCKING_SYNC,
         };
         let handle = EventHandle::new(&entered, flags)?;

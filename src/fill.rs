@@ -62,19 +62,19 @@ pub(crate) unsafe fn enqueue(
     }
     let raw = entered.raw();
     let sent = match choose(element, to.addr(), bytes) {
-        Way::One(value) => {
+        Method::One(value) => {
             // SAFETY: the caller vouches for the range.
             unsafe { raw::memset_d8(to, value, bytes, raw) }
         }
-        Way::Two(value) => {
+        Method::Two(value) => {
             // SAFETY: the caller vouches for the range, and 2 divides its address and length.
             unsafe { raw::memset_d16(to, value, bytes / 2, raw) }
         }
-        Way::Four(value) => {
+        Method::Four(value) => {
             // SAFETY: the caller vouches for the range, and 4 divides its address and length.
             unsafe { raw::memset_d32(to, value, bytes / 4, raw) }
         }
-        Way::Kernel(unit) => {
+        Method::Kernel(unit) => {
             // SAFETY: the caller vouches for the range, and the entry has the kernel's context current.
             unsafe { launch(&entered.context().kernels, to, bytes, unit, raw) }
         }
@@ -84,7 +84,7 @@ pub(crate) unsafe fn enqueue(
 
 /// What writes a range.
 #[derive(Debug, PartialEq)]
-enum Way<'element> {
+enum Method<'element> {
     One(u8),
     Two(u16),
     Four(u32),
@@ -93,7 +93,7 @@ enum Way<'element> {
 }
 
 /// What writes `bytes` bytes of copies of `element` at `address`.
-fn choose(element: &[u8], address: usize, bytes: usize) -> Way<'_> {
+fn choose(element: &[u8], address: usize, bytes: usize) -> Method<'_> {
     let repeats = |width: &usize| {
         element.len().is_multiple_of(*width)
             && element[*width..] == element[..element.len() - *width]
@@ -103,10 +103,10 @@ fn choose(element: &[u8], address: usize, bytes: usize) -> Way<'_> {
         [1, 2, 4, 8, 16].into_iter().find(repeats).map_or(element, |width| &element[..width]);
     let memset = bytes < KERNEL_FROM && address.is_multiple_of(unit.len());
     match *unit {
-        [a] if memset => Way::One(a),
-        [a, b] if memset => Way::Two(u16::from_ne_bytes([a, b])),
-        [a, b, c, d] if memset => Way::Four(u32::from_ne_bytes([a, b, c, d])),
-        _ => Way::Kernel(unit),
+        [a] if memset => Method::One(a),
+        [a, b] if memset => Method::Two(u16::from_ne_bytes([a, b])),
+        [a, b, c, d] if memset => Method::Four(u32::from_ne_bytes([a, b, c, d])),
+        _ => Method::Kernel(unit),
     }
 }
 
@@ -136,11 +136,11 @@ unsafe fn launch(
         // SAFETY: the caller vouches for the range and for the context.
         return unsafe { launch_fill(kernels, to, bytes, unit, vectors, stream) };
     }
-    for (at, piece) in unit.chunks(LONG * 16).enumerate() {
+    for (at, slice) in unit.chunks(LONG * 16).enumerate() {
         let to = to.wrapping_add(at * LONG * 16);
-        let vectors = piece.len().div_ceil(16);
+        let vectors = slice.len().div_ceil(16);
         // SAFETY: a piece of the first unit, which lies in the range; the caller vouches for the context.
-        unsafe { launch_fill(kernels, to, piece.len(), piece, vectors, stream) }?;
+        unsafe { launch_fill(kernels, to, slice.len(), slice, vectors, stream) }?;
     }
     // Byte by byte until it comes round, and then in vectors.
     let head = to.addr().next_multiple_of(16) - to.addr();
@@ -358,29 +358,29 @@ mod tests {
         let ab = u16::from_ne_bytes([a, b]);
         let abcd = u32::from_ne_bytes([a, b, c, d]);
         for short in [48, KERNEL_FROM - 48] {
-            assert_eq!(choose(&[a], 1, short), Way::One(a));
-            assert_eq!(choose(&[a, a, a], 1, short), Way::One(a));
-            assert_eq!(choose(&[0; 100], 1, short), Way::One(0));
-            assert_eq!(choose(&[a, b], 2, short), Way::Two(ab));
-            assert_eq!(choose(&[a, b, a, b, a, b], 6, short), Way::Two(ab));
-            assert_eq!(choose(&[a, b, c, d, a, b, c, d], 4, short), Way::Four(abcd));
+            assert_eq!(choose(&[a], 1, short), Method::One(a));
+            assert_eq!(choose(&[a, a, a], 1, short), Method::One(a));
+            assert_eq!(choose(&[0; 100], 1, short), Method::One(0));
+            assert_eq!(choose(&[a, b], 2, short), Method::Two(ab));
+            assert_eq!(choose(&[a, b, a, b, a, b], 6, short), Method::Two(ab));
+            assert_eq!(choose(&[a, b, c, d, a, b, c, d], 4, short), Method::Four(abcd));
         }
         for bytes in [48, KERNEL_FROM - 48, KERNEL_FROM, 16 * KERNEL_FROM] {
             // At an address that a memset of that unit does not take.
-            assert_eq!(choose(&[a, b], 1, bytes), Way::Kernel(&[a, b]));
-            assert_eq!(choose(&[a, b, c, d], 2, bytes), Way::Kernel(&[a, b, c, d]));
+            assert_eq!(choose(&[a, b], 1, bytes), Method::Kernel(&[a, b]));
+            assert_eq!(choose(&[a, b, c, d], 2, bytes), Method::Kernel(&[a, b, c, d]));
             // Longer than a memset's unit, or none.
             for element in [&[a, b, a][..], &[a, b, c, d, a, b], &[a, a, a, a, a, a, a, b]] {
-                assert_eq!(choose(element, 0, bytes), Way::Kernel(element));
+                assert_eq!(choose(element, 0, bytes), Method::Kernel(element));
             }
             let eight = [a, b, c, d, d, c, b, a];
-            assert_eq!(choose(&eight.repeat(3), 0, bytes), Way::Kernel(&eight));
+            assert_eq!(choose(&eight.repeat(3), 0, bytes), Method::Kernel(&eight));
         }
         for long in [KERNEL_FROM, 16 * KERNEL_FROM] {
-            assert_eq!(choose(&[a], 0, long), Way::Kernel(&[a]));
-            assert_eq!(choose(&[0; 100], 0, long), Way::Kernel(&[0]));
-            assert_eq!(choose(&[a, b, a, b], 0, long), Way::Kernel(&[a, b]));
-            assert_eq!(choose(&[a, b, c, d], 0, long), Way::Kernel(&[a, b, c, d]));
+            assert_eq!(choose(&[a], 0, long), Method::Kernel(&[a]));
+            assert_eq!(choose(&[0; 100], 0, long), Method::Kernel(&[0]));
+            assert_eq!(choose(&[a, b, a, b], 0, long), Method::Kernel(&[a, b]));
+            assert_eq!(choose(&[a, b, c, d], 0, long), Method::Kernel(&[a, b, c, d]));
         }
     }
 

@@ -4,14 +4,14 @@ use std::ffi::c_void;
 
 use crate::error::Result;
 use crate::graph::KernelGraph;
-use crate::moves::Piece;
+use crate::moves::CopyRange;
 use crate::raw;
 use crate::stream::EnteredStream;
 
 /// Pieces in the parameter of each kernel, as in `kernels/gather.cu`. The larger one is within the 4,096 bytes that
 /// every driver takes ("CUDA C++ Programming Guide, `__global__` Function Parameters").
-const SHORT: usize = 32;
-const LONG: usize = 224;
+const FEW: usize = 32;
+const MANY: usize = 224;
 
 const THREADS: u32 = 256;
 
@@ -32,9 +32,9 @@ struct Entry {
 
 impl Entry {
     /// Fills entries in; the answer is how many blocks the longest piece takes.
-    fn fill_in(entries: &mut [Entry], pieces: &[Piece]) -> usize {
+    fn fill_in(entries: &mut [Entry], ranges: &[CopyRange]) -> usize {
         let mut longest = 0;
-        for (entry, Piece { bytes, .. }) in entries.iter_mut().zip(pieces) {
+        for (entry, CopyRange { bytes, .. }) in entries.iter_mut().zip(ranges) {
             *entry = Entry { offset: bytes.start as u64, bytes: bytes.len() as u64 };
             longest = longest.max(bytes.len());
         }
@@ -54,16 +54,16 @@ impl Entry {
 pub(crate) unsafe fn enqueue(
     to: *mut u8,
     from: *const u8,
-    pieces: &[Piece],
+    ranges: &[CopyRange],
     entered: &EnteredStream<'_>,
 ) -> Result<()> {
-    for pieces in pieces.chunks(LONG) {
-        if pieces.len() <= SHORT {
+    for ranges in ranges.chunks(MANY) {
+        if ranges.len() <= FEW {
             // SAFETY: the caller vouches for the pieces, which are so few.
-            unsafe { enqueue_short(to, from, pieces, entered) }?;
+            unsafe { enqueue_few(to, from, ranges, entered) }?;
         } else {
             // SAFETY: as above.
-            unsafe { enqueue_long(to, from, pieces, entered) }?;
+            unsafe { enqueue_many(to, from, ranges, entered) }?;
         }
     }
     Ok(())
@@ -73,26 +73,26 @@ pub(crate) unsafe fn enqueue(
 ///
 /// # Safety
 ///
-/// As for [`enqueue`]; there are no more than `SHORT` pieces.
-unsafe fn enqueue_short(
+/// As for [`enqueue`]; there are no more than `FEW` pieces.
+unsafe fn enqueue_few(
     mut to: *mut u8,
     mut from: *const u8,
-    pieces: &[Piece],
+    ranges: &[CopyRange],
     entered: &EnteredStream<'_>,
 ) -> Result<()> {
-    let mut entries = [Entry { offset: 0, bytes: 0 }; SHORT];
+    let mut entries = [Entry { offset: 0, bytes: 0 }; FEW];
     // A graph whose grid is another one than before costs as much as a launch: there are two.
-    let blocks = match Entry::fill_in(&mut entries, pieces) {
+    let blocks = match Entry::fill_in(&mut entries, ranges) {
         0..=FEW_BLOCKS => FEW_BLOCKS,
         _ => MOST_BLOCKS,
     };
     let kernel = entered.context().kernels.gather_32;
-    let grid = [blocks as u32, SHORT as u32];
+    let grid = [blocks as u32, FEW as u32];
     let parameters: &mut [*mut c_void] =
         &mut [(&raw mut to).cast(), (&raw mut from).cast(), (&raw mut entries).cast()];
-    let mut place = entered.gather_graph();
-    let graph = place.as_mut().and_then(|place| {
-        place.for_launch(|| {
+    let mut stream_graph = entered.gather_graph();
+    let graph = stream_graph.as_mut().and_then(|stream_graph| {
+        stream_graph.for_launch(|| {
             // SAFETY: the parameters are those of `cgb_gather_32`.
             unsafe { KernelGraph::new(kernel, grid, THREADS, parameters, entered) }
         })
@@ -110,17 +110,17 @@ unsafe fn enqueue_short(
 
 /// # Safety
 ///
-/// As for [`enqueue`]; there are no more than `LONG` pieces.
-unsafe fn enqueue_long(
+/// As for [`enqueue`]; there are no more than `MANY` pieces.
+unsafe fn enqueue_many(
     mut to: *mut u8,
     mut from: *const u8,
-    pieces: &[Piece],
+    ranges: &[CopyRange],
     entered: &EnteredStream<'_>,
 ) -> Result<()> {
-    let mut entries = [Entry { offset: 0, bytes: 0 }; LONG];
-    let blocks = Entry::fill_in(&mut entries, pieces).clamp(1, MOST_BLOCKS);
+    let mut entries = [Entry { offset: 0, bytes: 0 }; MANY];
+    let blocks = Entry::fill_in(&mut entries, ranges).clamp(1, MOST_BLOCKS);
     let kernel = entered.context().kernels.gather_224;
-    let grid = [blocks as u32, pieces.len() as u32];
+    let grid = [blocks as u32, ranges.len() as u32];
     let parameters: &mut [*mut c_void] =
         &mut [(&raw mut to).cast(), (&raw mut from).cast(), (&raw mut entries).cast()];
     // SAFETY: the parameters are those of `cgb_gather_224`, which copies the first entries, as many as the grid has

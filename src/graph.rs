@@ -122,7 +122,7 @@ impl Drop for KernelGraph {
         }
         // Its own context: a broken one would refuse. The handles say enough, should the context
         // not be had.
-        let _current = self.context.enter_unless_current();
+        let _current = self.context.ensure_current();
         // Nobody could act on the errors, and there is nothing left to give back.
         if !self.exec.is_null() {
             // SAFETY: the value owns it, and this is its end.

@@ -1,4 +1,4 @@
-//! Groups: buffers of any types and shapes that share one slab for each half and are moved together.
+//! Groups: buffers of any types and shapes that share one slab for each side and are moved together.
 //!
 //! The ordering model is that of [`members`](crate::members), where the in-flight rule stands. This file turns keys
 //! into elements.
@@ -11,8 +11,8 @@ use bytemuck::Pod;
 use crate::buffer::BufferOptions;
 use crate::device::Device;
 use crate::error::Result;
-use crate::layout::{GroupLayout, Key, MemberRows};
-use crate::members::Members;
+use crate::layout::{GroupLayout, MemberKey, MemberRows};
+use crate::members::GroupStorage;
 use crate::stream::Stream;
 use crate::view::GpuView;
 
@@ -28,7 +28,7 @@ use crate::view::GpuView;
 /// let mut builder = GroupLayoutBuilder::new();
 /// let ids = builder.add::<i32>(1024);
 /// let positions = builder.add::<i64>(1024);
-/// let layout = builder.finish();
+/// let layout = builder.build();
 ///
 /// let device = Device::auto();
 /// let stream = Stream::new(device)?;
@@ -38,10 +38,10 @@ use crate::view::GpuView;
 /// group.copy_to_gpu(&[ids.rows(..3), positions.rows(..3)], &stream)?; // returns at once
 ///
 /// let view = group.gpu_on(&stream)?; // for kernels: addresses, ordered after the copy
-/// assert_eq!(view.member(positions).shape(), [1024]);
+/// assert_eq!(view.member(positions)?.shape(), [1024]);
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-pub struct BufferGroup(Members);
+pub struct BufferGroup(GroupStorage);
 
 impl BufferGroup {
     /// A group with both sides of every member zeroed, its host side pinned if that works.
@@ -59,13 +59,13 @@ impl BufferGroup {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let lengths = builder.add::<i32>(64);
-    /// let layout = builder.finish();
+    /// let layout = builder.build();
     /// // Two groups of one layout, for two models say: a key serves both.
     /// let (mut first, second) = (BufferGroup::new(&layout, Device::Cpu)?, BufferGroup::new(&layout, Device::Cpu)?);
     /// first.cpu_mut(lengths)?.fill(1);
     /// assert_eq!(second.cpu(lengths)?, [0; 64]);
     ///
-    /// let nothing = BufferGroup::new(&GroupLayoutBuilder::new().finish(), Device::Cpu);
+    /// let nothing = BufferGroup::new(&GroupLayoutBuilder::new().build(), Device::Cpu);
     /// assert!(matches!(nothing, Err(Error::InvalidGroup { .. })));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -86,7 +86,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
     /// let options = BufferOptions { pinning: Pinning::Never, ..Default::default() };
-    /// let group = BufferGroup::with_options(&builder.finish(), Device::auto(), options)?;
+    /// let group = BufferGroup::with_options(&builder.build(), Device::auto(), options)?;
     /// assert!(!group.is_pinned()); // one slab: all members are, or none
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -95,12 +95,12 @@ impl BufferGroup {
         device: Device,
         options: BufferOptions,
     ) -> Result<BufferGroup> {
-        Members::new(layout, device, 1, options).map(BufferGroup)
+        GroupStorage::new(layout, device, 1, options).map(BufferGroup)
     }
 
-    // ---- host halves ----
+    // ---- host sides ----
 
-    /// A member's host half, to read. Waits for a pending copy *into* it, and for nothing else.
+    /// A member's host side, to read. Waits for a pending copy *into* it, and for nothing else.
     ///
     /// # Errors
     ///
@@ -113,17 +113,17 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (sampled, finished) = (builder.add::<u32>(4), builder.add::<u8>(4));
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
     /// group.copy_to_cpu(&[sampled.rows(..), finished.rows(..)], &stream)?;
     /// let ids = group.cpu(sampled)?; // waits for that copy
     /// assert_eq!(ids.len(), group.cpu(finished)?.len()); // both can be looked at
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn cpu<T: Pod>(&self, key: Key<T>) -> Result<&[T]> {
+    pub fn cpu<T: Pod>(&self, key: MemberKey<T>) -> Result<&[T]> {
         host(&self.0, key)
     }
 
-    /// A member's host half, to write. Waits for any pending copy into or out of it, and for nothing else: not for
+    /// A member's host side, to write. Waits for any pending copy into or out of it, and for nothing else: not for
     /// copies of other members.
     ///
     /// # Errors
@@ -136,17 +136,17 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (ids, positions) = (builder.add::<i32>(8), builder.add::<i64>(8));
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
     /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// group.cpu_mut(positions)?.fill(3); // waits for nothing
     /// group.cpu_mut(ids)?.fill(4); // waits for the copy
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn cpu_mut<T: Pod>(&mut self, key: Key<T>) -> Result<&mut [T]> {
+    pub fn cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<&mut [T]> {
         host_mut(&mut self.0, key)
     }
 
-    /// Several members' host halves at once, to write, by several threads if need be.
+    /// Several members' host sides at once, to write, by several threads if need be.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
@@ -154,7 +154,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
     /// let temperatures = builder.add::<f32>(8);
-    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
     ///
     /// let mut members = group.members_mut();
     /// let (ids, temperatures) = (members.cpu_mut(ids)?, members.cpu_mut(temperatures)?);
@@ -172,7 +172,7 @@ impl BufferGroup {
 
     /// Copies rows of members from the host side to the device side on `stream`, after everything
     /// that those members have pending on any stream, and moves nothing else; only of members that
-    /// the host owns ([`add_host_owned`](crate::GroupLayoutBuilder::add_host_owned)) more rows may
+    /// the host owns ([`add_mirrored`](crate::GroupLayoutBuilder::add_mirrored)) more rows may
     /// be carried along. Returns as soon as the copy is enqueued. A copy of no members does
     /// nothing.
     ///
@@ -196,21 +196,21 @@ impl BufferGroup {
     /// let ids = builder.add::<i32>(4);
     /// let table = builder.add::<i32>([4, 2]);
     /// let stream = Stream::new(Device::Cpu)?;
-    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
     /// group.cpu_mut(ids)?.fill(5);
     /// group.cpu_mut(table)?.fill(6);
     /// group.copy_to_gpu(&[ids.rows(..2), table.rows(3..)], &stream)?;
     /// group.copy_to_gpu(&[], &stream)?; // a step in which nothing has changed
     /// let view = group.gpu_on(&stream)?;
-    /// assert_eq!(view.member(ids).as_host_slice(), Some(&[5, 5, 0, 0][..]));
-    /// assert_eq!(view.member(table).as_host_slice(), Some(&[0, 0, 0, 0, 0, 0, 6, 6][..]));
+    /// assert_eq!(view.member(ids)?.as_host_slice(), Some(&[5, 5, 0, 0][..]));
+    /// assert_eq!(view.member(table)?.as_host_slice(), Some(&[0, 0, 0, 0, 0, 0, 6, 6][..]));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn copy_to_gpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
         self.0.copy_to_gpu(members, stream)
     }
 
-    /// Copies rows of members from the device half to the host half, as [`copy_to_gpu`](Self::copy_to_gpu) does the
+    /// Copies rows of members from the device side to the host side, as [`copy_to_gpu`](Self::copy_to_gpu) does the
     /// other way, and never more than was asked for.
     ///
     /// # Errors
@@ -223,7 +223,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let sampled = builder.add::<u32>(4);
     /// let scores = builder.add::<f32>([4, 2]);
-    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
     /// let stream = Stream::new(Device::Cpu)?;
     /// group.copy_to_cpu(&[sampled.rows(..3), scores.rows(1..2)], &stream)?;
     /// assert_eq!(group.cpu(sampled)?, [0; 4]);
@@ -245,7 +245,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
     /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// if !group.is_idle()? {
     ///     println!("{ids:?} is on its way");
@@ -268,7 +268,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
     /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// group.synchronize()?; // dropping it now waits for no work of its own
     /// assert!(group.is_idle()?);
@@ -278,9 +278,9 @@ impl BufferGroup {
         self.0.wait_for_all()
     }
 
-    // ---- the device half ----
+    // ---- the device side ----
 
-    /// The device halves of all members, for kernels and libraries on `stream`: orders the stream, once, after
+    /// The device sides of all members, for kernels and libraries on `stream`: orders the stream, once, after
     /// everything that the group has pending, and remembers that it may use the memory from now on.
     ///
     /// # Errors
@@ -294,10 +294,10 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (ids, logits) = (builder.add::<i32>(8), builder.add::<f32>([8, 100]));
     /// let (copies, kernels) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
-    /// let mut group = BufferGroup::new(&builder.finish(), copies.device())?;
+    /// let mut group = BufferGroup::new(&builder.build(), copies.device())?;
     /// group.copy_to_gpu(&[ids.rows(..)], &copies)?;
     /// let view = group.gpu_on(&kernels)?; // `kernels` comes after the copy, for every member
-    /// let (reads, writes) = (view.member(ids).as_ptr(), view.member(logits).as_mut_ptr());
+    /// let (reads, writes) = (view.member(ids)?.as_ptr(), view.member(logits)?.as_mut_ptr());
     /// // Launch on `kernels.as_raw()` here, while the view lives.
     /// group.copy_to_cpu(&[logits.rows(..)], &copies)?; // comes after the kernel
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -307,7 +307,7 @@ impl BufferGroup {
         Ok(GroupView(&self.0))
     }
 
-    /// The address of a member's device half, ordered with nothing, not even with its first zeroing: for graph capture,
+    /// The address of a member's device side, ordered with nothing, not even with its first zeroing: for graph capture,
     /// where [`gpu_on`](Self::gpu_on) was called before, and for logging. It never changes. Null where the group has
     /// no bytes.
     ///
@@ -321,13 +321,13 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (ids, positions) = (builder.add::<i32>(8), builder.add::<i64>(8));
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
     /// let captured = group.device_ptr(positions)?; // what a graph is captured with
     /// assert_eq!(captured.addr(), group.device_ptr(ids)?.addr() + 256); // each at a bound of 256 bytes
-    /// assert_eq!(group.gpu_on(&stream)?.member(positions).as_mut_ptr(), captured);
+    /// assert_eq!(group.gpu_on(&stream)?.member(positions)?.as_mut_ptr(), captured);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn device_ptr<T: Pod>(&self, key: Key<T>) -> Result<*mut T> {
+    pub fn device_ptr<T: Pod>(&self, key: MemberKey<T>) -> Result<*mut T> {
         let (_, member) = self.0.layout().find(key)?;
         Ok(self.0.gpu_of(member).cast())
     }
@@ -345,12 +345,12 @@ impl BufferGroup {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
-    /// let group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let group = BufferGroup::new(&builder.build(), Device::Cpu)?;
     /// let [requests, blocks] = group.shape(table)? else { unreachable!() };
     /// assert_eq!(group.cpu(table)?.len(), requests * blocks);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn shape<T: Pod>(&self, key: Key<T>) -> Result<&[usize]> {
+    pub fn shape<T: Pod>(&self, key: MemberKey<T>) -> Result<&[usize]> {
         Ok(self.0.layout().find(key)?.1.shape.dims())
     }
 
@@ -361,7 +361,7 @@ impl BufferGroup {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
-    /// let group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let group = BufferGroup::new(&builder.build(), Device::Cpu)?;
     /// let ring = GroupRing::new(group.layout(), Device::Cpu, 2)?; // of the same members
     /// assert_eq!(ring.cpu(ids)?, group.cpu(ids)?);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -370,14 +370,14 @@ impl BufferGroup {
         self.0.layout()
     }
 
-    /// The device of the device half.
+    /// The device of the device side.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
-    /// let mut group = BufferGroup::new(&builder.finish(), Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build(), Device::auto())?;
     /// let stream = Stream::new(group.device())?; // of another device it would be refused
     /// assert_eq!(group.copy_to_gpu(&[ids.rows(..)], &stream), Ok(()));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -386,14 +386,14 @@ impl BufferGroup {
         self.0.device()
     }
 
-    /// Whether the host half is pinned.
+    /// Whether the host side is pinned.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// builder.add::<i32>(8);
-    /// let group = BufferGroup::new(&builder.finish(), Device::auto())?;
+    /// let group = BufferGroup::new(&builder.build(), Device::auto())?;
     /// if !group.is_pinned() {
     ///     println!("members are moved by copies; the kernel that gathers them reads pinned memory only");
     /// }
@@ -413,30 +413,30 @@ impl fmt::Debug for BufferGroup {
     }
 }
 
-/// A member's current host half, to read, once no copy writes it.
-pub(crate) fn host<T: Pod>(members: &Members, key: Key<T>) -> Result<&[T]> {
+/// A member's current host slot, to read, once no copy writes it.
+pub(crate) fn host<T: Pod>(members: &GroupStorage, key: MemberKey<T>) -> Result<&[T]> {
     let (address, len) = members.wait_to_read(key)?;
     // SAFETY: the member has `len` elements of `T`, as the key said and the layout checked, aligned and initialised (it
     // began as zeroes, and any bytes are a `Pod`); no copy writes them, and none can be enqueued while this borrow lives.
     Ok(unsafe { slice::from_raw_parts(address.cast(), len) })
 }
 
-/// A member's current host half, to write, once no copy touches it.
-pub(crate) fn host_mut<T: Pod>(members: &mut Members, key: Key<T>) -> Result<&mut [T]> {
+/// A member's current host slot, to write, once no copy touches it.
+pub(crate) fn host_mut<T: Pod>(members: &mut GroupStorage, key: MemberKey<T>) -> Result<&mut [T]> {
     let (address, len) = members.wait_to_write(key)?;
     // SAFETY: so many elements, aligned and initialised as in `host`; no copy touches them since the wait, and the group
     // is borrowed exclusively.
     Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
 }
 
-/// Hands out the host halves of several members at once: [`BufferGroup::members_mut`].
+/// Hands out the host sides of several members at once: [`BufferGroup::members_mut`].
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
 ///
 /// let mut builder = GroupLayoutBuilder::new();
 /// let (starts, lengths) = (builder.add::<i32>(4), builder.add::<i32>(3));
-/// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+/// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
 /// group.cpu_mut(lengths)?.copy_from_slice(&[5, 0, 2]);
 ///
 /// let mut members = group.members_mut();
@@ -447,15 +447,15 @@ pub(crate) fn host_mut<T: Pod>(members: &mut Members, key: Key<T>) -> Result<&mu
 /// assert_eq!(*starts, [0, 5, 5, 7]);
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-pub struct MembersMut<'g>(&'g mut Members);
+pub struct MembersMut<'g>(&'g mut GroupStorage);
 
 impl<'g> MembersMut<'g> {
-    pub(crate) fn new(members: &'g mut Members) -> MembersMut<'g> {
+    pub(crate) fn new(members: &'g mut GroupStorage) -> MembersMut<'g> {
         members.name_none();
         MembersMut(members)
     }
 
-    /// A member's host half, to write, as [`BufferGroup::cpu_mut`] gives it; each once.
+    /// A member's host side, to write, as [`BufferGroup::cpu_mut`] gives it; each once.
     ///
     /// # Errors
     ///
@@ -467,14 +467,14 @@ impl<'g> MembersMut<'g> {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
-    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
     /// let mut members = group.members_mut();
     /// let first = members.cpu_mut(ids)?;
     /// assert_eq!(members.cpu_mut(ids).err(), Some(Error::DuplicateMember { index: 0 }));
     /// first.fill(1); // still the only way to it
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn cpu_mut<T: Pod>(&mut self, key: Key<T>) -> Result<&'g mut [T]> {
+    pub fn cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<&'g mut [T]> {
         let (address, len) = self.0.wait_and_name(key)?;
         // SAFETY: so many elements, aligned and initialised as in `host`. No copy touches the member since the wait, and none can be enqueued while the group is borrowed for
         // `'g`; members do not overlap, and this one was not handed out before, as `wait_and_name` checked.
@@ -488,50 +488,29 @@ impl fmt::Debug for MembersMut<'_> {
     }
 }
 
-/// The device halves of a group's members, for work on the stream that `gpu_on` was called with: what a
+/// The device sides of a group's members, for work on the stream that `gpu_on` was called with: what a
 /// [`GpuView`] is for a single buffer.
 ///
 /// ```
-/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, GroupView, Key, Stream};
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, GroupView, MemberKey, Stream};
 ///
 /// /// What a kernel of the model's is launched with.
-/// fn arguments(view: GroupView<'_>, ids: Key<i32>, positions: Key<i64>) -> (*const i32, *const i64) {
-///     (view.member(ids).as_ptr(), view.member(positions).as_ptr())
+/// fn arguments(view: GroupView<'_>, ids: MemberKey<i32>, positions: MemberKey<i64>) -> cpu_gpu_buffer::Result<(*const i32, *const i64)> {
+///     Ok((view.member(ids)?.as_ptr(), view.member(positions)?.as_ptr()))
 /// }
 /// let mut builder = GroupLayoutBuilder::new();
 /// let (ids, positions) = (builder.add(8), builder.add(8));
 /// let stream = Stream::new(Device::auto())?;
-/// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
-/// let (ids, positions) = arguments(group.gpu_on(&stream)?, ids, positions);
+/// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+/// let (ids, positions) = arguments(group.gpu_on(&stream)?, ids, positions)?;
 /// assert!(ids.addr() < positions.addr()); // in the order in which they were added
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 #[derive(Clone, Copy)]
-pub struct GroupView<'a>(pub(crate) &'a Members);
+pub struct GroupView<'a>(pub(crate) &'a GroupStorage);
 
 impl<'a> GroupView<'a> {
-    /// The device half of a member.
-    ///
-    /// # Panics
-    ///
-    /// For a key of another layout, as indexing does: [`get`](Self::get) answers with an error.
-    ///
-    /// ```
-    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
-    ///
-    /// let mut builder = GroupLayoutBuilder::new();
-    /// let table = builder.add::<i32>([16, 4]);
-    /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
-    /// let of_two_requests = group.gpu_on(&stream)?.member(table).rows(2..4)?;
-    /// assert_eq!(of_two_requests.shape(), [2, 4]);
-    /// # Ok::<(), cpu_gpu_buffer::Error>(())
-    /// ```
-    pub fn member<T: Pod>(&self, key: Key<T>) -> GpuView<'a, T> {
-        self.get(key).expect("a key of this group's layout")
-    }
-
-    /// The device half of a member.
+    /// The device side of a member.
     ///
     /// # Errors
     ///
@@ -541,14 +520,16 @@ impl<'a> GroupView<'a> {
     /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder, Stream};
     ///
     /// let mut builder = GroupLayoutBuilder::new();
-    /// builder.add::<i32>(8);
-    /// let stream = Stream::new(Device::Cpu)?;
-    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let table = builder.add::<i32>([16, 4]);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let view = group.gpu_on(&stream)?;
+    /// assert_eq!(view.member(table)?.rows(2..4)?.shape(), [2, 4]);
     /// let foreign = GroupLayoutBuilder::new().add::<i32>(8);
-    /// assert_eq!(group.gpu_on(&stream)?.get(foreign).err(), Some(Error::InvalidKey));
+    /// assert_eq!(view.member(foreign).err(), Some(Error::InvalidKey));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn get<T: Pod>(&self, key: Key<T>) -> Result<GpuView<'a, T>> {
+    pub fn member<T: Pod>(&self, key: MemberKey<T>) -> Result<GpuView<'a, T>> {
         let (_, member) = self.0.layout().find(key)?;
         let address = self.0.gpu_of(member).cast();
         Ok(GpuView::new(address, member.shape, member.numel, self.0.device()))
@@ -562,10 +543,10 @@ impl<'a> GroupView<'a> {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
     /// let view = group.gpu_on(&stream)?;
     /// // Where this is the CPU, members can be looked at.
-    /// assert_eq!(view.device() == Device::Cpu, view.member(ids).as_host_slice().is_some());
+    /// assert_eq!(view.device() == Device::Cpu, view.member(ids)?.as_host_slice().is_some());
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn device(&self) -> Device {

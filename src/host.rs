@@ -90,7 +90,7 @@ pub(crate) struct HostMemory {
     address: NonNull<u8>,
     /// The bytes that one registration covers, from the first byte on. `usize::MAX` if one covers
     /// all, or none is needed.
-    piece: usize,
+    registration_size: usize,
     kind: Kind,
     /// Why memory is pageable that was to be pinned if that works.
     pinning_error: Option<Box<Error>>,
@@ -160,7 +160,7 @@ impl HostMemory {
     }
 
     fn whole(address: NonNull<u8>, kind: Kind) -> HostMemory {
-        HostMemory { address, piece: usize::MAX, kind, pinning_error: None }
+        HostMemory { address, registration_size: usize::MAX, kind, pinning_error: None }
     }
 
     /// Zeroed pageable memory of a layout that is not empty.
@@ -216,9 +216,9 @@ impl HostMemory {
             let registered = match is_small {
                 true => device.piece_of_new_chunk(layout, flags).map(HostMemory::piece),
                 false => Registered::new(layout, flags.bits(), context).map(|pages| {
-                    let (address, piece) = (pages.address(), pages.piece());
+                    let (address, registration_size) = (pages.address(), pages.registration_size());
                     let kind = Kind::Registered { _pages: pages };
-                    HostMemory { address, piece, kind, pinning_error: None }
+                    HostMemory { address, registration_size, kind, pinning_error: None }
                 }),
             };
             match registered {
@@ -277,27 +277,28 @@ impl HostMemory {
     /// Whether kernels of the current device reach all `bytes` of the memory, under the addresses that it has here.
     pub(crate) fn is_mapped(&self, bytes: usize) -> bool {
         let reached = |at| {
-            let part = self.as_ptr().wrapping_add(at);
-            raw::host_device_ptr(part).is_ok_and(|address| address == part)
+            let range = self.as_ptr().wrapping_add(at);
+            raw::host_device_ptr(range).is_ok_and(|address| address == range)
         };
-        self.is_pinned() && parts(0..bytes, self.piece).all(|part| reached(part.start))
+        self.is_pinned()
+            && split_by(0..bytes, self.registration_size).all(|range| reached(range.start))
     }
 
     /// Cuts the `bytes` at `from`, which lie in the memory, where registrations meet, and hands each part to `copy`, as
     /// its offset from `from` and its length, until that fails. CUDA refuses a copy that spans two registrations.
     #[inline]
-    pub(crate) fn in_parts(
+    pub(crate) fn for_each_registration(
         &self,
         from: *const u8,
         bytes: usize,
         mut copy: impl FnMut(usize, usize) -> Result<()>,
     ) -> Result<()> {
-        match self.piece {
+        match self.registration_size {
             usize::MAX => copy(0, bytes),
-            piece => {
+            size => {
                 let start = from.addr() - self.address.addr().get();
-                parts(start..start + bytes, piece)
-                    .try_for_each(|part| copy(part.start - start, part.len()))
+                split_by(start..start + bytes, size)
+                    .try_for_each(|range| copy(range.start - start, range.len()))
             }
         }
     }
@@ -332,12 +333,12 @@ impl Drop for HostMemory {
     }
 }
 
-/// Cuts a range at the multiples of `piece`.
-pub(crate) fn parts(range: Range<usize>, piece: usize) -> impl Iterator<Item = Range<usize>> {
+/// Cuts a range at the multiples of `size`.
+pub(crate) fn split_by(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
     let mut rest = range;
     iter::from_fn(move || {
         let start = rest.start;
-        rest.start = rest.end.min((start / piece + 1).saturating_mul(piece));
+        rest.start = rest.end.min((start / size + 1).saturating_mul(size));
         (start < rest.start).then_some(start..rest.start)
     })
 }
@@ -387,7 +388,7 @@ mod tests {
     const MAX: usize = usize::MAX;
 
     #[test]
-    fn a_range_is_cut_where_pieces_meet_and_nowhere_else() {
+    fn a_range_is_cut_where_registrations_meet_and_nowhere_else() {
         for (range, expected) in [
             (0..1, &[0, 1][..]),
             (0..10, &[0, 10]),
@@ -399,9 +400,9 @@ mod tests {
             (5..5, &[]),
             (MAX - 7..MAX, &[MAX - 7, MAX - 5, MAX - 5, MAX]),
         ] {
-            let bounds = parts(range, 10).flat_map(|part| [part.start, part.end]);
+            let bounds = split_by(range, 10).flat_map(|range| [range.start, range.end]);
             assert_eq!(bounds.collect::<Vec<_>>(), expected);
         }
-        assert!(parts(3..MAX, MAX).eq(iter::once(3..MAX)));
+        assert!(split_by(3..MAX, MAX).eq(iter::once(3..MAX)));
     }
 }

@@ -30,7 +30,7 @@ use crate::shape::{Shape, select};
 /// let mut builder = GroupLayoutBuilder::new();
 /// let ids = builder.add::<i32>(1024);
 /// let table = builder.add::<i32>([256, 128]);
-/// let layout = builder.finish();
+/// let layout = builder.build();
 ///
 /// let group = BufferGroup::new(&layout, Device::auto())?;
 /// assert_eq!(group.cpu(ids)?.len(), 1024);
@@ -41,17 +41,17 @@ use crate::shape::{Shape, select};
 pub struct GroupLayoutBuilder {
     id: u64,
     // Or the error of the group's constructor: there was not as much memory.
-    members: Result<Vec<Asked>>,
+    members: Result<Vec<Requested>>,
 }
 
 /// A member that was asked for.
 #[derive(Debug)]
-struct Asked {
+struct Requested {
     shape: Shape,
     /// Of one element.
     element: Layout,
     kind: TypeId,
-    host_owned: bool,
+    mirrored: bool,
 }
 
 impl GroupLayoutBuilder {
@@ -62,7 +62,7 @@ impl GroupLayoutBuilder {
     ///
     /// let (mut one, mut other) = (GroupLayoutBuilder::new(), GroupLayoutBuilder::new());
     /// let (ids, same_on_paper) = (one.add::<i32>(8), other.add::<i32>(8));
-    /// let group = BufferGroup::new(&one.finish(), Device::Cpu)?;
+    /// let group = BufferGroup::new(&one.build(), Device::Cpu)?;
     /// assert!(group.cpu(ids).is_ok());
     /// assert_eq!(group.cpu(same_on_paper).err(), Some(Error::InvalidKey));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -82,14 +82,14 @@ impl GroupLayoutBuilder {
     /// Beyond 2^32 members.
     ///
     /// ```
-    /// use cpu_gpu_buffer::{GroupLayoutBuilder, Key};
+    /// use cpu_gpu_buffer::{GroupLayoutBuilder, MemberKey};
     ///
     /// /// The arrays of a step, as one value that is cheap to copy.
     /// #[derive(Clone, Copy)]
     /// struct Inputs {
-    ///     ids: Key<i32>,
-    ///     temperatures: Key<f32>,
-    ///     table: Key<i32>,
+    ///     ids: MemberKey<i32>,
+    ///     temperatures: MemberKey<f32>,
+    ///     table: MemberKey<i32>,
     /// }
     ///
     /// let mut builder = GroupLayoutBuilder::new();
@@ -99,15 +99,15 @@ impl GroupLayoutBuilder {
     ///     table: builder.add([64, 256]),
     /// };
     /// ```
-    pub fn add<T: Pod + Send + Sync>(&mut self, shape: impl Into<Shape>) -> Key<T> {
-        self.ask(shape.into(), false)
+    pub fn add<T: Pod + Send + Sync>(&mut self, shape: impl Into<Shape>) -> MemberKey<T> {
+        self.add_member(shape.into(), false)
     }
 
     /// Adds a member that the host owns: its device side only ever mirrors its host side, and
     /// nothing on the device writes it.
     ///
     /// An upload may carry rows of this member that were not asked for, from the host side as it is
-    /// then, if that makes one copy of several. It may also carry a host-owned member that the call
+    /// then, if that makes one copy of several. It may also carry a mirrored member that the call
     /// does not name, if that lies between two named ones. Carried rows count as being uploaded:
     /// [`cpu_mut`](crate::BufferGroup::cpu_mut) of the member waits for the copy, too. The rows of
     /// other members are never carried along. A ring of several host slots carries nothing along:
@@ -122,34 +122,34 @@ impl GroupLayoutBuilder {
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
     ///
     /// let mut builder = GroupLayoutBuilder::new();
-    /// let (ids, positions) = (builder.add_host_owned::<i32>(1024), builder.add_host_owned::<i32>(1024));
+    /// let (ids, positions) = (builder.add_mirrored::<i32>(1024), builder.add_mirrored::<i32>(1024));
     /// let sampled = builder.add::<u32>(64); // a kernel writes it
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
     /// // One copy: what lies between the two ranges goes along, a few KB.
     /// group.copy_to_gpu(&[ids.rows(..9), positions.rows(..9)], &stream)?;
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn add_host_owned<T: Pod + Send + Sync>(&mut self, shape: impl Into<Shape>) -> Key<T> {
-        self.ask(shape.into(), true)
+    pub fn add_mirrored<T: Pod + Send + Sync>(&mut self, shape: impl Into<Shape>) -> MemberKey<T> {
+        self.add_member(shape.into(), true)
     }
 
-    fn ask<T: Pod>(&mut self, shape: Shape, host_owned: bool) -> Key<T> {
+    fn add_member<T: Pod>(&mut self, shape: Shape, mirrored: bool) -> MemberKey<T> {
         // Of a layout that will be an error, a key names no member.
         let mut index = 0;
         if let Ok(members) = &mut self.members {
             index = u32::try_from(members.len()).expect("more members than can be told apart");
             match reserve(members, 1, Device::Cpu) {
-                Ok(()) => members.push(Asked {
+                Ok(()) => members.push(Requested {
                     shape,
                     element: Layout::new::<T>(),
                     kind: TypeId::of::<T>(),
-                    host_owned,
+                    mirrored,
                 }),
                 Err(error) => self.members = Err(error),
             }
         }
-        Key { layout: self.id, index, element: PhantomData }
+        MemberKey { layout: self.id, index, element: PhantomData }
     }
 
     /// The layout, which does not change any more.
@@ -159,27 +159,27 @@ impl GroupLayoutBuilder {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// builder.add::<u8>([1; 9]);
-    /// let layout = builder.finish(); // no error yet
+    /// let layout = builder.build(); // no error yet
     /// assert!(matches!(BufferGroup::new(&layout, Device::Cpu), Err(Error::InvalidShape { .. })));
     /// ```
-    pub fn finish(self) -> GroupLayout {
-        let form = self.members.and_then(|members| place(&members));
-        GroupLayout(Arc::new(Table { id: self.id, form }))
+    pub fn build(self) -> GroupLayout {
+        let table = self.members.and_then(|members| lay_out(&members));
+        GroupLayout(Arc::new(Inner { id: self.id, table }))
     }
 }
 
 /// Gives each member its place.
-fn place(asked: &[Asked]) -> Result<Form> {
-    if asked.is_empty() {
+fn lay_out(requested: &[Requested]) -> Result<GroupTable> {
+    if requested.is_empty() {
         return Err(Error::InvalidGroup { reason: "it has no members" });
     }
     let too_large = || Error::InvalidShape {
-        reason: format!("the {} members of a group overflow isize", asked.len()),
+        reason: format!("the {} members of a group overflow isize", requested.len()),
     };
     let mut members = Vec::new();
-    reserve(&mut members, asked.len(), Device::Cpu)?;
+    reserve(&mut members, requested.len(), Device::Cpu)?;
     let mut whole = Layout::from_size_align(0, DeviceMemory::ALIGN).map_err(|_| too_large())?;
-    for Asked { shape, element, kind, host_owned } in asked {
+    for Requested { shape, element, kind, mirrored } in requested {
         let numel = shape.numel(element.size())?;
         let align = element.align().max(DeviceMemory::ALIGN);
         let bytes = numel * element.size();
@@ -191,11 +191,11 @@ fn place(asked: &[Asked]) -> Result<Form> {
             shape: *shape,
             numel,
             kind: *kind,
-            host_owned: *host_owned,
+            mirrored: *mirrored,
         });
         whole = with;
     }
-    Ok(Form { members, layout: whole })
+    Ok(GroupTable { members, layout: whole })
 }
 
 /// The members of a group, and where each of them lies. Cheap to clone.
@@ -205,7 +205,7 @@ fn place(asked: &[Asked]) -> Result<Form> {
 ///
 /// let mut builder = GroupLayoutBuilder::new();
 /// let ids = builder.add::<i32>(1024);
-/// let layout = builder.finish();
+/// let layout = builder.build();
 /// let of_a_worker = layout.clone(); // of the same members, not a copy of them
 /// let worker = std::thread::spawn(move || BufferGroup::new(&of_a_worker, Device::auto()));
 /// let group = worker.join().unwrap()?;
@@ -213,18 +213,18 @@ fn place(asked: &[Asked]) -> Result<Form> {
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct GroupLayout(Arc<Table>);
+pub struct GroupLayout(Arc<Inner>);
 
 #[derive(Debug)]
-struct Table {
+struct Inner {
     id: u64,
     // An invalid layout is the error of the group's constructor.
-    form: Result<Form>,
+    table: Result<GroupTable>,
 }
 
 /// Where the members of a valid layout lie.
 #[derive(Debug)]
-pub(crate) struct Form {
+pub(crate) struct GroupTable {
     /// In the order of their places.
     pub(crate) members: Vec<Member>,
     /// Of all of them together.
@@ -240,26 +240,26 @@ pub(crate) struct Member {
     pub(crate) shape: Shape,
     pub(crate) numel: usize,
     kind: TypeId,
-    pub(crate) host_owned: bool,
+    pub(crate) mirrored: bool,
 }
 
 impl GroupLayout {
     /// The members, if they are valid.
-    pub(crate) fn form(&self) -> Result<&Form> {
-        self.0.form.as_ref().map_err(Error::clone)
+    pub(crate) fn table(&self) -> Result<&GroupTable> {
+        self.0.table.as_ref().map_err(Error::clone)
     }
 
-    /// [`form`](Self::form) for a group of `device`, which an error of memory names: a layout is of
+    /// [`table`](Self::table) for a group of `device`, which an error of memory names: a layout is of
     /// no device.
-    pub(crate) fn form_for(&self, device: Device) -> Result<&Form> {
-        self.form().map_err(|error| match error {
+    pub(crate) fn table_for(&self, device: Device) -> Result<&GroupTable> {
+        self.table().map_err(|error| match error {
             Error::OutOfMemory { side, bytes, .. } => Error::OutOfMemory { side, bytes, device },
             error => error,
         })
     }
 
     /// The member that a key names.
-    pub(crate) fn find<T: Pod>(&self, key: Key<T>) -> Result<(usize, &Member)> {
+    pub(crate) fn find<T: Pod>(&self, key: MemberKey<T>) -> Result<(usize, &Member)> {
         let (index, member) = self.at(key.layout, key.index)?;
         match member.kind == TypeId::of::<T>() {
             true => Ok((index, member)),
@@ -277,9 +277,9 @@ impl GroupLayout {
 
     fn at(&self, layout: u64, index: u32) -> Result<(usize, &Member)> {
         let index = index as usize;
-        match &self.0.form {
-            Ok(form) if layout == self.0.id => {
-                form.members.get(index).map(|member| (index, member))
+        match &self.0.table {
+            Ok(table) if layout == self.0.id => {
+                table.members.get(index).map(|member| (index, member))
             }
             _ => None,
         }
@@ -290,38 +290,38 @@ impl GroupLayout {
 /// Names a member of a [`GroupLayout`], with elements of `T`.
 ///
 /// ```
-/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Key};
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, MemberKey};
 ///
-/// fn count(group: &BufferGroup, ids: Key<i32>, wanted: i32) -> cpu_gpu_buffer::Result<usize> {
+/// fn count(group: &BufferGroup, ids: MemberKey<i32>, wanted: i32) -> cpu_gpu_buffer::Result<usize> {
 ///     Ok(group.cpu(ids)?.iter().filter(|id| **id == wanted).count())
 /// }
 /// let mut builder = GroupLayoutBuilder::new();
 /// let (prompt, output) = (builder.add(8), builder.add(4));
-/// let group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+/// let group = BufferGroup::new(&builder.build(), Device::Cpu)?;
 /// assert_eq!(count(&group, prompt, 0)? + count(&group, output, 0)?, 12);
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-pub struct Key<T> {
+pub struct MemberKey<T> {
     layout: u64,
     index: u32,
     element: PhantomData<fn() -> T>,
 }
 
-impl<T> Clone for Key<T> {
-    fn clone(&self) -> Key<T> {
+impl<T> Clone for MemberKey<T> {
+    fn clone(&self) -> MemberKey<T> {
         *self
     }
 }
 
-impl<T> Copy for Key<T> {}
+impl<T> Copy for MemberKey<T> {}
 
-impl<T> fmt::Debug for Key<T> {
+impl<T> fmt::Debug for MemberKey<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Key<{}>({} of layout {})", type_name::<T>(), self.index, self.layout)
+        write!(f, "MemberKey<{}>({} of layout {})", type_name::<T>(), self.index, self.layout)
     }
 }
 
-impl<T> Key<T> {
+impl<T> MemberKey<T> {
     /// Rows of the member, to be copied: `..`, `..n`, `a..b`. Whether they are within its shape is checked by
     /// the copy.
     ///
@@ -331,7 +331,7 @@ impl<T> Key<T> {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
     /// let stream = Stream::new(Device::Cpu)?;
-    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
     /// group.copy_to_gpu(&[ids.rows(2..=5)], &stream)?;
     /// let beyond = group.copy_to_gpu(&[ids.rows(..9)], &stream);
     /// assert_eq!(beyond, Err(Error::OutOfRange { start: 0, end: 9, rows: 8, member: Some(0) }));
@@ -344,7 +344,7 @@ impl<T> Key<T> {
     }
 }
 
-/// Rows of a member of a group, made by [`Key::rows`].
+/// Rows of a member of a group, made by [`MemberKey::rows`].
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, MemberRows, Stream};
@@ -352,7 +352,7 @@ impl<T> Key<T> {
 /// let mut builder = GroupLayoutBuilder::new();
 /// let (ids, positions, table) = (builder.add::<i32>(8), builder.add::<i64>(8), builder.add::<i32>([8, 4]));
 /// let stream = Stream::new(Device::auto())?;
-/// let mut group = BufferGroup::new(&builder.finish(), stream.device())?;
+/// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
 /// // Members of any types in one list, which may be made anew for each step.
 /// let mut moved: Vec<MemberRows> = vec![ids.rows(..3), positions.rows(..3)];
 /// let table_changed = true;

@@ -5,9 +5,9 @@
 //!
 //! | a member's | is the newest call that | is consulted by |
 //! |---|---|---|
-//! | `upload` | read its bytes in that host half | writers of them |
-//! | `download` | wrote its bytes in that host half | readers and writers of them |
-//! | `latest` | touched its bytes in the device half | other streams |
+//! | `upload` | read its bytes in that host slot | writers of them |
+//! | `download` | wrote its bytes in that host slot | readers and writers of them |
+//! | `latest` | touched its bytes in the device side | other streams |
 //!
 //! A call is ordered, in stream order, after the `latest` of each member that it touches, and after the device uses,
 //! which are the group's: so the newest call of a member is ordered after all before it, and what no member refers to
@@ -29,56 +29,56 @@ use crate::fill;
 use crate::fork;
 use crate::gather;
 use crate::host::HostFlags;
-use crate::layout::{Form, GroupLayout, Key, Member, MemberRows};
-use crate::moves::{Piece, Way, cheapest, join};
+use crate::layout::{GroupLayout, GroupTable, Member, MemberKey, MemberRows};
+use crate::moves::{CopyPath, CopyRange, choose_path, join};
 use crate::raw::{self, Direction};
 use crate::record::Record;
 use crate::slab::Slab;
 use crate::stream::{EnteredStream, Stream};
 use crate::switches;
 
-pub(crate) struct Members {
+pub(crate) struct GroupStorage {
     layout: GroupLayout,
     device: Device,
     // Addresses in the slab.
     host: *mut u8,
     gpu: *mut u8,
-    /// From one host half to the next.
+    /// From one host slot to the next.
     stride: usize,
-    halves: Vec<Half>,
+    host_slots: Vec<HostSlot>,
     /// The current host slot.
     current: usize,
-    calls: Vec<Call>,
+    submissions: Vec<Submission>,
     /// Of each member.
     latest: Vec<Option<usize>>,
-    /// Lazy, as a single buffer's: what streams may do with the device half from now on.
+    /// Lazy, as a single buffer's: what streams may do with the device side from now on.
     device_use: Record,
-    /// The device half was zeroed, in stream order.
-    defined: bool,
-    /// Kernels reach the host halves, under the same addresses.
+    /// The device side was zeroed, in stream order.
+    initialized: bool,
+    /// Kernels reach the host slots, under the same addresses.
     mapped: bool,
     /// What a call works with, kept for the next one.
-    pieces: Vec<Piece>,
+    ranges: Vec<CopyRange>,
     named: Vec<bool>,
     /// Last: the events go before the memory, as they were made after it.
     slab: Slab,
 }
 
 /// Nobody needs so many; each has a few words of its own, even if its members have no bytes.
-const MOST_HALVES: usize = 1 << 16;
+const MOST_SLOTS: usize = 1 << 16;
 
 /// The copies in flight from and to one host slot: of each member, a call.
 #[derive(Default)]
-struct Half {
-    upload: Calls,
-    download: Calls,
+struct HostSlot {
+    upload: NewestSubmissions,
+    download: NewestSubmissions,
 }
 
 /// Of each member, the newest call of one direction. There is no table before the first call.
 #[derive(Default)]
-struct Calls(Vec<Option<usize>>);
+struct NewestSubmissions(Vec<Option<usize>>);
 
-impl Calls {
+impl NewestSubmissions {
     /// Makes the table for so many members, if there is none.
     fn reserve(&mut self, members: usize, device: Device) -> Result<()> {
         if self.0.is_empty() {
@@ -106,44 +106,44 @@ fn filled<E: Clone>(value: E, count: usize, device: Device) -> Result<Vec<E>> {
 }
 
 /// A call, and how many members refer to it.
-struct Call {
+struct Submission {
     record: Record,
     references: usize,
 }
 
 // SAFETY: the bytes behind the addresses are this value's alone, and the slab that it keeps owns them; elements that
 // are stored there are `Send` and `Sync`, as the builder of a layout and the rings ask for.
-unsafe impl Send for Members {}
+unsafe impl Send for GroupStorage {}
 // SAFETY: through a shared reference elements can be read, and what is behind the addresses otherwise stays as it is.
-unsafe impl Sync for Members {}
+unsafe impl Sync for GroupStorage {}
 
 // The other parts must not rely on the promises above.
 const _: () = {
     const fn send_and_sync<P: Send + Sync>() {}
-    send_and_sync::<(GroupLayout, Vec<Half>, Vec<Call>, Record, Vec<Piece>, Slab)>();
+    send_and_sync::<(GroupLayout, Vec<HostSlot>, Vec<Submission>, Record, Vec<CopyRange>, Slab)>();
 };
 
-impl Members {
-    /// So many host halves, and a device half, each zeroed.
+impl GroupStorage {
+    /// So many host slots, and a device side, each zeroed.
     pub(crate) fn new(
         layout: &GroupLayout,
         device: Device,
-        halves: usize,
+        depth: usize,
         options: BufferOptions,
-    ) -> Result<Members> {
-        let form = layout.form_for(device)?;
-        let one = form.layout;
+    ) -> Result<GroupStorage> {
+        let table = layout.table_for(device)?;
+        let one = table.layout;
         let stride = one.pad_to_align().size();
-        let before = halves.checked_sub(1);
-        let before = before.ok_or(Error::InvalidGroup { reason: "it has no host half" })?;
-        if halves > MOST_HALVES {
-            return Err(Error::InvalidGroup { reason: "it has more than 65,536 host halves" });
+        let before = depth.checked_sub(1);
+        let before = before.ok_or(Error::InvalidGroup { reason: "it has no host slot" })?;
+        if depth > MOST_SLOTS {
+            return Err(Error::InvalidGroup { reason: "it has more than 65,536 host slots" });
         }
         // The last one needs no padding.
         let host = stride.checked_mul(before).and_then(|before| before.checked_add(one.size()));
         let host = host.and_then(|bytes| Layout::from_size_align(bytes, one.align()).ok());
         let host = host.ok_or_else(|| Error::InvalidShape {
-            reason: format!("{halves} halves of {} bytes overflow isize", one.size()),
+            reason: format!("{depth} host slots of {} bytes overflow isize", one.size()),
         })?;
         let context = match device {
             // Nothing to allocate, nothing to ask.
@@ -151,10 +151,10 @@ impl Members {
             _ => None,
         };
         // Before the memory, which costs more.
-        let count = form.members.len();
+        let count = table.members.len();
         let mut slots = Vec::new();
-        reserve(&mut slots, halves, device)?;
-        slots.resize_with(halves, Half::default);
+        reserve(&mut slots, depth, device)?;
+        slots.resize_with(depth, HostSlot::default);
         let latest = filled(None, count, device)?;
         let named = filled(false, count, device)?;
         let slab = Slab::new(host, one, context, device, options, false)?;
@@ -168,20 +168,20 @@ impl Members {
             }
             _ => false,
         };
-        Ok(Members {
+        Ok(GroupStorage {
             layout: layout.clone(),
             device,
             host: slab.host().as_ptr(),
             gpu: slab.gpu_ptr(),
             stride,
-            halves: slots,
+            host_slots: slots,
             current: 0,
-            calls: Vec::new(),
+            submissions: Vec::new(),
             latest,
             device_use: Record::idle(),
-            defined: context.is_none(),
+            initialized: context.is_none(),
             mapped,
-            pieces: Vec::new(),
+            ranges: Vec::new(),
             named,
             slab,
         })
@@ -199,30 +199,30 @@ impl Members {
         &self.layout
     }
 
-    pub(crate) fn halves(&self) -> usize {
-        self.halves.len()
+    pub(crate) fn depth(&self) -> usize {
+        self.host_slots.len()
     }
 
-    fn form(&self) -> &Form {
-        self.layout.form().expect("a group is made of a valid layout")
+    fn table(&self) -> &GroupTable {
+        self.layout.table().expect("a group is made of a valid layout")
     }
 
-    /// The bytes of one half.
+    /// The bytes of one side.
     fn bytes(&self) -> usize {
-        self.form().layout.size()
+        self.table().layout.size()
     }
 
-    /// The first byte of the current host half.
+    /// The first byte of the current host slot.
     fn host(&self) -> *mut u8 {
         self.host.wrapping_add(self.current * self.stride)
     }
 
-    /// The address of a member's current host half, and its elements.
+    /// The address of a member's current host slot, and its elements.
     fn host_of(&self, member: &Member) -> (*mut u8, usize) {
         (self.host().wrapping_add(member.bytes.start), member.numel)
     }
 
-    /// The address of a member's device half; null where the group has no bytes.
+    /// The address of a member's device side; null where the group has no bytes.
     pub(crate) fn gpu_of(&self, member: &Member) -> *mut u8 {
         match self.gpu.is_null() {
             true => self.gpu,
@@ -232,16 +232,16 @@ impl Members {
 
     // ---- what the host waits for ----
 
-    /// Waits until a member's current host half may be read; the answer is its address, and its elements.
-    pub(crate) fn wait_to_read<T: Pod>(&self, key: Key<T>) -> Result<(*mut u8, usize)> {
+    /// Waits until a member's current host slot may be read; the answer is its address, and its elements.
+    pub(crate) fn wait_to_read<T: Pod>(&self, key: MemberKey<T>) -> Result<(*mut u8, usize)> {
         let (index, member) = self.layout.find(key)?;
         self.refuse_child()?;
-        self.wait_for(self.halves[self.current].download.of(index))?;
+        self.wait_for(self.host_slots[self.current].download.of(index))?;
         Ok(self.host_of(member))
     }
 
-    /// Waits until a member's current host half may be written; the answer is as for [`wait_to_read`](Self::wait_to_read).
-    pub(crate) fn wait_to_write<T: Pod>(&self, key: Key<T>) -> Result<(*mut u8, usize)> {
+    /// Waits until a member's current host slot may be written; the answer is as for [`wait_to_read`](Self::wait_to_read).
+    pub(crate) fn wait_to_write<T: Pod>(&self, key: MemberKey<T>) -> Result<(*mut u8, usize)> {
         let (index, member) = self.layout.find(key)?;
         self.wait_for_transfers(index)?;
         Ok(self.host_of(member))
@@ -249,30 +249,30 @@ impl Members {
 
     fn wait_for_transfers(&self, index: usize) -> Result<()> {
         self.refuse_child()?;
-        let half = &self.halves[self.current];
-        self.wait_for(half.download.of(index))?;
-        self.wait_for(half.upload.of(index))
+        let slot = &self.host_slots[self.current];
+        self.wait_for(slot.download.of(index))?;
+        self.wait_for(slot.upload.of(index))
     }
 
-    fn wait_for(&self, call: Option<usize>) -> Result<()> {
-        match call {
+    fn wait_for(&self, submission: Option<usize>) -> Result<()> {
+        match submission {
             None => Ok(()),
-            Some(call) => self.calls[call].record.wait(),
+            Some(submission) => self.submissions[submission].record.wait(),
         }
     }
 
-    /// Waits until nothing uses any half.
+    /// Waits until nothing uses any side.
     pub(crate) fn wait_for_all(&self) -> Result<()> {
         self.refuse_child()?;
-        self.calls.iter().try_for_each(|call| call.record.wait())?;
+        self.submissions.iter().try_for_each(|submission| submission.record.wait())?;
         self.device_use.wait()
     }
 
-    /// Whether nothing uses any half.
+    /// Whether nothing uses any side.
     pub(crate) fn is_idle(&self) -> Result<bool> {
         self.refuse_child()?;
-        for call in &self.calls {
-            if !call.record.is_finished()? {
+        for submission in &self.submissions {
+            if !submission.record.is_finished()? {
                 return Ok(false);
             }
         }
@@ -303,13 +303,13 @@ impl Members {
 
     /// The host slot whose turn is next.
     fn next(&self) -> usize {
-        (self.current + 1) % self.halves.len()
+        (self.current + 1) % self.host_slots.len()
     }
 
     /// The records of the copies from and to a host slot.
     fn copies_of(&self, slot: usize) -> impl Iterator<Item = &Record> {
-        let Half { upload, download } = &self.halves[slot];
-        upload.all().chain(download.all()).map(|call| &self.calls[call].record)
+        let HostSlot { upload, download } = &self.host_slots[slot];
+        upload.all().chain(download.all()).map(|submission| &self.submissions[submission].record)
     }
 
     // ---- several members at once ----
@@ -319,35 +319,35 @@ impl Members {
         self.named.fill(false);
     }
 
-    /// Waits until the current host half of a member that is not named yet may be written, and names it; the answer is
+    /// Waits until the current host slot of a member that is not named yet may be written, and names it; the answer is
     /// as for [`wait_to_read`](Self::wait_to_read).
-    pub(crate) fn wait_and_name<T: Pod>(&mut self, key: Key<T>) -> Result<(*mut u8, usize)> {
+    pub(crate) fn wait_and_name<T: Pod>(&mut self, key: MemberKey<T>) -> Result<(*mut u8, usize)> {
         let (index, member) = self.layout.find(key)?;
         if self.named[index] {
             return Err(Error::DuplicateMember { index });
         }
         self.wait_for_transfers(index)?;
-        let place = self.host_of(member);
+        let host = self.host_of(member);
         self.named[index] = true;
-        Ok(place)
+        Ok(host)
     }
 
     // ---- what streams do ----
 
-    /// Copies rows of members of the current host half to the same rows of the device half.
+    /// Copies rows of members of the current host slot to the same rows of the device side.
     pub(crate) fn copy_to_gpu(&mut self, rows: &[MemberRows], stream: &Stream) -> Result<()> {
         self.copy(Direction::Up, rows, stream)
     }
 
-    /// Copies rows of members of the device half to the same rows of the current host half.
+    /// Copies rows of members of the device side to the same rows of the current host slot.
     pub(crate) fn copy_to_cpu(&mut self, rows: &[MemberRows], stream: &Stream) -> Result<()> {
         self.copy(Direction::Down, rows, stream)
     }
 
     fn copy(&mut self, direction: Direction, rows: &[MemberRows], stream: &Stream) -> Result<()> {
         self.collect(rows)?;
-        let entered = self.admit(stream)?;
-        if self.pieces.is_empty() {
+        let entered = self.enter_for_work(stream)?;
+        if self.ranges.is_empty() {
             return Ok(());
         }
         self.join(direction);
@@ -357,7 +357,7 @@ impl Members {
             Direction::Down => (host, self.gpu),
         };
         let Some(entered) = &entered else {
-            for Piece { bytes, .. } in &self.pieces {
+            for CopyRange { bytes, .. } in &self.ranges {
                 let (to, from) = (to.wrapping_add(bytes.start), from.wrapping_add(bytes.start));
                 // SAFETY: the piece lies in both sides; on the CPU nothing is in flight.
                 unsafe { ptr::copy(from, to, bytes.len()) };
@@ -365,59 +365,63 @@ impl Members {
             return Ok(());
         };
         self.order(entered)?;
-        self.define(entered)?;
+        self.initialize(entered)?;
         // What the stream of `gpu_on` is sent from now on has nothing to do with this group.
-        self.device_use.close();
-        let call = self.begin(direction, entered)?;
-        let (pieces, memory) = (&self.pieces, self.slab.host());
-        let bytes = pieces.iter().map(|piece| piece.bytes.len()).sum();
-        let way = cheapest(pieces.len(), bytes, self.mapped);
-        self.calls[call].record.submit_standing(entered, || match way {
-            // SAFETY: the pieces lie in both halves. The records keep the host half from being written (and, for a
-            // download, read) and both halves from being released until the copies have finished.
-            Way::Kernel => unsafe { gather::enqueue(to, from, pieces, entered) },
-            Way::Copies => pieces.iter().try_for_each(|Piece { bytes, .. }| {
+        self.device_use.close_with_event();
+        let submission = self.begin(direction, entered)?;
+        let (ranges, memory) = (&self.ranges, self.slab.host());
+        let bytes = ranges.iter().map(|range| range.bytes.len()).sum();
+        let path = choose_path(ranges.len(), bytes, self.mapped);
+        self.submissions[submission].record.submit_open(entered, || match path {
+            // SAFETY: the pieces lie in both sides. The records keep the host side from being written (and, for a
+            // download, read) and both sides from being released until the copies have finished.
+            CopyPath::Kernel => unsafe { gather::enqueue(to, from, ranges, entered) },
+            CopyPath::Copies => ranges.iter().try_for_each(|CopyRange { bytes, .. }| {
                 let (to, from) = (to.wrapping_add(bytes.start), from.wrapping_add(bytes.start));
-                memory.in_parts(host.wrapping_add(bytes.start), bytes.len(), |at, bytes| {
-                    let (to, from) = (to.wrapping_add(at), from.wrapping_add(at));
-                    // SAFETY: as above.
-                    unsafe { raw::memcpy(direction, to, from, bytes, entered.raw()) }
-                })
+                memory.for_each_registration(
+                    host.wrapping_add(bytes.start),
+                    bytes.len(),
+                    |at, bytes| {
+                        let (to, from) = (to.wrapping_add(at), from.wrapping_add(at));
+                        // SAFETY: as above.
+                        unsafe { raw::memcpy(direction, to, from, bytes, entered.raw()) }
+                    },
+                )
             }),
         })
     }
 
     /// Finds the bytes that rows are of, in the order of their places.
     fn collect(&mut self, rows: &[MemberRows]) -> Result<()> {
-        self.pieces.clear();
-        reserve(&mut self.pieces, rows.len(), self.device)?;
+        self.ranges.clear();
+        reserve(&mut self.ranges, rows.len(), self.device)?;
         self.named.fill(false);
         for rows in rows {
             let (index, bytes) = self.layout.locate(rows)?;
             name(&mut self.named, index)?;
             if !bytes.is_empty() {
-                self.pieces.push(Piece { bytes, members: index..index + 1 });
+                self.ranges.push(CopyRange { bytes, members: index..index + 1 });
             }
         }
-        if !self.pieces.is_sorted_by_key(|piece| piece.members.start) {
-            self.pieces.sort_unstable_by_key(|piece| piece.members.start);
+        if !self.ranges.is_sorted_by_key(|range| range.members.start) {
+            self.ranges.sort_unstable_by_key(|range| range.members.start);
         }
         Ok(())
     }
 
     /// Joins pieces between which lies nothing, or what may be carried along.
     fn join(&mut self, direction: Direction) {
-        let form = self.layout.form().expect("a group is made of a valid layout");
+        let table = self.layout.table().expect("a group is made of a valid layout");
         // A download would write what the host did not ask for, and another slot than the last one
         // may hold what the device side held some steps ago.
-        let carries = direction == Direction::Up && self.halves.len() == 1;
-        join(&mut self.pieces, |piece, next| {
-            let gap = piece.bytes.end..next.bytes.start;
+        let carries = direction == Direction::Up && self.host_slots.len() == 1;
+        join(&mut self.ranges, |range, next| {
+            let gap = range.bytes.end..next.bytes.start;
             let mut carried = 0;
             // The rest of the last member, what is between, and what comes before in the next one.
-            for member in &form.members[piece.members.end - 1..=next.members.start] {
+            for member in &table.members[range.members.end - 1..=next.members.start] {
                 let within = overlap(&member.bytes, &gap);
-                if within > 0 && !(member.host_owned && carries) {
+                if within > 0 && !(member.mirrored && carries) {
                     return None;
                 }
                 carried += within;
@@ -430,58 +434,58 @@ impl Members {
     /// that the pieces touch.
     fn order(&self, entered: &EnteredStream<'_>) -> Result<()> {
         let mut before = None;
-        for index in self.pieces.iter().flat_map(|piece| piece.members.clone()) {
+        for index in self.ranges.iter().flat_map(|range| range.members.clone()) {
             // Neighbours often went together.
             if self.latest[index] != before
-                && let Some(call) = self.latest[index]
+                && let Some(submission) = self.latest[index]
             {
-                self.calls[call].record.order_before(entered)?;
-                before = Some(call);
+                self.submissions[submission].record.order_before(entered)?;
+                before = Some(submission);
             }
         }
         self.device_use.order_before(entered)
     }
 
-    /// Zeroes the device half, once.
-    fn define(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
-        if self.defined {
+    /// Zeroes the device side, once.
+    fn initialize(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
+        if self.initialized {
             return Ok(());
         }
-        self.device_use.stand_for(entered)?;
+        self.device_use.open_on(entered)?;
         let bytes = self.bytes();
-        // SAFETY: the device half is this value's, nothing was sent to it yet, and `device_use` keeps others from it.
+        // SAFETY: the device side is this value's, nothing was sent to it yet, and `device_use` keeps others from it.
         unsafe { fill::enqueue(self.gpu, bytes, &[0], entered) }?;
-        self.defined = true;
+        self.initialized = true;
         Ok(())
     }
 
     /// A call that the members which the pieces touch refer to from now on, and that stands.
     fn begin(&mut self, direction: Direction, entered: &EnteredStream<'_>) -> Result<usize> {
-        let half = &mut self.halves[self.current];
+        let slot = &mut self.host_slots[self.current];
         let transfers = match direction {
-            Direction::Up => &mut half.upload,
-            Direction::Down => &mut half.download,
+            Direction::Up => &mut slot.upload,
+            Direction::Down => &mut slot.download,
         };
         transfers.reserve(self.latest.len(), self.device)?;
-        let free = self.calls.iter().position(|call| call.references == 0);
-        let number = match free {
+        let unused = self.submissions.iter().position(|submission| submission.references == 0);
+        let number = match unused {
             Some(number) => number,
             None => {
-                reserve(&mut self.calls, 1, self.device)?;
-                self.calls.push(Call { record: Record::idle(), references: 0 });
-                self.calls.len() - 1
+                reserve(&mut self.submissions, 1, self.device)?;
+                self.submissions.push(Submission { record: Record::idle(), references: 0 });
+                self.submissions.len() - 1
             }
         };
         // Before anything refers to it, since this may fail.
-        self.calls[number].record.stand_for(entered)?;
-        for index in self.pieces.iter().flat_map(|piece| piece.members.clone()) {
-            for place in [&mut transfers.0[index], &mut self.latest[index]] {
-                self.calls[number].references += 1;
-                if let Some(before) = place.replace(number) {
-                    let before = &mut self.calls[before];
+        self.submissions[number].record.open_on(entered)?;
+        for index in self.ranges.iter().flat_map(|range| range.members.clone()) {
+            for newest in [&mut transfers.0[index], &mut self.latest[index]] {
+                self.submissions[number].references += 1;
+                if let Some(before) = newest.replace(number) {
+                    let before = &mut self.submissions[before];
                     before.references -= 1;
                     if before.references == 0 {
-                        before.record.cover();
+                        before.record.supersede();
                     }
                 }
             }
@@ -489,20 +493,22 @@ impl Members {
         Ok(number)
     }
 
-    /// Orders `stream` after everything, and remembers that it may use the device half from now on.
+    /// Orders `stream` after everything, and remembers that it may use the device side from now on.
     pub(crate) fn use_on(&mut self, stream: &Stream) -> Result<()> {
-        let Some(entered) = &self.admit(stream)? else {
+        let Some(entered) = &self.enter_for_work(stream)? else {
             return Ok(());
         };
-        self.calls.iter().try_for_each(|call| call.record.order_before(entered))?;
+        self.submissions
+            .iter()
+            .try_for_each(|submission| submission.record.order_before(entered))?;
         self.device_use.order_before(entered)?;
-        self.define(entered)?;
-        self.device_use.stand_for(entered)
+        self.initialize(entered)?;
+        self.device_use.open_on(entered)
     }
 
     /// Checks that `stream` can be given work of this group, and enters it. `None` where CUDA has nothing to do with
     /// it: on the CPU, and where there are no bytes.
-    fn admit<'s>(&self, stream: &'s Stream) -> Result<Option<EnteredStream<'s>>> {
+    fn enter_for_work<'s>(&self, stream: &'s Stream) -> Result<Option<EnteredStream<'s>>> {
         if stream.device() != self.device {
             return Err(Error::DeviceMismatch { expected: self.device, actual: stream.device() });
         }
@@ -516,7 +522,7 @@ impl Members {
         Ok(entered)
     }
 
-    /// In a forked child the host halves of a CUDA group are not there.
+    /// In a forked child the host slots of a CUDA group are not there.
     fn refuse_child(&self) -> Result<()> {
         match self.device {
             Device::Cpu => Ok(()),
@@ -538,7 +544,7 @@ fn overlap(one: &Range<usize>, other: &Range<usize>) -> usize {
     one.end.min(other.end).saturating_sub(one.start.max(other.start))
 }
 
-impl Drop for Members {
+impl Drop for GroupStorage {
     /// Waits for what is in flight. Where that cannot be known, since the driver does not answer, the memory is
     /// leaked: something may still be using it.
     fn drop(&mut self) {

@@ -14,43 +14,46 @@ use std::ops::Range;
 
 /// Ranges of so many bytes on average, and more, are moved by the copy engines, which leave the multiprocessors
 /// alone: the kernel is no faster.
-const LONG: usize = 96 << 10;
+const COPY_ENGINE_BYTES: usize = 96 << 10;
 
 /// So many bytes are carried along rather than make another range: what a copy costs the caller is what they take.
 const CARRY: usize = 96 << 10;
 
 /// Bytes that are moved as one, and the members that they touch.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Piece {
+pub(crate) struct CopyRange {
     pub(crate) bytes: Range<usize>,
     pub(crate) members: Range<usize>,
 }
 
 /// What moves pieces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Way {
+pub(crate) enum CopyPath {
     /// One after another, by the copy engines.
     Copies,
     /// By one kernel that looks at mapped host memory.
     Kernel,
 }
 
-/// What is cheapest for so many pieces of so many bytes together, where a kernel can look at the host half or not.
-pub(crate) fn cheapest(pieces: usize, bytes: usize, mapped: bool) -> Way {
-    match mapped && pieces > 1 && bytes < pieces * LONG {
-        true => Way::Kernel,
-        false => Way::Copies,
+/// What is cheapest for so many pieces of so many bytes together, where a kernel can look at the host side or not.
+pub(crate) fn choose_path(ranges: usize, bytes: usize, mapped: bool) -> CopyPath {
+    match mapped && ranges > 1 && bytes < ranges * COPY_ENGINE_BYTES {
+        true => CopyPath::Kernel,
+        false => CopyPath::Copies,
     }
 }
 
 /// Joins neighbours among pieces, each of one member, in the order of their places. `between` says how many bytes lie
 /// between one piece and the next that would be moved without having been asked for: `None` where they may not be.
-pub(crate) fn join(pieces: &mut Vec<Piece>, between: impl Fn(&Piece, &Piece) -> Option<usize>) {
-    pieces.dedup_by(|next, piece| {
-        let joined = between(piece, next).is_some_and(|carried| carried <= CARRY);
+pub(crate) fn join(
+    ranges: &mut Vec<CopyRange>,
+    between: impl Fn(&CopyRange, &CopyRange) -> Option<usize>,
+) {
+    ranges.dedup_by(|next, range| {
+        let joined = between(range, next).is_some_and(|carried| carried <= CARRY);
         if joined {
-            piece.bytes.end = next.bytes.end;
-            piece.members.end = next.members.end;
+            range.bytes.end = next.bytes.end;
+            range.members.end = next.members.end;
         }
         joined
     });
@@ -61,26 +64,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_piece_or_long_ones_go_by_the_copy_engines_and_short_ones_by_a_kernel() {
-        for (pieces, bytes, mapped, expected) in [
-            (1, 4, true, Way::Copies),
-            (2, 8, true, Way::Kernel),
-            (2, 8, false, Way::Copies),
-            (16, 16 * 8192, true, Way::Kernel),
-            (16, 16 * LONG - 1, true, Way::Kernel),
-            (16, 16 * LONG, true, Way::Copies),
-            (0, 0, true, Way::Copies),
+    fn one_range_or_long_ones_go_by_the_copy_engines_and_short_ones_by_a_kernel() {
+        for (ranges, bytes, mapped, expected) in [
+            (1, 4, true, CopyPath::Copies),
+            (2, 8, true, CopyPath::Kernel),
+            (2, 8, false, CopyPath::Copies),
+            (16, 16 * 8192, true, CopyPath::Kernel),
+            (16, 16 * COPY_ENGINE_BYTES - 1, true, CopyPath::Kernel),
+            (16, 16 * COPY_ENGINE_BYTES, true, CopyPath::Copies),
+            (0, 0, true, CopyPath::Copies),
         ] {
-            assert_eq!(cheapest(pieces, bytes, mapped), expected, "{pieces} of {bytes}, {mapped}");
+            assert_eq!(
+                choose_path(ranges, bytes, mapped),
+                expected,
+                "{ranges} of {bytes}, {mapped}"
+            );
         }
     }
 
     #[test]
     fn neighbours_are_joined_where_what_lies_between_may_be_moved_and_is_short() {
-        let piece = |bytes: Range<usize>, members| Piece { bytes, members };
+        let range = |bytes: Range<usize>, members| CopyRange { bytes, members };
         let all =
-            || vec![piece(0..100, 0..1), piece(256..300, 1..2), piece(600_000..600_004, 4..5)];
-        let gap = |one: &Piece, next: &Piece| next.bytes.start - one.bytes.end;
+            || vec![range(0..100, 0..1), range(256..300, 1..2), range(600_000..600_004, 4..5)];
+        let gap = |one: &CopyRange, next: &CopyRange| next.bytes.start - one.bytes.end;
 
         let mut none = all();
         join(&mut none, |_, _| None);
@@ -88,10 +95,10 @@ mod tests {
 
         let mut near = all();
         join(&mut near, |one, next| Some(gap(one, next)));
-        assert_eq!(near, [piece(0..300, 0..2), piece(600_000..600_004, 4..5)]);
+        assert_eq!(near, [range(0..300, 0..2), range(600_000..600_004, 4..5)]);
 
         let mut padding = all();
         join(&mut padding, |_, _| Some(0));
-        assert_eq!(padding, [piece(0..600_004, 0..5)]);
+        assert_eq!(padding, [range(0..600_004, 0..5)]);
     }
 }

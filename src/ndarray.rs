@@ -1,4 +1,4 @@
-//! Host halves as arrays of the `ndarray` crate: what the accessors of slices give, with the buffer's shape.
+//! Host sides as arrays of the `ndarray` crate: what the accessors of slices give, with the buffer's shape.
 
 use ndarray::{ArrayViewD, ArrayViewMutD, IxDyn, ShapeError};
 
@@ -7,7 +7,7 @@ use bytemuck::Pod;
 use crate::buffer::CpuGpuBuffer;
 use crate::error::{Error, Result};
 use crate::group::BufferGroup;
-use crate::layout::Key;
+use crate::layout::MemberKey;
 use crate::ring::GroupRing;
 use crate::shape::Shape;
 
@@ -69,11 +69,11 @@ impl BufferGroup {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
-    /// let group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let group = BufferGroup::new(&builder.build(), Device::Cpu)?;
     /// assert_eq!(group.cpu_array(table)?.shape(), [256, 128]);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn cpu_array<T: Pod>(&self, key: Key<T>) -> Result<ArrayViewD<'_, T>> {
+    pub fn cpu_array<T: Pod>(&self, key: MemberKey<T>) -> Result<ArrayViewD<'_, T>> {
         shared(self.cpu(key)?, self.shape(key)?)
     }
 
@@ -88,12 +88,12 @@ impl BufferGroup {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
-    /// let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
     /// group.cpu_array_mut(table)?[[3, 0]] = 7;
     /// assert_eq!(group.cpu(table)?[3 * 128], 7);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn cpu_array_mut<T: Pod>(&mut self, key: Key<T>) -> Result<ArrayViewMutD<'_, T>> {
+    pub fn cpu_array_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<ArrayViewMutD<'_, T>> {
         let shape = Shape::from(self.shape(key)?);
         exclusive(self.cpu_mut(key)?, shape.dims())
     }
@@ -111,11 +111,11 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
-    /// let ring = GroupRing::new(&builder.finish(), Device::Cpu, 2)?;
+    /// let ring = GroupRing::new(&builder.build(), Device::Cpu, 2)?;
     /// assert_eq!(ring.cpu_array(table)?.shape(), [256, 128]);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn cpu_array<T: Pod>(&self, key: Key<T>) -> Result<ArrayViewD<'_, T>> {
+    pub fn cpu_array<T: Pod>(&self, key: MemberKey<T>) -> Result<ArrayViewD<'_, T>> {
         shared(self.cpu(key)?, self.layout().find(key)?.1.shape.dims())
     }
 
@@ -130,12 +130,12 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
-    /// let mut ring = GroupRing::new(&builder.finish(), Device::Cpu, 2)?;
+    /// let mut ring = GroupRing::new(&builder.build(), Device::Cpu, 2)?;
     /// ring.advance()?;
     /// ring.cpu_array_mut(table)?[[3, 0]] = 7;
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn cpu_array_mut<T: Pod>(&mut self, key: Key<T>) -> Result<ArrayViewMutD<'_, T>> {
+    pub fn cpu_array_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<ArrayViewMutD<'_, T>> {
         let shape = self.layout().find(key)?.1.shape;
         exclusive(self.cpu_mut(key)?, shape.dims())
     }

@@ -115,12 +115,12 @@ impl Mapping {
     /// Frees the memory behind the pages, which is most of what unmapping them takes.
     #[cfg(target_os = "linux")]
     fn give_back(&mut self) {
-        let free = |part: NonNull<u8>, bytes| {
+        let discard = |part: NonNull<u8>, bytes| {
             // SAFETY: pages of this value's own, which nothing refers to any more. It may be refused, and is then
             // left to unmapping.
             unsafe { libc::madvise(part.as_ptr().cast(), bytes, libc::MADV_DONTNEED) };
         };
-        self.each_part(threads(self.bytes, cores()), &free);
+        self.each_part(threads(self.bytes, cores()), &discard);
     }
 
     /// Hands each part to one of so many threads, of which the calling one is the first.

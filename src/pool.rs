@@ -26,7 +26,7 @@ use crate::fork;
 use crate::host::{HostFlags, Pinning};
 use crate::shape::Shape;
 use crate::slots::{Lease, Segment, Slots};
-use crate::storage::{Form, Home, LeftBehind, Storage};
+use crate::storage::{LeftBehindCount, SideLayout, Storage, StorageHandle};
 
 /// How a pool is made.
 ///
@@ -46,12 +46,12 @@ pub struct PoolOptions {
     pub max_buffers: Option<usize>,
     /// How many buffers the pool adds when all are out: [`PoolGrowth::Double`] unless given.
     pub growth: PoolGrowth,
-    /// Whether the host halves are pinned: [`Pinning::Preferred`] unless given.
+    /// Whether the host sides are pinned: [`Pinning::Preferred`] unless given.
     pub pinning: Pinning,
     /// How they are pinned: all flags unless given.
     pub host_flags: HostFlags,
-    /// Whether both halves of a buffer are zeroed each time that it is handed out. They are when it is first
-    /// used: the host half after the transfers that its last holder left queued, for which its first use waits,
+    /// Whether both sides of a buffer are zeroed each time that it is handed out. They are when it is first
+    /// used: the host side after the transfers that its last holder left queued, for which its first use waits,
     /// copies included. `false` unless given: a buffer then comes with what its last holder left in it.
     pub zeroed: bool,
 }
@@ -164,7 +164,7 @@ pub struct PoolStats {
 /// wait for the transfers that it has queued, nor does acquiring one. (After [`gpu_on`](CpuGpuBuffer::gpu_on) it records
 /// an event: what the stream is sent later has nothing to do with the next holder. While the stream is being captured
 /// it cannot, and the buffer is passed over where another one is left.) A buffer that is handed out while a
-/// transfer of its last holder's is still queued knows of it, and waits when its host half is looked at.
+/// transfer of its last holder's is still queued knows of it, and waits when its host side is looked at.
 ///
 /// Handles are cheap to clone, and mean the same pool. Pool and buffers may be dropped in any order, on any
 /// thread: memory is given back with the last buffer in it, which then waits as a buffer's drop does. A buffer
@@ -189,7 +189,7 @@ pub struct PoolStats {
 /// # Memory
 ///
 /// The buffers that a pool begins with, and those that it grows by each time, share one allocation of either
-/// half. Each begins at a multiple of 256 bytes, or of the element's alignment where that is more.
+/// side. Each begins at a multiple of 256 bytes, or of the element's alignment where that is more.
 ///
 /// A buffer remembers the streams of its last transfers, also while nobody holds it: a stream that
 /// was dropped, or the owner of a foreign one, is let go when the buffer has been used elsewhere,
@@ -207,12 +207,12 @@ pub struct BufferPool<T: Pod> {
 
 struct Inner {
     slots: Slots<Storage>,
-    form: Form,
+    side_layout: SideLayout,
     device: Device,
     options: PoolOptions,
     /// Buffers whose host sides are pinned.
     pinned: AtomicUsize,
-    left_behind: LeftBehind,
+    left_behind_count: LeftBehindCount,
 }
 
 impl<T: Pod> Clone for BufferPool<T> {
@@ -266,21 +266,21 @@ impl<T: Pod> BufferPool<T> {
         buffers: usize,
         options: PoolOptions,
     ) -> Result<Self> {
-        let form = CpuGpuBuffer::<T>::form(shape.into())?;
+        let side_layout = CpuGpuBuffer::<T>::side_layout(shape.into())?;
         if let Some(max_buffers) = options.max_buffers.filter(|most| *most < buffers) {
             return Err(Error::PoolExhausted { max_buffers });
         }
-        if let (Device::Cuda(ordinal), 1..) = (device, form.layout.size()) {
+        if let (Device::Cuda(ordinal), 1..) = (device, side_layout.layout.size()) {
             // Also where nothing is allocated yet.
             Device::cuda(ordinal)?;
         }
         let inner = Inner {
             slots: Slots::new(threads()),
-            form,
+            side_layout,
             device,
             options,
             pinned: AtomicUsize::new(0),
-            left_behind: LeftBehind::default(),
+            left_behind_count: LeftBehindCount::default(),
         };
         if buffers > 0 {
             inner.slots.append(inner.segment(buffers, false)?);
@@ -291,12 +291,12 @@ impl<T: Pod> BufferPool<T> {
     /// A buffer of the pool's shape. If none is left, the pool grows as [`PoolGrowth`] says.
     /// ([`Pinning::Preferred`] grows by pageable memory if no more can be pinned.)
     ///
-    /// Prefers a buffer whose host half is not in flight. Where all of the few that it looks at may
+    /// Prefers a buffer whose host side is not in flight. Where all of the few that it looks at may
     /// be, it asks the driver about one (`cudaEventQuery`), and hands that out, in flight or not.
     /// It waits for no transfer. (If tensors of the feature `dlpack` left buffers of this pool
     /// behind and no other is left, it waits for the devices to have them back; and once more if
     /// memory is short and other buffers left theirs behind.) Growing takes what
-    /// allocating takes; where it fails, giving the other half back waits for the device.
+    /// allocating takes; where it fails, giving the other side back waits for the device.
     ///
     /// # Errors
     ///
@@ -340,7 +340,7 @@ impl<T: Pod> BufferPool<T> {
             None => self.inner.claim_or_grow()?,
         };
         if !ready {
-            slot.ask()?;
+            slot.poll()?;
         }
         Ok(self.buffer(slot, ready))
     }
@@ -370,12 +370,12 @@ impl<T: Pod> BufferPool<T> {
 
     #[inline]
     fn buffer(&self, mut slot: Lease<Storage>, ready: bool) -> CpuGpuBuffer<T> {
-        let Inner { slots, form, options, .. } = &*self.inner;
+        let Inner { slots, side_layout, options, .. } = &*self.inner;
         if !ready && !slot.is_known_ready() {
-            slots.count_settled();
+            slots.count_not_ready();
         }
-        slot.renew(form, options.zeroed);
-        CpuGpuBuffer::stored(Home::pool(slot))
+        slot.reset_for_reuse(side_layout, options.zeroed);
+        CpuGpuBuffer::stored(StorageHandle::pool(slot))
     }
 
     /// The buffers that could be acquired without growing, as far as can be told while other threads work.
@@ -432,7 +432,7 @@ impl<T: Pod> BufferPool<T> {
             pageable: total.saturating_sub(pinned),
             high_water: slots.high_water(),
             growths: slots.growths(),
-            in_flight: slots.settled(),
+            in_flight: slots.not_ready(),
         }
     }
 
@@ -447,7 +447,7 @@ impl<T: Pod> BufferPool<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn shape(&self) -> &[usize] {
-        self.inner.form.shape.dims()
+        self.inner.side_layout.shape.dims()
     }
 
     /// The device of its buffers.
@@ -469,8 +469,15 @@ impl Inner {
     fn segment(&self, count: usize, locked: bool) -> Result<Segment<Storage>> {
         let PoolOptions { pinning, host_flags, .. } = self.options;
         let options = BufferOptions { pinning, host_flags };
-        let left_behind = Some(&self.left_behind);
-        let storages = Storage::slots(self.form, count, self.device, options, locked, left_behind)?;
+        let left_behind = Some(&self.left_behind_count);
+        let storages = Storage::allocate_many(
+            self.side_layout,
+            count,
+            self.device,
+            options,
+            locked,
+            left_behind,
+        )?;
         // One slab: all of them are, or none.
         let are_pinned = storages.first().is_some_and(Storage::is_pinned);
         let segment = self.slots.prepare(storages).ok_or(Error::OutOfMemory {
@@ -490,7 +497,7 @@ impl Inner {
     fn claim_or_grow(&self) -> Result<(Lease<Storage>, bool)> {
         loop {
             // Before the look. `Acquire`: if none is left behind, all that were are seen to be free.
-            let left_behind = self.left_behind.load(Ordering::Acquire);
+            let left_behind = self.left_behind_count.load(Ordering::Acquire);
             #[cfg(feature = "dlpack")]
             let left_behind = match left_behind {
                 0 => 0,
@@ -499,7 +506,7 @@ impl Inner {
             let slot = self.claim_or_append();
             #[cfg(feature = "dlpack")]
             if let Err(Error::OutOfMemory { .. } | Error::PinningUnavailable { .. }) = &slot
-                && crate::exports::is_any_left()
+                && crate::exports::is_any_left_behind()
                 && crate::exports::reclaim().is_ok()
             {
                 // The memory of others came back.
@@ -522,7 +529,7 @@ impl Inner {
         if room == 0 || self.slots.is_full() {
             return Err(Error::PoolExhausted { max_buffers: total });
         }
-        let (bytes, steps) = (self.form.layout.pad_to_align().size(), self.slots.growths());
+        let (bytes, steps) = (self.side_layout.layout.pad_to_align().size(), self.slots.growths());
         let mut count = self.options.growth.step(total, bytes, steps).min(room);
         loop {
             match self.segment(count, true) {
@@ -560,7 +567,7 @@ impl<T: Pod> fmt::Debug for BufferPool<T> {
         write!(
             f,
             "BufferPool(shape={:?}, dtype={dtype}, device={}, available={} of {})",
-            self.inner.form.shape,
+            self.inner.side_layout.shape,
             self.device(),
             self.available(),
             self.total()

@@ -8,22 +8,22 @@
 use crate::error::Result;
 use crate::event::EventHandle;
 use crate::stream::{EnteredStream, Stream, WaitPolicy};
-use crate::ticket::Stamp;
+use crate::ticket::TicketCell;
 
 pub(crate) struct Record {
-    stands: bool,
+    pending: bool,
     // The stream of the last use, kept for the next one. It is there where the record stands, and
     // so is the event of its wait policy, which answers for it.
     stream: Option<Stream>,
     events: Events,
-    stamp: Stamp,
+    ticket_cell: TicketCell,
 }
 
 /// An event for each wait policy, made when a stream of that policy is first used: a record whose
 /// streams alternate makes no event for each use.
 #[derive(Default)]
 struct Events {
-    spinning: Option<EventHandle>,
+    device_default: Option<EventHandle>,
     blocking: Option<EventHandle>,
 }
 
@@ -31,7 +31,7 @@ impl Events {
     #[inline]
     fn of(&self, stream: &Stream) -> Option<&EventHandle> {
         match stream.wait_policy() {
-            WaitPolicy::Spin => self.spinning.as_ref(),
+            WaitPolicy::DeviceDefault => self.device_default.as_ref(),
             WaitPolicy::Block => self.blocking.as_ref(),
         }
     }
@@ -40,7 +40,7 @@ impl Events {
     fn make(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         let stream = entered.stream();
         let event = match stream.wait_policy() {
-            WaitPolicy::Spin => &mut self.spinning,
+            WaitPolicy::DeviceDefault => &mut self.device_default,
             WaitPolicy::Block => &mut self.blocking,
         };
         if event.is_none() {
@@ -52,18 +52,23 @@ impl Events {
 
 impl Record {
     pub(crate) fn idle() -> Record {
-        Record { stands: false, stream: None, events: Events::default(), stamp: Stamp::lazy() }
+        Record {
+            pending: false,
+            stream: None,
+            events: Events::default(),
+            ticket_cell: TicketCell::open(),
+        }
     }
 
     /// The work that stands, unless it is known to have finished. Asks nobody.
     #[inline]
-    fn standing(&self) -> Option<(&Stream, &EventHandle)> {
-        if !self.stands {
+    fn pending_work(&self) -> Option<(&Stream, &EventHandle)> {
+        if !self.pending {
             return None;
         }
         let stream = self.stream.as_ref()?;
         let event = self.events.of(stream)?;
-        match self.stamp.ticket() {
+        match self.ticket_cell.ticket() {
             Some(ticket) if stream.tickets().is_complete(ticket) => None,
             _ => Some((stream, event)),
         }
@@ -71,7 +76,7 @@ impl Record {
 
     /// Makes sure that an event stands behind the work, and gives its ticket.
     fn ticket(&self, stream: &Stream, event: &EventHandle) -> Result<u64> {
-        self.stamp.resolve(stream.tickets(), || {
+        self.ticket_cell.resolve(stream.tickets(), || {
             let Some(entered) = stream.enter()? else {
                 return Ok(());
             };
@@ -83,28 +88,28 @@ impl Record {
     /// Whether the work is known to have finished, without asking anybody.
     #[inline]
     pub(crate) fn is_known_finished(&self) -> bool {
-        self.standing().is_none()
+        self.pending_work().is_none()
     }
 
     /// Asks for the event, if there is one yet, so that what has finished is known to have.
-    pub(crate) fn ask(&self) -> Result<()> {
-        match self.standing() {
-            Some(_) if self.stamp.ticket().is_some() => self.is_finished().map(drop),
+    pub(crate) fn poll(&self) -> Result<()> {
+        match self.pending_work() {
+            Some(_) if self.ticket_cell.ticket().is_some() => self.is_finished().map(drop),
             _ => Ok(()),
         }
     }
 
     /// Whether it stands for all that the stream is sent from now on.
     #[inline]
-    pub(crate) fn is_lazy(&self) -> bool {
-        self.stands && self.stamp.ticket().is_none()
+    pub(crate) fn is_open(&self) -> bool {
+        self.pending && self.ticket_cell.ticket().is_none()
     }
 
     /// Lazy work ends here: an event is recorded behind it now. Where it cannot be, the record stays lazy.
     #[inline]
-    pub(crate) fn close(&self) {
-        if let Some((stream, event)) = self.standing()
-            && self.is_lazy()
+    pub(crate) fn close_with_event(&self) {
+        if let Some((stream, event)) = self.pending_work()
+            && self.is_open()
         {
             let _ = self.ticket(stream, event);
         }
@@ -112,7 +117,7 @@ impl Record {
 
     /// Whether the work has finished.
     pub(crate) fn is_finished(&self) -> Result<bool> {
-        let Some((stream, event)) = self.standing() else {
+        let Some((stream, event)) = self.pending_work() else {
             return Ok(true);
         };
         let ticket = self.ticket(stream, event)?;
@@ -126,7 +131,7 @@ impl Record {
     /// Waits until the work has finished.
     #[inline]
     pub(crate) fn wait(&self) -> Result<()> {
-        match self.standing() {
+        match self.pending_work() {
             None => Ok(()),
             Some((stream, event)) => self.wait_for(stream, event),
         }
@@ -143,7 +148,7 @@ impl Record {
     /// Makes what is sent to the stream from now on wait for the work.
     #[inline]
     pub(crate) fn order_before(&self, entered: &EnteredStream<'_>) -> Result<()> {
-        match self.standing() {
+        match self.pending_work() {
             Some((other, event)) if !other.is(entered.stream()) => {
                 self.ticket(other, event)?;
                 entered.wait(event)
@@ -154,12 +159,12 @@ impl Record {
 
     /// The record stands, lazily, for all that is sent to the stream from now on, and no longer for what
     /// it stood for: order that before first.
-    pub(crate) fn stand_for(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
+    pub(crate) fn open_on(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         let stream = entered.stream();
         // Before anything changes, since this may fail.
         self.events.make(entered)?;
-        self.stands = true;
-        self.stamp.set_lazy();
+        self.pending = true;
+        self.ticket_cell.set_open();
         if self.stream.as_ref().is_none_or(|known| !known.is(stream)) {
             // Dropped last: with the last handle of a borrowed stream goes its owner, which may panic.
             let _before = self.stream.replace(stream.clone());
@@ -175,27 +180,27 @@ impl Record {
         entered: &EnteredStream<'_>,
         enqueue: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        self.stand_for(entered)?;
-        self.submit_standing(entered, enqueue)
+        self.open_on(entered)?;
+        self.submit_open(entered, enqueue)
     }
 
     /// [`submit`](Self::submit), where the record stands for the stream already.
     #[inline]
-    pub(crate) fn submit_standing(
+    pub(crate) fn submit_open(
         &mut self,
         entered: &EnteredStream<'_>,
         enqueue: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        debug_assert!(self.is_lazy(), "it does not stand for what comes");
-        let event = self.events.of(entered.stream()).expect("made by `stand_for`");
+        debug_assert!(self.is_open(), "it is not open on this stream");
+        let event = self.events.of(entered.stream()).expect("made by `open_on`");
         let ticket = entered.stream().tickets().submit(enqueue, || entered.record(event))?;
-        self.stamp.set(ticket);
+        self.ticket_cell.set(ticket);
         Ok(())
     }
 
     /// The record stands for nothing: another one, enqueued after it, answers for its work.
     #[inline]
-    pub(crate) fn cover(&mut self) {
-        self.stands = false;
+    pub(crate) fn supersede(&mut self) {
+        self.pending = false;
     }
 }

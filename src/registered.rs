@@ -11,24 +11,24 @@ use std::ptr::NonNull;
 use crate::device::Context;
 use crate::error::{Error, Result};
 use crate::fork;
-use crate::host::parts;
+use crate::host::split_by;
 use crate::pages::Mapping;
 use crate::raw;
 use crate::sys::cudaError;
 
 /// The sizes of pieces that are tried, in turn, where the whole cannot be registered. Multiples of a hugepage, which
 /// then lies in one of them.
-const PIECES: [usize; 2] = [1 << 30, 64 << 20];
+const REGISTRATION_SIZES: [usize; 2] = [1 << 30, 64 << 20];
 
 /// What so many bytes are registered by, in turn: as one, which is `usize::MAX`, and in pieces that are smaller.
 fn sizes(bytes: usize) -> impl Iterator<Item = usize> {
-    iter::once(usize::MAX).chain(PIECES.into_iter().filter(move |piece| *piece < bytes))
+    iter::once(usize::MAX).chain(REGISTRATION_SIZES.into_iter().filter(move |size| *size < bytes))
 }
 
 /// Registered pages of this value's own.
 pub(crate) struct Registered {
     mapping: Mapping,
-    piece: usize,
+    registration_size: usize,
     context: &'static Context,
 }
 
@@ -47,9 +47,9 @@ impl Registered {
         let mut mapping = Mapping::new(layout).ok_or(no_pages.clone())?;
         mapping.touch();
         let mut last = no_pages;
-        for piece in sizes(mapping.bytes()) {
-            match register(&mapping, piece, flags) {
-                Ok(()) => return Ok(Registered { mapping, piece, context }),
+        for size in sizes(mapping.bytes()) {
+            match register(&mapping, size, flags) {
+                Ok(()) => return Ok(Registered { mapping, registration_size: size, context }),
                 Err(Failed { error, leaves_pages: false }) => last = error,
                 Err(Failed { error, leaves_pages: true }) => {
                     mapping.leak();
@@ -65,8 +65,8 @@ impl Registered {
     }
 
     /// The bytes that one registration covers, from the first byte on; `usize::MAX` where one covers all.
-    pub(crate) fn piece(&self) -> usize {
-        self.piece
+    pub(crate) fn registration_size(&self) -> usize {
+        self.registration_size
     }
 }
 
@@ -83,15 +83,15 @@ impl Drop for Registered {
         // The addresses say enough, should the context not be had.
         let _current = self.context.enter();
         // With the context broken, the pages stay as they are.
-        if !unregister(&self.mapping, parts(0..self.mapping.bytes(), self.piece)) {
+        if !unregister(&self.mapping, split_by(0..self.mapping.bytes(), self.registration_size)) {
             self.mapping.leak();
         }
     }
 }
 
 /// Registers a mapping in pieces: all, or, as far as can be known, none.
-fn register(mapping: &Mapping, piece: usize, flags: u32) -> std::result::Result<(), Failed> {
-    for (number, range) in parts(0..mapping.bytes(), piece).enumerate() {
+fn register(mapping: &Mapping, size: usize, flags: u32) -> std::result::Result<(), Failed> {
+    for (number, range) in split_by(0..mapping.bytes(), size).enumerate() {
         // SAFETY: the piece lies within the mapping.
         let address = unsafe { mapping.address().add(range.start) }.as_ptr();
         // SAFETY: the pages are mapped, and unmapped only when they are known not to be registered.
@@ -111,16 +111,16 @@ fn register(mapping: &Mapping, piece: usize, flags: u32) -> std::result::Result<
             }) => true,
             Err(_) => false,
         };
-        let before = unregister(mapping, parts(0..mapping.bytes(), piece).take(number));
+        let before = unregister(mapping, split_by(0..mapping.bytes(), size).take(number));
         return Err(Failed { error, leaves_pages: !(before && gone) });
     }
     Ok(())
 }
 
 /// Unregisters pieces that are registered, each of them whatever becomes of the others; `false` where one may still be.
-fn unregister(mapping: &Mapping, pieces: impl Iterator<Item = Range<usize>>) -> bool {
+fn unregister(mapping: &Mapping, ranges: impl Iterator<Item = Range<usize>>) -> bool {
     let mut gone = true;
-    for range in pieces {
+    for range in ranges {
         // SAFETY: the piece lies within the mapping.
         let address = unsafe { mapping.address().add(range.start) }.as_ptr();
         // SAFETY: registered, and nothing is in flight: whoever drops the memory saw its transfers finish.
@@ -134,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_whole_is_tried_first_and_then_smaller_pieces() {
+    fn the_whole_is_tried_first_and_then_smaller_registrations() {
         const MIB: usize = 1 << 20;
         for (bytes, expected) in [
             (4096, &[usize::MAX][..]),

@@ -14,8 +14,8 @@ use crate::buffer::BufferOptions;
 use crate::device::Device;
 use crate::error::Result;
 use crate::group::{GroupView, MembersMut, host, host_mut};
-use crate::layout::{GroupLayout, GroupLayoutBuilder, Key, MemberRows};
-use crate::members::Members;
+use crate::layout::{GroupLayout, GroupLayoutBuilder, MemberKey, MemberRows};
+use crate::members::GroupStorage;
 use crate::shape::{Shape, select};
 use crate::stream::Stream;
 use crate::view::GpuView;
@@ -35,18 +35,18 @@ use crate::view::GpuView;
 ///
 /// let device = Device::auto();
 /// let stream = Stream::new(device)?;
-/// let mut ring = GroupRing::new(&builder.finish(), device, 2)?;
+/// let mut ring = GroupRing::new(&builder.build(), device, 2)?;
 /// for step in 0..10 {
 ///     ring.advance()?; // waits only if this slot is still being uploaded
 ///     ring.cpu_mut(ids)?[..4].fill(step);
 ///     ring.cpu_mut(positions)?[..4].fill(step.into());
 ///     ring.copy_to_gpu(&[ids.rows(..4), positions.rows(..4)], &stream)?;
 ///     let view = ring.gpu_on(&stream)?;
-///     assert_eq!(view.member(ids).len(), 1024);
+///     assert_eq!(view.member(ids)?.len(), 1024);
 /// }
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-pub struct GroupRing(Members);
+pub struct GroupRing(GroupStorage);
 
 impl GroupRing {
     /// A ring of so many host slots, each with every member zeroed, and a zeroed device side. With
@@ -62,14 +62,14 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
-    /// let layout = builder.finish();
+    /// let layout = builder.build();
     /// let ring = GroupRing::new(&layout, Device::Cpu, 3)?;
     /// assert_eq!(ring.cpu(ids)?, [0; 4]);
     /// assert!(matches!(GroupRing::new(&layout, Device::Cpu, 0), Err(Error::InvalidGroup { .. })));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn new(layout: &GroupLayout, device: Device, halves: usize) -> Result<GroupRing> {
-        GroupRing::with_options(layout, device, halves, BufferOptions::default())
+    pub fn new(layout: &GroupLayout, device: Device, depth: usize) -> Result<GroupRing> {
+        GroupRing::with_options(layout, device, depth, BufferOptions::default())
     }
 
     /// A ring made as `options` say.
@@ -86,7 +86,7 @@ impl GroupRing {
     /// builder.add::<i32>(1024);
     /// // An upload of a pageable slot is not queued: then a ring is of no use.
     /// let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
-    /// match GroupRing::with_options(&builder.finish(), Device::auto(), 2, options) {
+    /// match GroupRing::with_options(&builder.build(), Device::auto(), 2, options) {
     ///     Ok(ring) => assert!(ring.is_pinned()),
     ///     Err(Error::PinningUnavailable { reason, .. }) => println!("no ring: {reason}"),
     ///     Err(error) => return Err(error),
@@ -96,10 +96,10 @@ impl GroupRing {
     pub fn with_options(
         layout: &GroupLayout,
         device: Device,
-        halves: usize,
+        depth: usize,
         options: BufferOptions,
     ) -> Result<GroupRing> {
-        Members::new(layout, device, halves, options).map(GroupRing)
+        GroupStorage::new(layout, device, depth, options).map(GroupRing)
     }
 
     /// Switches to the next host slot. A new ring is at slot 0. The slots are taken strictly in
@@ -117,7 +117,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
     /// ring.cpu_mut(ids)?.fill(1);
     /// ring.advance()?;
     /// assert_eq!(ring.cpu(ids)?, [0; 4]); // the other slot, never written
@@ -142,7 +142,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(1024);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
     /// let mut put_off = 0;
     /// for step in 0..10 {
     ///     if !ring.try_advance()? {
@@ -171,13 +171,13 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
     /// ring.cpu_mut(ids)?.fill(6);
     /// ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// assert_eq!(ring.cpu(ids)?, [6; 4]); // being uploaded, and read at once
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn cpu<T: Pod>(&self, key: Key<T>) -> Result<&[T]> {
+    pub fn cpu<T: Pod>(&self, key: MemberKey<T>) -> Result<&[T]> {
         host(&self.0, key)
     }
 
@@ -194,7 +194,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (ids, step_of_slot) = (builder.add::<i32>(4), builder.add::<u64>(1));
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
     /// for step in 1..6 {
     ///     ring.advance()?;
     ///     // A member that is never uploaded tells how old the slot is.
@@ -204,7 +204,7 @@ impl GroupRing {
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn cpu_mut<T: Pod>(&mut self, key: Key<T>) -> Result<&mut [T]> {
+    pub fn cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<&mut [T]> {
         host_mut(&mut self.0, key)
     }
 
@@ -216,7 +216,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (ids, positions) = (builder.add::<i32>(3), builder.add::<i64>(3));
-    /// let mut ring = GroupRing::new(&builder.finish(), Device::Cpu, 2)?;
+    /// let mut ring = GroupRing::new(&builder.build(), Device::Cpu, 2)?;
     /// let mut members = ring.members_mut();
     /// let rows = members.cpu_mut(ids)?.iter_mut().zip(members.cpu_mut(positions)?);
     /// for (row, (id, position)) in rows.enumerate() {
@@ -242,14 +242,14 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(3);
     /// let stream = Stream::new(Device::Cpu)?;
-    /// let mut ring = GroupRing::new(&builder.finish(), Device::Cpu, 2)?;
+    /// let mut ring = GroupRing::new(&builder.build(), Device::Cpu, 2)?;
     /// for id in [1, 2, 3] {
     ///     ring.advance()?;
     ///     ring.cpu_mut(ids)?.fill(id);
     ///     // All rows that kernels look at: the other slot does not know what this one sent.
     ///     ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// }
-    /// assert_eq!(ring.gpu_on(&stream)?.member(ids).as_host_slice(), Some(&[3; 3][..]));
+    /// assert_eq!(ring.gpu_on(&stream)?.member(ids)?.as_host_slice(), Some(&[3; 3][..]));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn copy_to_gpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
@@ -268,10 +268,10 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 3)?;
-    /// let address = ring.gpu_on(&stream)?.member(ids).as_ptr();
+    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 3)?;
+    /// let address = ring.gpu_on(&stream)?.member(ids)?.as_ptr();
     /// ring.advance()?;
-    /// assert_eq!(ring.gpu_on(&stream)?.member(ids).as_ptr(), address); // whichever slot is the current one
+    /// assert_eq!(ring.gpu_on(&stream)?.member(ids)?.as_ptr(), address); // whichever slot is the current one
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GroupView<'_>> {
@@ -291,7 +291,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
     /// ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// ring.advance()?;
     /// while !ring.is_idle()? { // the slot that is no longer the current one counts
@@ -315,7 +315,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.finish(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
     /// ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// ring.synchronize()?;
     /// assert!(ring.try_advance()?); // no slot is in flight
@@ -332,15 +332,15 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
-    /// let mut ring = GroupRing::new(&builder.finish(), Device::Cpu, 3)?;
-    /// for _ in 0..ring.halves() {
+    /// let mut ring = GroupRing::new(&builder.build(), Device::Cpu, 3)?;
+    /// for _ in 0..ring.depth() {
     ///     ring.advance()?;
     ///     ring.cpu_mut(ids)?.fill(-1); // in every slot, before the loop begins
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn halves(&self) -> usize {
-        self.0.halves()
+    pub fn depth(&self) -> usize {
+        self.0.depth()
     }
 
     /// The layout it was made of.
@@ -350,7 +350,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
-    /// let ring = GroupRing::new(&builder.finish(), Device::Cpu, 2)?;
+    /// let ring = GroupRing::new(&builder.build(), Device::Cpu, 2)?;
     /// // A warm-up with inputs of its own, of the same members.
     /// let mut dummy = BufferGroup::new(ring.layout(), Device::Cpu)?;
     /// dummy.cpu_mut(ids)?.fill(1);
@@ -367,7 +367,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// builder.add::<i32>(4);
-    /// let ring = GroupRing::new(&builder.finish(), Device::auto(), 2)?;
+    /// let ring = GroupRing::new(&builder.build(), Device::auto(), 2)?;
     /// let copies = Stream::new(ring.device())?;
     /// assert_eq!(copies.device(), Device::auto());
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -383,9 +383,9 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// builder.add::<i32>(4);
-    /// let ring = GroupRing::new(&builder.finish(), Device::auto(), 2)?;
-    /// let halves = if ring.is_pinned() { ring.halves() } else { 1 };
-    /// println!("{halves} steps can be under way");
+    /// let ring = GroupRing::new(&builder.build(), Device::auto(), 2)?;
+    /// let depth = if ring.is_pinned() { ring.depth() } else { 1 };
+    /// println!("{depth} steps can be under way");
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn is_pinned(&self) -> bool {
@@ -396,7 +396,7 @@ impl GroupRing {
 impl fmt::Debug for GroupRing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GroupRing")
-            .field("halves", &self.halves())
+            .field("depth", &self.depth())
             .field("device", &self.device())
             .field("pinned", &self.is_pinned())
             .finish_non_exhaustive()
@@ -407,11 +407,11 @@ impl fmt::Debug for GroupRing {
 /// The slots are taken strictly in turn.
 ///
 /// ```
-/// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+/// use cpu_gpu_buffer::{Device, Stream, BufferRing};
 ///
 /// let device = Device::auto();
 /// let stream = Stream::new(device)?;
-/// let mut slots = UploadRing::<i64>::new([1024, 2], device, 2)?;
+/// let mut slots = BufferRing::<i64>::new([1024, 2], device, 2)?;
 /// for step in 0..10 {
 ///     let host = slots.advance()?; // waits only if this slot is still being uploaded
 ///     host[..6].fill(step);
@@ -421,13 +421,13 @@ impl fmt::Debug for GroupRing {
 /// }
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-pub struct UploadRing<T: Pod> {
-    members: Members,
-    key: Key<T>,
+pub struct BufferRing<T: Pod> {
+    members: GroupStorage,
+    key: MemberKey<T>,
     elements: PhantomData<T>,
 }
 
-impl<T: Pod + Send + Sync> UploadRing<T> {
+impl<T: Pod + Send + Sync> BufferRing<T> {
     /// A ring of so many zeroed host slots, and a zeroed device side.
     ///
     /// # Errors
@@ -436,15 +436,15 @@ impl<T: Pod + Send + Sync> UploadRing<T> {
     /// than 65,536; otherwise as for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, UploadRing};
+    /// use cpu_gpu_buffer::{Device, BufferRing};
     ///
-    /// let ring = UploadRing::<[f32; 4]>::new(100, Device::Cpu, 2)?;
-    /// assert_eq!((ring.shape(), ring.halves()), (&[100][..], 2));
+    /// let ring = BufferRing::<[f32; 4]>::new(100, Device::Cpu, 2)?;
+    /// assert_eq!((ring.shape(), ring.depth()), (&[100][..], 2));
     /// assert_eq!(ring.cpu()?, [[0.0; 4]; 100]);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn new(shape: impl Into<Shape>, device: Device, halves: usize) -> Result<UploadRing<T>> {
-        UploadRing::with_options(shape, device, halves, BufferOptions::default())
+    pub fn new(shape: impl Into<Shape>, device: Device, depth: usize) -> Result<BufferRing<T>> {
+        BufferRing::with_options(shape, device, depth, BufferOptions::default())
     }
 
     /// A ring made as `options` say.
@@ -455,27 +455,27 @@ impl<T: Pod + Send + Sync> UploadRing<T> {
     /// is required.
     ///
     /// ```
-    /// use cpu_gpu_buffer::{BufferOptions, Device, HostFlags, UploadRing};
+    /// use cpu_gpu_buffer::{BufferOptions, Device, HostFlags, BufferRing};
     ///
     /// let options = BufferOptions { host_flags: HostFlags::PORTABLE, ..Default::default() };
-    /// let ring = UploadRing::<u8>::with_options([16, 1024], Device::auto(), 3, options)?;
-    /// assert_eq!(ring.halves(), 3);
+    /// let ring = BufferRing::<u8>::with_options([16, 1024], Device::auto(), 3, options)?;
+    /// assert_eq!(ring.depth(), 3);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn with_options(
         shape: impl Into<Shape>,
         device: Device,
-        halves: usize,
+        depth: usize,
         options: BufferOptions,
-    ) -> Result<UploadRing<T>> {
+    ) -> Result<BufferRing<T>> {
         let mut builder = GroupLayoutBuilder::new();
         let key = builder.add(shape);
-        let members = Members::new(&builder.finish(), device, halves, options)?;
-        Ok(UploadRing { members, key, elements: PhantomData })
+        let members = GroupStorage::new(&builder.build(), device, depth, options)?;
+        Ok(BufferRing { members, key, elements: PhantomData })
     }
 }
 
-impl<T: Pod> UploadRing<T> {
+impl<T: Pod> BufferRing<T> {
     /// Switches to the next host slot, and gives it, to write. The slots are taken strictly in
     /// turn, and this waits for the copies of the slot that it takes. The slot holds what was
     /// written to it last.
@@ -486,10 +486,10 @@ impl<T: Pod> UploadRing<T> {
     /// current one.
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    /// use cpu_gpu_buffer::{Device, Stream, BufferRing};
     ///
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = UploadRing::<u32>::new(4, stream.device(), 2)?;
+    /// let mut ring = BufferRing::<u32>::new(4, stream.device(), 2)?;
     /// for step in 1..=4u32 {
     ///     let host = ring.advance()?;
     ///     assert_eq!(host[0], step.saturating_sub(2)); // what this slot held last
@@ -511,10 +511,10 @@ impl<T: Pod> UploadRing<T> {
     /// As for [`advance`](Self::advance).
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    /// use cpu_gpu_buffer::{Device, Stream, BufferRing};
     ///
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = UploadRing::<f32>::new(1024, stream.device(), 2)?;
+    /// let mut ring = BufferRing::<f32>::new(1024, stream.device(), 2)?;
     /// let (mut sent, mut dropped) = (0, 0);
     /// for frame in 0..100 {
     ///     match ring.try_advance()? {
@@ -543,10 +543,10 @@ impl<T: Pod> UploadRing<T> {
     /// [`Error::Forked`](crate::Error::Forked).
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    /// use cpu_gpu_buffer::{Device, Stream, BufferRing};
     ///
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = UploadRing::<u32>::new(3, stream.device(), 2)?;
+    /// let mut ring = BufferRing::<u32>::new(3, stream.device(), 2)?;
     /// ring.advance()?.copy_from_slice(&[1, 2, 3]);
     /// ring.copy_to_gpu(.., &stream)?;
     /// assert_eq!(ring.cpu()?.iter().sum::<u32>(), 6); // while the GPU reads it, too
@@ -563,10 +563,10 @@ impl<T: Pod> UploadRing<T> {
     /// As for [`CpuGpuBuffer::cpu_mut`](crate::CpuGpuBuffer::cpu_mut).
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    /// use cpu_gpu_buffer::{Device, Stream, BufferRing};
     ///
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = UploadRing::<u32>::new(3, stream.device(), 2)?;
+    /// let mut ring = BufferRing::<u32>::new(3, stream.device(), 2)?;
     /// ring.copy_to_gpu(.., &stream)?;
     /// ring.cpu_mut()?[0] = 1; // the same slot, after its upload
     /// ring.advance()?[0] = 2; // another one, without a wait
@@ -584,10 +584,10 @@ impl<T: Pod> UploadRing<T> {
     /// As for [`CpuGpuBuffer::copy_to_gpu`](crate::CpuGpuBuffer::copy_to_gpu).
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    /// use cpu_gpu_buffer::{Device, Stream, BufferRing};
     ///
     /// let stream = Stream::new(Device::Cpu)?;
-    /// let mut ring = UploadRing::<u32>::new([3, 2], Device::Cpu, 2)?;
+    /// let mut ring = BufferRing::<u32>::new([3, 2], Device::Cpu, 2)?;
     /// ring.advance()?.fill(1);
     /// ring.copy_to_gpu(.., &stream)?;
     /// ring.advance()?.fill(2);
@@ -609,10 +609,10 @@ impl<T: Pod> UploadRing<T> {
     /// As for [`CpuGpuBuffer::gpu_on`](crate::CpuGpuBuffer::gpu_on).
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    /// use cpu_gpu_buffer::{Device, Stream, BufferRing};
     ///
     /// let (copies, kernels) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
-    /// let mut ring = UploadRing::<f32>::new(256, copies.device(), 2)?;
+    /// let mut ring = BufferRing::<f32>::new(256, copies.device(), 2)?;
     /// ring.advance()?.fill(0.5);
     /// ring.copy_to_gpu(.., &copies)?;
     /// let view = ring.gpu_on(&kernels)?; // after the copy
@@ -622,16 +622,16 @@ impl<T: Pod> UploadRing<T> {
     /// ```
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GpuView<'_, T>> {
         self.members.use_on(stream)?;
-        GroupView(&self.members).get(self.key)
+        GroupView(&self.members).member(self.key)
     }
 
     /// The address of the device side, ordered with nothing, not even with its first zeroing. It
     /// never changes. Null if there are no bytes.
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, UploadRing};
+    /// use cpu_gpu_buffer::{Device, BufferRing};
     ///
-    /// let mut ring = UploadRing::<f32>::new(256, Device::auto(), 4)?;
+    /// let mut ring = BufferRing::<f32>::new(256, Device::auto(), 4)?;
     /// let captured = ring.device_ptr();
     /// ring.advance()?;
     /// assert_eq!(ring.device_ptr(), captured); // one graph serves all slots
@@ -649,10 +649,10 @@ impl<T: Pod> UploadRing<T> {
     /// As for [`CpuGpuBuffer::is_idle`](crate::CpuGpuBuffer::is_idle).
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    /// use cpu_gpu_buffer::{Device, Stream, BufferRing};
     ///
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = UploadRing::<f32>::new(256, stream.device(), 2)?;
+    /// let mut ring = BufferRing::<f32>::new(256, stream.device(), 2)?;
     /// ring.copy_to_gpu(.., &stream)?;
     /// println!("copied already: {}", ring.is_idle()?);
     /// stream.synchronize()?;
@@ -670,10 +670,10 @@ impl<T: Pod> UploadRing<T> {
     /// As for [`is_idle`](Self::is_idle).
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, Stream, UploadRing};
+    /// use cpu_gpu_buffer::{Device, Stream, BufferRing};
     ///
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = UploadRing::<f32>::new(256, stream.device(), 2)?;
+    /// let mut ring = BufferRing::<f32>::new(256, stream.device(), 2)?;
     /// for _ in 0..4 {
     ///     ring.advance()?;
     ///     ring.copy_to_gpu(.., &stream)?;
@@ -689,7 +689,7 @@ impl<T: Pod> UploadRing<T> {
     /// The dimensions.
     ///
     /// ```
-    /// let ring = cpu_gpu_buffer::UploadRing::<u8>::new([2, 3], cpu_gpu_buffer::Device::Cpu, 4)?;
+    /// let ring = cpu_gpu_buffer::BufferRing::<u8>::new([2, 3], cpu_gpu_buffer::Device::Cpu, 4)?;
     /// assert_eq!(ring.shape(), [2, 3]); // of each slot
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -701,23 +701,23 @@ impl<T: Pod> UploadRing<T> {
     /// The number of host slots.
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, UploadRing};
+    /// use cpu_gpu_buffer::{Device, BufferRing};
     ///
-    /// let ring = UploadRing::<u8>::new(1 << 20, Device::Cpu, 3)?;
-    /// let pinned = ring.halves() << 20; // bytes, and a third of that on the device
+    /// let ring = BufferRing::<u8>::new(1 << 20, Device::Cpu, 3)?;
+    /// let pinned = ring.depth() << 20; // bytes, and a third of that on the device
     /// assert_eq!(pinned, 3 << 20);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn halves(&self) -> usize {
-        self.members.halves()
+    pub fn depth(&self) -> usize {
+        self.members.depth()
     }
 
     /// The device of the device side.
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, Error, Stream, UploadRing};
+    /// use cpu_gpu_buffer::{Device, Error, Stream, BufferRing};
     ///
-    /// let mut ring = UploadRing::<u8>::new(16, Device::Cpu, 2)?;
+    /// let mut ring = BufferRing::<u8>::new(16, Device::Cpu, 2)?;
     /// if let Ok(gpu) = Device::cuda(0) {
     ///     let answer = ring.copy_to_gpu(.., &Stream::new(gpu)?);
     ///     assert_eq!(answer, Err(Error::DeviceMismatch { expected: ring.device(), actual: gpu }));
@@ -731,9 +731,9 @@ impl<T: Pod> UploadRing<T> {
     /// Whether the host slots are pinned.
     ///
     /// ```
-    /// use cpu_gpu_buffer::{Device, UploadRing};
+    /// use cpu_gpu_buffer::{Device, BufferRing};
     ///
-    /// let ring = UploadRing::<u8>::new(16, Device::Cpu, 2)?;
+    /// let ring = BufferRing::<u8>::new(16, Device::Cpu, 2)?;
     /// assert!(!ring.is_pinned()); // the CPU copies at once, whatever the memory
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -742,11 +742,11 @@ impl<T: Pod> UploadRing<T> {
     }
 }
 
-impl<T: Pod> fmt::Debug for UploadRing<T> {
+impl<T: Pod> fmt::Debug for BufferRing<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("UploadRing")
+        f.debug_struct("BufferRing")
             .field("shape", &self.shape())
-            .field("halves", &self.halves())
+            .field("depth", &self.depth())
             .field("device", &self.device())
             .field("pinned", &self.is_pinned())
             .finish_non_exhaustive()

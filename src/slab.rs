@@ -19,7 +19,7 @@ pub(crate) struct Slab {
 }
 
 impl Slab {
-    /// Halves of these sizes and alignments: the host half zeroed, the device half on the CPU too. Has back first what
+    /// Sides of these sizes and alignments: the host side zeroed, the device side on the CPU too. Has back first what
     /// tensors left behind, unless the caller holds a lock.
     pub(crate) fn new(
         host: Layout,
@@ -46,7 +46,7 @@ impl Slab {
         &self.host
     }
 
-    /// The first byte of the device half; null where there are none.
+    /// The first byte of the device side; null where there are none.
     pub(crate) fn gpu_ptr(&self) -> *mut u8 {
         self.gpu.as_ptr()
     }

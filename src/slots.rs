@@ -53,7 +53,7 @@ use std::ptr;
 // Hints and figures, on which nothing rests: the models do not follow them.
 use std::sync::atomic::{AtomicU32, AtomicUsize};
 
-use crate::sync::{Arc, AtomicPtr, AtomicU64, Mutex, Ordering, glance, thread_number};
+use crate::sync::{Arc, AtomicPtr, AtomicU64, Mutex, Ordering, load_for_stats, thread_number};
 
 /// Slots of one word.
 const WIDTH: usize = 32;
@@ -83,7 +83,7 @@ struct Word {
 
 impl Word {
     fn set_low(&self) {
-        let free = free(glance(&self.bits));
+        let free = free(load_for_stats(&self.bits));
         self.low.store(free.count_ones(), Ordering::Relaxed);
     }
 }
@@ -95,11 +95,11 @@ fn free(bits: u64) -> u32 {
 /// What threads of one number, modulo the number of lanes, share.
 struct Lane {
     /// Where this lane goes on when its home has nothing ready.
-    roving: AtomicUsize,
+    scan_start: AtomicUsize,
     /// Its claims away from home.
-    away: AtomicUsize,
+    elsewhere: AtomicUsize,
     /// Claims that had to do with a slot that was not ready.
-    settled: AtomicUsize,
+    not_ready: AtomicUsize,
 }
 
 /// Slots that come and go together. Slot `i` has bit `i / words` of word `i % words`.
@@ -306,24 +306,24 @@ impl<S> Drop for Lease<S> {
 
 /// A word: its segment's number, and its own in the segment.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Place {
+struct WordIndex {
     segment: usize,
     word: usize,
 }
 
-impl Place {
+impl WordIndex {
     const BITS: u32 = SEGMENTS.next_power_of_two().trailing_zeros();
 
-    fn next(self) -> Place {
-        Place { word: self.word + 1, ..self }
+    fn next(self) -> WordIndex {
+        WordIndex { word: self.word + 1, ..self }
     }
 
     fn pack(self) -> usize {
-        self.word << Place::BITS | self.segment
+        self.word << WordIndex::BITS | self.segment
     }
 
-    fn unpack(packed: usize) -> Place {
-        Place { segment: packed % (1 << Place::BITS), word: packed >> Place::BITS }
+    fn unpack(packed: usize) -> WordIndex {
+        WordIndex { segment: packed % (1 << WordIndex::BITS), word: packed >> WordIndex::BITS }
     }
 }
 
@@ -347,9 +347,9 @@ impl<S: Send + Sync> Slots<S> {
         let lane = |number| {
             Padded(Lane {
                 // Behind its home.
-                roving: AtomicUsize::new(Place { segment: 0, word: number + 1 }.pack()),
-                away: AtomicUsize::new(0),
-                settled: AtomicUsize::new(0),
+                scan_start: AtomicUsize::new(WordIndex { segment: 0, word: number + 1 }.pack()),
+                elsewhere: AtomicUsize::new(0),
+                not_ready: AtomicUsize::new(0),
             })
         };
         Slots {
@@ -384,13 +384,13 @@ impl<S: Send + Sync> Slots<S> {
     }
 
     /// The place, or where the words go on behind the last of a segment, and of all.
-    fn wrap(&self, Place { segment, word }: Place) -> Place {
+    fn wrap(&self, WordIndex { segment, word }: WordIndex) -> WordIndex {
         match self.segment(segment) {
-            Some(found) if word < found.words.len() => Place { segment, word },
+            Some(found) if word < found.words.len() => WordIndex { segment, word },
             Some(_) if self.segment(segment + 1).is_some() => {
-                Place { segment: segment + 1, word: 0 }
+                WordIndex { segment: segment + 1, word: 0 }
             }
-            _ => Place { segment: 0, word: 0 },
+            _ => WordIndex { segment: 0, word: 0 },
         }
     }
 
@@ -421,7 +421,7 @@ impl<S: Send + Sync> Slots<S> {
                 self.segment(0)?
             }
         };
-        let home = Place { segment: number, word: self.lane() & (segment.words.len() - 1) };
+        let home = WordIndex { segment: number, word: self.lane() & (segment.words.len() - 1) };
         let mut seen = None;
         if let Some((slot, bits)) = segment.claim(home.word, 0) {
             // SAFETY: claimed above, and given back below.
@@ -437,43 +437,43 @@ impl<S: Send + Sync> Slots<S> {
             segment.release(slot);
             seen = Some(slot);
         }
-        self.claim_away(home, seen, &ready)
+        self.claim_elsewhere(home, seen, &ready)
     }
 
     /// What [`claim`](Self::claim) does when home has nothing, or when the slot there that was looked at first is
     /// not ready.
     #[cold]
-    fn claim_away(
+    fn claim_elsewhere(
         &self,
-        home: Place,
+        home: WordIndex,
         seen: Option<usize>,
         ready: &dyn Fn(&S) -> bool,
     ) -> Option<(Lease<S>, bool)> {
-        let mut claimed = self.look(home, seen, ready);
+        let mut claimed = self.probe_home(home, seen, ready);
         while claimed.is_none() {
             if self.was_empty() {
                 return None;
             }
             // The first that comes: two threads that only look could take each other's choice away for ever.
-            claimed = self.rove(home, None, &|_| true).map(|(lease, _)| {
+            claimed = self.scan_all(home, None, &|_| true).map(|(lease, _)| {
                 let ready = ready(&lease);
                 (lease, ready)
             });
         }
         // The most that home held does not tell any more whether there were ever more.
         self.segment(home.segment)?.words[home.word].0.set_low();
-        let away = self.lanes[self.lane()].0.away.fetch_add(1, Ordering::Relaxed);
+        let elsewhere = self.lanes[self.lane()].0.elsewhere.fetch_add(1, Ordering::Relaxed);
         let words: usize = self.segments().map(|segment| segment.words.len()).sum();
-        if away.is_multiple_of(words.div_ceil(QUICKLY_COUNTED)) {
+        if elsewhere.is_multiple_of(words.div_ceil(QUICKLY_COUNTED)) {
             self.count();
         }
         claimed
     }
 
     /// Looks at some more slots at home, and then at some elsewhere. `None` also where others were quicker.
-    fn look(
+    fn probe_home(
         &self,
-        home: Place,
+        home: WordIndex,
         seen: Option<usize>,
         ready: &dyn Fn(&S) -> bool,
     ) -> Option<(Lease<S>, bool)> {
@@ -489,29 +489,29 @@ impl<S: Send + Sync> Slots<S> {
             segment.release(slot);
             passed |= bit(slot);
         }
-        self.rove(home, seen, ready)
+        self.scan_all(home, seen, ready)
     }
 
     /// Looks through the words, once around from where the lane stopped the last time. At home a slot was `seen`
     /// that is not ready.
-    fn rove(
+    fn scan_all(
         &self,
-        home: Place,
+        home: WordIndex,
         seen: Option<usize>,
         ready: &dyn Fn(&S) -> bool,
     ) -> Option<(Lease<S>, bool)> {
-        let roving = &self.lanes[self.lane()].0.roving;
-        let start = self.wrap(Place::unpack(roving.load(Ordering::Relaxed)));
-        let (mut place, mut turn, mut probes) = (start, None, 0);
+        let scan_start = &self.lanes[self.lane()].0.scan_start;
+        let start = self.wrap(WordIndex::unpack(scan_start.load(Ordering::Relaxed)));
+        let (mut index, mut turn, mut probes) = (start, None, 0);
         loop {
-            let segment = self.segment(place.segment)?;
-            let found = match seen.filter(|_| place == home) {
+            let segment = self.segment(index.segment)?;
+            let found = match seen.filter(|_| index == home) {
                 Some(slot) => Some(slot),
-                None => match segment.claim(place.word, 0) {
+                None => match segment.claim(index.word, 0) {
                     // SAFETY: claimed above, and given back below.
                     Some((slot, _)) if ready(unsafe { segment.peek(slot) }) => {
-                        roving.store(place.next().pack(), Ordering::Relaxed);
-                        return Some((self.lease(place.segment, slot), true));
+                        scan_start.store(index.next().pack(), Ordering::Relaxed);
+                        return Some((self.lease(index.segment, slot), true));
                     }
                     Some((slot, _)) => {
                         segment.release(slot);
@@ -521,21 +521,21 @@ impl<S: Send + Sync> Slots<S> {
                 },
             };
             if let Some(slot) = found {
-                turn = turn.or(Some((place, slot)));
+                turn = turn.or(Some((index, slot)));
                 probes += 1;
                 if probes == PROBES {
                     break;
                 }
             }
-            place = self.wrap(place.next());
-            if place == start {
+            index = self.wrap(index.next());
+            if index == start {
                 break;
             }
         }
-        let (place, slot) = turn?;
-        self.segment(place.segment)?.claim_slot(slot).then(|| {
-            roving.store(place.next().pack(), Ordering::Relaxed);
-            (self.lease(place.segment, slot), false)
+        let (index, slot) = turn?;
+        self.segment(index.segment)?.claim_slot(slot).then(|| {
+            scan_start.store(index.next().pack(), Ordering::Relaxed);
+            (self.lease(index.segment, slot), false)
         })
     }
 
@@ -615,16 +615,16 @@ impl<S: Send + Sync> Slots<S> {
 
     /// The free slots, each word at its moment.
     pub(crate) fn available(&self) -> usize {
-        self.words().map(|word| free(glance(&word.bits)).count_ones() as usize).sum()
+        self.words().map(|word| free(load_for_stats(&word.bits)).count_ones() as usize).sum()
     }
 
     /// Counts a claim that had to do with a slot that was not ready.
-    pub(crate) fn count_settled(&self) {
-        self.lanes[self.lane()].0.settled.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn count_not_ready(&self) {
+        self.lanes[self.lane()].0.not_ready.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn settled(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.0.settled.load(Ordering::Relaxed)).sum()
+    pub(crate) fn not_ready(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.0.not_ready.load(Ordering::Relaxed)).sum()
     }
 
     /// How often slots were appended because none was free.
@@ -642,7 +642,7 @@ impl<S: Send + Sync> Drop for Slots<S> {
     /// Closes every word: what is free goes now, what is not with its lease.
     fn drop(&mut self) {
         let mut segments = [const { None }; SEGMENTS];
-        for (pointer, place) in self.segments.iter().zip(&mut segments) {
+        for (pointer, kept) in self.segments.iter().zip(&mut segments) {
             let pointer = pointer.load(Ordering::Relaxed).cast_const();
             if pointer.is_null() {
                 break;
@@ -657,7 +657,7 @@ impl<S: Send + Sync> Drop for Slots<S> {
                     unsafe { Arc::decrement_strong_count(pointer) };
                 }
             }
-            *place = Some(segment);
+            *kept = Some(segment);
         }
         // When all are closed, since what a slot holds may panic when it is dropped. The others go all the same.
         drop(segments);

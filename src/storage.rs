@@ -1,18 +1,18 @@
-//! Both halves of a buffer as bytes, with the records of what is in flight: the in-flight rule.
+//! Both sides of a buffer as bytes, with the records of what is in flight: the in-flight rule.
 //!
 //! The owner of the memory holds the state, never a guard, so that there is nothing whose forgetting
 //! could make a race. Three records answer three questions:
 //!
 //! | record | set by | consulted by |
 //! |---|---|---|
-//! | `upload`: reads the host half | `copy_to_gpu` | writers of the host half, and all below |
-//! | `download`: writes the host half | `copy_to_cpu` | readers and writers of the host half, and all below |
+//! | `upload`: reads the host side | `copy_to_gpu` | writers of the host side, and all below |
+//! | `download`: writes the host side | `copy_to_cpu` | readers and writers of the host side, and all below |
 //! | `device_use`, lazy | `gpu_on`, `fill_gpu`, the first zeroing | other streams, release, `synchronize`, `is_idle` |
 //!
 //! Whatever is enqueued waits, in stream order, for everything that stands on other streams; so the
 //! newest use is ordered after all before it, and a transfer covers the device uses before it.
 //!
-//! What is lent to tensors of other libraries is looked after by `src/exports.rs`: whatever touches a half
+//! What is lent to tensors of other libraries is looked after by `src/exports.rs`: whatever touches a side
 //! settles that first.
 //!
 //! An operation checks its arguments and the stream first, and changes nothing where they are refused.
@@ -45,42 +45,46 @@ use crate::stream::{EnteredStream, Stream};
 pub(crate) const BOTH: [Side; 2] = [Side::Host, Side::Device];
 
 /// How many buffers of a pool tensors left behind, to be had back by a wait for the devices.
-pub(crate) type LeftBehind = Arc<AtomicUsize>;
+pub(crate) type LeftBehindCount = Arc<AtomicUsize>;
 
 /// A buffer's storage, which goes where it came from.
-pub(crate) struct Home(ManuallyDrop<Place>);
+pub(crate) struct StorageHandle(ManuallyDrop<Origin>);
 
 /// Where a storage is.
-enum Place {
+enum Origin {
     Own(Box<Storage>),
     /// In a pool, which gets it back as it is.
     Pool(Lease<Storage>),
 }
 
-impl Home {
-    /// Two zeroed halves of a form, in a slab of their own.
-    pub(crate) fn own(form: Form, device: Device, options: BufferOptions) -> Result<Home> {
-        let mut one = Storage::slots(form, 1, device, options, false, None)?;
-        Ok(Home::at(Place::Own(Box::new(one.pop().expect("one was asked for")))))
+impl StorageHandle {
+    /// Two zeroed sides of a form, in a slab of their own.
+    pub(crate) fn own(
+        side_layout: SideLayout,
+        device: Device,
+        options: BufferOptions,
+    ) -> Result<StorageHandle> {
+        let mut one = Storage::allocate_many(side_layout, 1, device, options, false, None)?;
+        Ok(StorageHandle::of(Origin::Own(Box::new(one.pop().expect("one was asked for")))))
     }
 
     /// What a pool handed out.
     #[inline]
-    pub(crate) fn pool(slot: Lease<Storage>) -> Home {
-        Home::at(Place::Pool(slot))
+    pub(crate) fn pool(slot: Lease<Storage>) -> StorageHandle {
+        StorageHandle::of(Origin::Pool(slot))
     }
 
     #[inline]
-    fn at(place: Place) -> Home {
-        Home(ManuallyDrop::new(place))
+    fn of(origin: Origin) -> StorageHandle {
+        StorageHandle(ManuallyDrop::new(origin))
     }
 
-    /// Gives memory of its own up for lost where a use of it could not be [closed](Storage::close): its stream is in
+    /// Gives memory of its own up for lost where a use of it could not be [closed](Storage::close_with_event): its stream is in
     /// capture, say. Whether that will ever have ended nobody can ask later, when the stream may be gone.
     #[cfg(feature = "dlpack")]
-    pub(crate) fn abandon_where_open(&self) -> bool {
+    pub(crate) fn abandon_if_open(&self) -> bool {
         let records = [&self.upload, &self.download, &self.device_use];
-        let open = matches!(*self.0, Place::Own(_)) && records.iter().any(|it| it.is_lazy());
+        let open = matches!(*self.0, Origin::Own(_)) && records.iter().any(|it| it.is_open());
         if open {
             self.slab.abandon();
         }
@@ -90,15 +94,15 @@ impl Home {
     /// Gives a slot of which nothing is in flight back to its pool, and calls nothing: the answer is what is to be dropped
     /// when no lock is held.
     #[cfg(feature = "dlpack")]
-    pub(crate) fn give_back(self) -> (Option<Home>, Option<Arc<Segment<Storage>>>) {
-        let mut home = ManuallyDrop::new(self);
+    pub(crate) fn give_back(self) -> (Option<StorageHandle>, Option<Arc<Segment<Storage>>>) {
+        let mut handle = ManuallyDrop::new(self);
         // SAFETY: the end of the value, which is not dropped.
-        match unsafe { ManuallyDrop::take(&mut home.0) } {
-            own @ Place::Own(_) => (Some(Home::at(own)), None),
-            Place::Pool(slot) => {
+        match unsafe { ManuallyDrop::take(&mut handle.0) } {
+            own @ Origin::Own(_) => (Some(StorageHandle::of(own)), None),
+            Origin::Pool(slot) => {
                 let mut slot = ManuallyDrop::new(slot);
                 // The device was waited for.
-                slot.cover_open();
+                slot.supersede_open();
                 // SAFETY: the end of the lease, which is not dropped.
                 (None, unsafe { slot.release() })
             }
@@ -106,50 +110,50 @@ impl Home {
     }
 }
 
-impl Drop for Home {
-    /// What is given back waits for nothing, but [stands for nothing more](Storage::close). What was lent goes when that
+impl Drop for StorageHandle {
+    /// What is given back waits for nothing, but [stands for nothing more](Storage::close_with_event). What was lent goes when that
     /// is over.
     #[inline]
     fn drop(&mut self) {
         #[cfg(feature = "dlpack")]
         if let Some(exports) = self.exports.take() {
             // SAFETY: the end of the value, of which nobody looks at what is taken.
-            let place = unsafe { ManuallyDrop::take(&mut self.0) };
-            return exports.part(Home::at(place));
+            let origin = unsafe { ManuallyDrop::take(&mut self.0) };
+            return exports.buffer_dropped(StorageHandle::of(origin));
         }
-        if let Place::Pool(storage) = &*self.0 {
-            storage.close();
+        if let Origin::Pool(storage) = &*self.0 {
+            storage.close_with_event();
         }
         // SAFETY: the end of the value, which goes once.
         unsafe { ManuallyDrop::drop(&mut self.0) };
     }
 }
 
-impl Deref for Home {
+impl Deref for StorageHandle {
     type Target = Storage;
 
     #[inline]
     fn deref(&self) -> &Storage {
         match &*self.0 {
-            Place::Own(storage) => storage,
-            Place::Pool(lease) => lease,
+            Origin::Own(storage) => storage,
+            Origin::Pool(lease) => lease,
         }
     }
 }
 
-impl DerefMut for Home {
+impl DerefMut for StorageHandle {
     #[inline]
     fn deref_mut(&mut self) -> &mut Storage {
         match &mut *self.0 {
-            Place::Own(storage) => storage,
-            Place::Pool(lease) => lease,
+            Origin::Own(storage) => storage,
+            Origin::Pool(lease) => lease,
         }
     }
 }
 
-/// What is to be stored in either half.
+/// What is to be stored in either side.
 #[derive(Clone, Copy)]
-pub(crate) struct Form {
+pub(crate) struct SideLayout {
     pub(crate) shape: Shape,
     /// The elements of the shape.
     pub(crate) numel: usize,
@@ -162,39 +166,39 @@ pub(crate) struct Storage {
     // Addresses in the slab.
     host: *mut u8,
     gpu: *mut u8,
-    /// Of either half.
+    /// Of either side.
     capacity: usize,
-    /// Of either half, of those that are in use.
+    /// Of either side, of those that are in use.
     bytes: usize,
     shape: Shape,
     numel: usize,
     /// Not of the shape and size that it was made with.
     reshaped: bool,
     options: BufferOptions,
-    /// So many bytes of the device half are defined, in stream order. The others in use still have to be
+    /// So many bytes of the device side are defined, in stream order. The others in use still have to be
     /// zeroed, before the first use.
-    defined: usize,
-    /// The host half still has to be zeroed, once no transfer of the holder before uses it.
+    initialized_bytes: usize,
+    /// The host side still has to be zeroed, once no transfer of the holder before uses it.
     unzeroed: AtomicBool,
     zeroing: Mutex<()>,
-    /// Nothing has to be waited for before the host half is written: seen once, and true until the next transfer.
-    host_is_free: bool,
+    /// Nothing has to be waited for before the host side is written: seen once, and true until the next transfer.
+    host_is_writable: bool,
     upload: Record,
     download: Record,
     device_use: Record,
-    /// Where halves were lent to tensors.
+    /// Where sides were lent to tensors.
     #[cfg(feature = "dlpack")]
     exports: Option<Arc<Exports>>,
     /// How many buffers of its pool tensors left behind, if it is in one.
     #[cfg(feature = "dlpack")]
-    left_behind: Option<LeftBehind>,
+    left_behind_count: Option<LeftBehindCount>,
     /// Last: the events go before the memory, as they were made after it.
     slab: Arc<Slab>,
 }
 
 // SAFETY: the bytes behind the addresses are this value's alone, and the slab that it keeps owns them.
 unsafe impl Send for Storage {}
-// SAFETY: through a shared reference the addresses can be read, and the host half zeroed once, under a lock.
+// SAFETY: through a shared reference the addresses can be read, and the host side zeroed once, under a lock.
 unsafe impl Sync for Storage {}
 
 // The other parts must not rely on the promises above.
@@ -208,16 +212,16 @@ const _: () = {
 impl Storage {
     /// Storages of one form in one slab, both sides of each zeroed. `locked`: as for [`Slab::new`].
     /// A pool gives its count of buffers that were left behind.
-    pub(crate) fn slots(
-        form: Form,
+    pub(crate) fn allocate_many(
+        side_layout: SideLayout,
         count: usize,
         device: Device,
         options: BufferOptions,
         locked: bool,
-        left_behind: Option<&LeftBehind>,
+        left_behind_count: Option<&LeftBehindCount>,
     ) -> Result<Vec<Storage>> {
-        let _ = left_behind;
-        let Form { shape, numel, layout } = form;
+        let _ = left_behind_count;
+        let SideLayout { shape, numel, layout } = side_layout;
         u32::try_from(count).map_err(|_| Error::InvalidShape {
             reason: format!("{count} buffers are more than can be told apart"),
         })?;
@@ -254,17 +258,17 @@ impl Storage {
             numel,
             reshaped: false,
             options,
-            defined: if context.is_some() { 0 } else { bytes },
+            initialized_bytes: if context.is_some() { 0 } else { bytes },
             unzeroed: AtomicBool::new(false),
             zeroing: Mutex::new(()),
-            host_is_free: true,
+            host_is_writable: true,
             upload: Record::idle(),
             download: Record::idle(),
             device_use: Record::idle(),
             #[cfg(feature = "dlpack")]
             exports: None,
             #[cfg(feature = "dlpack")]
-            left_behind: left_behind.cloned(),
+            left_behind_count: left_behind_count.cloned(),
             slab: Arc::clone(&slab),
         };
         storages.extend((0..count).map(storage));
@@ -276,8 +280,8 @@ impl Storage {
     }
 
     #[cfg(feature = "dlpack")]
-    pub(crate) fn left_behind(&self) -> Option<&LeftBehind> {
-        self.left_behind.as_ref()
+    pub(crate) fn left_behind_count(&self) -> Option<&LeftBehindCount> {
+        self.left_behind_count.as_ref()
     }
 
     #[inline]
@@ -290,7 +294,7 @@ impl Storage {
         self.numel
     }
 
-    /// Of either half, of those that are in use.
+    /// Of either side, of those that are in use.
     #[inline]
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
@@ -323,81 +327,82 @@ impl Storage {
     }
 
     /// Is of this form from now on, in the same memory, and zeroed.
-    pub(crate) fn restart(&mut self, form: Form) -> Result<()> {
-        let bytes = form.layout.size();
+    pub(crate) fn reshape_zeroed(&mut self, side_layout: SideLayout) -> Result<()> {
+        let bytes = side_layout.layout.size();
         assert!(bytes <= self.capacity);
-        self.settle(&BOTH)?;
+        self.wait_for_consumers(&BOTH)?;
         self.wait_to_write()?;
-        // SAFETY: within the host half, which no transfer reads or writes any more.
+        // SAFETY: within the host side, which no transfer reads or writes any more.
         unsafe { ptr::write_bytes(self.host, 0, bytes) };
-        self.undefine(bytes);
-        (self.shape, self.numel, self.bytes) = (form.shape, form.numel, bytes);
+        self.mark_uninitialized(bytes);
+        (self.shape, self.numel, self.bytes) = (side_layout.shape, side_layout.numel, bytes);
         self.reshaped = true;
         Ok(())
     }
 
     /// Is of the form that it was made with from now on, with what the holder before left there, or zeroes in both
-    /// halves. Waits for nothing.
+    /// sides. Waits for nothing.
     #[inline]
-    pub(crate) fn renew(&mut self, form: &Form, zeroed: bool) {
+    pub(crate) fn reset_for_reuse(&mut self, side_layout: &SideLayout, zeroed: bool) {
         if self.reshaped {
-            (self.shape, self.numel, self.bytes) = (form.shape, form.numel, self.capacity);
+            (self.shape, self.numel, self.bytes) =
+                (side_layout.shape, side_layout.numel, self.capacity);
             self.reshaped = false;
         }
         if zeroed {
             *self.unzeroed.get_mut() = true;
-            self.host_is_free = false;
-            self.undefine(self.bytes);
+            self.host_is_writable = false;
+            self.mark_uninitialized(self.bytes);
         }
     }
 
-    /// The first `bytes` of the device half are to be zeroed; on the CPU they are, at once.
-    fn undefine(&mut self, bytes: usize) {
+    /// The first `bytes` of the device side are to be zeroed; on the CPU they are, at once.
+    fn mark_uninitialized(&mut self, bytes: usize) {
         match self.device {
-            // SAFETY: within the device half, which on the CPU has no work in flight.
+            // SAFETY: within the device side, which on the CPU has no work in flight.
             Device::Cpu => unsafe { ptr::write_bytes(self.gpu, 0, bytes) },
-            Device::Cuda(_) => self.defined = 0,
+            Device::Cuda(_) => self.initialized_bytes = 0,
         }
     }
 
     // ---- what the host waits for ----
 
-    /// Waits until the host half may be read.
+    /// Waits until the host side may be read.
     #[inline]
     pub(crate) fn wait_to_read(&self) -> Result<()> {
         self.refuse_child()?;
-        self.settle(&[Side::Host])?;
+        self.wait_for_consumers(&[Side::Host])?;
         self.download.wait()?;
-        self.ready_host()
+        self.zero_if_pending()
     }
 
-    /// Waits until the host half may be written.
+    /// Waits until the host side may be written.
     #[inline]
     pub(crate) fn wait_to_write(&mut self) -> Result<()> {
         self.refuse_child()?;
-        match self.host_is_free {
+        match self.host_is_writable {
             true => Ok(()),
-            false => self.free_host(),
+            false => self.wait_for_host_transfers(),
         }
     }
 
-    /// Waits for the transfers of the host half, and zeroes it if it has to be.
+    /// Waits for the transfers of the host side, and zeroes it if it has to be.
     #[inline(never)]
-    fn free_host(&mut self) -> Result<()> {
-        self.settle(&[Side::Host])?;
+    fn wait_for_host_transfers(&mut self) -> Result<()> {
+        self.wait_for_consumers(&[Side::Host])?;
         self.download.wait()?;
         self.upload.wait()?;
-        self.ready_host()?;
-        self.host_is_free = true;
+        self.zero_if_pending()?;
+        self.host_is_writable = true;
         Ok(())
     }
 
-    /// Whether the host half may be read now.
+    /// Whether the host side may be read now.
     pub(crate) fn may_read(&self) -> Result<bool> {
         self.refuse_child()?;
         #[cfg(feature = "dlpack")]
         if let Some(exports) = &self.exports
-            && !exports.is_settled(&[Side::Host])?
+            && !exports.are_consumers_done(&[Side::Host])?
         {
             return Ok(false);
         }
@@ -413,19 +418,19 @@ impl Storage {
         Ok(true)
     }
 
-    /// Whether the host half may be written now.
+    /// Whether the host side may be written now.
     pub(crate) fn may_write(&self) -> Result<bool> {
         Ok(self.may_read()? && self.upload.is_finished()?)
     }
 
-    /// Zeroes the host half, once, after the transfers of the holder before.
+    /// Zeroes the host side, once, after the transfers of the holder before.
     #[cold]
     fn zero_host(&self) -> Result<()> {
         self.download.wait()?;
         self.upload.wait()?;
         let _zeroing = self.zeroing.lock().unwrap_or_else(|poison| poison.into_inner());
         if self.unzeroed.load(Ordering::Relaxed) {
-            // SAFETY: within the host half. No transfer uses it, and nobody else looks at it: whoever wants to
+            // SAFETY: within the host side. No transfer uses it, and nobody else looks at it: whoever wants to
             // comes through here first, and waits for the lock or sees the flag.
             unsafe { ptr::write_bytes(self.host, 0, self.bytes) };
             self.unzeroed.store(false, Ordering::Release);
@@ -433,34 +438,34 @@ impl Storage {
         Ok(())
     }
 
-    /// Whether the host half is known to be free to write, without asking anybody, and no stream may be about to
-    /// use the device half.
+    /// Whether the host side is known to be free to write, without asking anybody, and no stream may be about to
+    /// use the device side.
     #[inline]
     pub(crate) fn is_known_ready(&self) -> bool {
         self.upload.is_known_finished()
             && self.download.is_known_finished()
-            && !self.device_use.is_lazy()
+            && !self.device_use.is_open()
     }
 
-    /// Asks the driver once for what may keep the host half from being [known ready](Self::is_known_ready).
-    pub(crate) fn ask(&self) -> Result<()> {
+    /// Asks the driver once for what may keep the host side from being [known ready](Self::is_known_ready).
+    pub(crate) fn poll(&self) -> Result<()> {
         let pending = match self.download.is_known_finished() {
             true => &self.upload,
             false => &self.download,
         };
-        pending.ask()
+        pending.poll()
     }
 
-    /// Waits until nothing uses either half.
+    /// Waits until nothing uses either side.
     pub(crate) fn wait_for_all(&self) -> Result<()> {
         self.refuse_child()?;
-        self.settle(&BOTH)?;
+        self.wait_for_consumers(&BOTH)?;
         self.download.wait()?;
         self.upload.wait()?;
         self.device_use.wait()
     }
 
-    /// Whether nothing uses either half.
+    /// Whether nothing uses either side.
     pub(crate) fn is_idle(&self) -> Result<bool> {
         self.refuse_child()?;
         #[cfg(feature = "dlpack")]
@@ -472,13 +477,13 @@ impl Storage {
             && self.device_use.is_finished()?)
     }
 
-    /// What could not be [closed](Self::close) is over: somebody has waited for all that its stream was sent. (If that was
+    /// What could not be [closed](Self::close_with_event) is over: somebody has waited for all that its stream was sent. (If that was
     /// captured, nothing of the graph may use this memory: it belongs to a view that is gone.)
     #[cfg(feature = "dlpack")]
-    fn cover_open(&mut self) {
+    fn supersede_open(&mut self) {
         for record in [&mut self.upload, &mut self.download, &mut self.device_use] {
-            if record.is_lazy() {
-                record.cover();
+            if record.is_open() {
+                record.supersede();
             }
         }
     }
@@ -486,35 +491,35 @@ impl Storage {
     /// No longer stands for what streams are sent from now on: they have nothing to do with the next holder, and may be
     /// captured, or destroyed.
     #[inline]
-    pub(crate) fn close(&self) {
+    pub(crate) fn close_with_event(&self) {
         for record in [&self.upload, &self.download, &self.device_use] {
-            record.close();
+            record.close_with_event();
         }
     }
 
     // ---- what streams do ----
 
-    /// Copies a range of the host half to the same range of the device half.
+    /// Copies a range of the host side to the same range of the device side.
     pub(crate) fn copy_to_gpu(&mut self, range: Range<usize>, stream: &Stream) -> Result<()> {
-        let entered = self.admit(&BOTH, stream)?;
+        let entered = self.enter_for_work(&BOTH, stream)?;
         if range.is_empty() {
             return Ok(());
         }
-        self.ready_host()?;
+        self.zero_if_pending()?;
         if let Some(entered) = &entered {
             self.order(entered)?;
             if range.len() < self.bytes {
-                self.define(entered)?;
+                self.initialize(entered)?;
             }
         }
         let (to, from) = (self.gpu_at(range.start), self.host_at(range.start));
-        // SAFETY: the range lies in both halves.
+        // SAFETY: the range lies in both sides.
         unsafe { self.transfer(Direction::Up, to, from, range.len(), entered.as_ref()) }?;
-        self.defined = self.bytes;
+        self.initialized_bytes = self.bytes;
         Ok(())
     }
 
-    /// Copies a range of the host half to device memory of somebody else's.
+    /// Copies a range of the host side to device memory of somebody else's.
     ///
     /// # Safety
     ///
@@ -530,11 +535,11 @@ impl Storage {
         to: *mut u8,
         stream: &Stream,
     ) -> Result<()> {
-        let entered = self.admit(&[Side::Host], stream)?;
+        let entered = self.enter_for_work(&[Side::Host], stream)?;
         if range.is_empty() {
             return Ok(());
         }
-        self.ready_host()?;
+        self.zero_if_pending()?;
         if let Some(entered) = &entered {
             self.order(entered)?;
         }
@@ -543,23 +548,23 @@ impl Storage {
         unsafe { self.transfer(Direction::Up, to, from, range.len(), entered.as_ref()) }
     }
 
-    /// Copies a range of the device half to the same range of the host half.
+    /// Copies a range of the device side to the same range of the host side.
     pub(crate) fn copy_to_cpu(&mut self, range: Range<usize>, stream: &Stream) -> Result<()> {
-        let entered = self.admit(&BOTH, stream)?;
+        let entered = self.enter_for_work(&BOTH, stream)?;
         if range.is_empty() {
             return Ok(());
         }
-        self.ready_host()?;
+        self.zero_if_pending()?;
         if let Some(entered) = &entered {
             self.order(entered)?;
-            self.define(entered)?;
+            self.initialize(entered)?;
         }
         let (to, from) = (self.host_at(range.start), self.gpu_at(range.start));
-        // SAFETY: the range lies in both halves.
+        // SAFETY: the range lies in both sides.
         unsafe { self.transfer(Direction::Down, to, from, range.len(), entered.as_ref()) }
     }
 
-    /// Copies device memory of somebody else's to a range of the host half.
+    /// Copies device memory of somebody else's to a range of the host side.
     ///
     /// # Safety
     ///
@@ -575,11 +580,11 @@ impl Storage {
         from: *const u8,
         stream: &Stream,
     ) -> Result<()> {
-        let entered = self.admit(&[Side::Host], stream)?;
+        let entered = self.enter_for_work(&[Side::Host], stream)?;
         if range.is_empty() {
             return Ok(());
         }
-        self.ready_host()?;
+        self.zero_if_pending()?;
         if let Some(entered) = &entered {
             self.order(entered)?;
         }
@@ -588,26 +593,26 @@ impl Storage {
         unsafe { self.transfer(Direction::Down, to, from, range.len(), entered.as_ref()) }
     }
 
-    /// Fills the used part of a CUDA device half with `element`, whose length divides it.
+    /// Fills the used part of a CUDA device side with `element`, whose length divides it.
     pub(crate) fn fill_gpu(&mut self, element: &[u8], stream: &Stream) -> Result<()> {
-        let Some(entered) = &self.admit(&[Side::Device], stream)? else {
+        let Some(entered) = &self.enter_for_work(&[Side::Device], stream)? else {
             return Ok(());
         };
         self.order(entered)?;
-        self.device_use.stand_for(entered)?;
-        // SAFETY: the device half is this value's, and `device_use` and `order` keep others from it.
+        self.device_use.open_on(entered)?;
+        // SAFETY: the device side is this value's, and `device_use` and `order` keep others from it.
         unsafe { fill::enqueue(self.gpu, self.bytes, element, entered) }?;
-        self.defined = self.bytes;
+        self.initialized_bytes = self.bytes;
         Ok(())
     }
 
     /// Zeroes the used part of both sides: of the host side at once, after pending copies, and of
     /// the device side on `stream`.
     pub(crate) fn zero(&mut self, stream: &Stream) -> Result<()> {
-        self.admit(&BOTH, stream)?;
+        self.enter_for_work(&BOTH, stream)?;
         self.wait_to_write()?;
         match self.device {
-            Device::Cpu => self.undefine(self.bytes),
+            Device::Cpu => self.mark_uninitialized(self.bytes),
             Device::Cuda(_) => self.fill_gpu(&[0], stream)?,
         }
         // SAFETY: within the host side, which no copy touches since the wait: a fill enqueues none.
@@ -615,41 +620,41 @@ impl Storage {
         Ok(())
     }
 
-    /// Orders `stream` after everything, and remembers that it may use the device half from now on.
+    /// Orders `stream` after everything, and remembers that it may use the device side from now on.
     pub(crate) fn use_on(&mut self, stream: &Stream) -> Result<()> {
-        let Some(entered) = &self.admit(&[Side::Device], stream)? else {
+        let Some(entered) = &self.enter_for_work(&[Side::Device], stream)? else {
             return Ok(());
         };
         self.order(entered)?;
-        self.define(entered)?;
-        self.device_use.stand_for(entered)
+        self.initialize(entered)?;
+        self.device_use.open_on(entered)
     }
 
     // ---- what is lent to tensors ----
 
-    /// Lends the device half to a tensor whose consumer uses it on `stream`, first. The answer is its address, too; where
+    /// Lends the device side to a tensor whose consumer uses it on `stream`, first. The answer is its address, too; where
     /// there are no bytes, null.
     #[cfg(feature = "dlpack")]
     pub(crate) fn lend_gpu(&mut self, stream: &Stream) -> Result<(*mut u8, Option<Loan>)> {
-        let entered = self.admit(&[], stream)?;
+        let entered = self.enter_for_work(&[], stream)?;
         if self.bytes == 0 {
             return Ok((ptr::null_mut(), None));
         }
         // A consumer before may still use it, and knows nothing of the next.
         if !self.is_lent(Side::Device) {
-            self.settle(&[Side::Device])?;
+            self.wait_for_consumers(&[Side::Device])?;
         }
         if let Some(entered) = &entered {
             self.order(entered)?;
-            let defined = self.define(entered);
+            let initialized = self.initialize(entered);
             // The stream may be destroyed before the record is asked about.
-            self.device_use.close();
-            if self.device_use.is_lazy() {
+            self.device_use.close_with_event();
+            if self.device_use.is_open() {
                 // The next use of the device side waits for the devices instead of the record.
-                self.exports().distrust(Side::Device);
-                self.device_use.cover();
+                self.exports().mark_unknown(Side::Device);
+                self.device_use.supersede();
             }
-            defined?;
+            initialized?;
         }
         // Last: a refused export leaves the buffer as it was.
         let loan = self.exports().lend(Side::Device);
@@ -667,7 +672,7 @@ impl Storage {
         Ok((self.gpu, Some(loan)))
     }
 
-    /// Lends the memory of the device half, which nothing else knows of. As for [`lend_gpu`](Self::lend_gpu).
+    /// Lends the memory of the device side, which nothing else knows of. As for [`lend_gpu`](Self::lend_gpu).
     #[cfg(feature = "dlpack")]
     pub(crate) fn lend_gpu_unguarded(&mut self) -> Result<(*mut u8, Option<Loan>)> {
         self.refuse_child()?;
@@ -678,7 +683,7 @@ impl Storage {
         Ok((self.gpu, Some(loan)))
     }
 
-    /// Lends the host half to a tensor, with nothing of this storage's in flight. As for [`lend_gpu`](Self::lend_gpu).
+    /// Lends the host side to a tensor, with nothing of this storage's in flight. As for [`lend_gpu`](Self::lend_gpu).
     #[cfg(feature = "dlpack")]
     pub(crate) fn lend_cpu(&mut self) -> Result<(*mut u8, Option<Loan>)> {
         self.refuse_child()?;
@@ -690,7 +695,7 @@ impl Storage {
             self.wait_to_write()?;
         }
         let loan = self.exports().lend(Side::Host);
-        self.host_is_free = false;
+        self.host_is_writable = false;
         Ok((self.host, Some(loan)))
     }
 
@@ -704,10 +709,10 @@ impl Storage {
         self.exports.get_or_insert_with(|| Arc::new(Exports::new(self.device)))
     }
 
-    /// Checks that `stream` can be given work of this storage that touches these halves, and enters it. `None` where
+    /// Checks that `stream` can be given work of this storage that touches these sides, and enters it. `None` where
     /// CUDA has nothing to do with it: on the CPU, and where there are no bytes.
     #[inline]
-    pub(crate) fn admit<'s>(
+    pub(crate) fn enter_for_work<'s>(
         &self,
         touches: &[Side],
         stream: &'s Stream,
@@ -723,17 +728,17 @@ impl Storage {
             entered.refuse_capture()?;
         }
         // After that: it may wait for the device, which ends captures.
-        self.settle(touches)?;
+        self.wait_for_consumers(touches)?;
         Ok(entered)
     }
 
-    /// Sees to it that no tensor's consumer uses these halves: an error where a tensor lives; otherwise waits for
+    /// Sees to it that no tensor's consumer uses these sides: an error where a tensor lives; otherwise waits for
     /// the devices, if nobody has since the last one went.
     #[inline]
-    pub(crate) fn settle(&self, touches: &[Side]) -> Result<()> {
+    pub(crate) fn wait_for_consumers(&self, touches: &[Side]) -> Result<()> {
         #[cfg(feature = "dlpack")]
         if let Some(exports) = &self.exports {
-            return exports.settle(touches);
+            return exports.wait_for_consumers(touches);
         }
         let _ = touches;
         Ok(())
@@ -747,23 +752,24 @@ impl Storage {
         self.device_use.order_before(entered)
     }
 
-    /// Zeroes what is in use of the device half and not defined.
+    /// Zeroes what is in use of the device side and not defined.
     #[inline]
-    fn define(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
-        if self.defined >= self.bytes {
+    fn initialize(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
+        if self.initialized_bytes >= self.bytes {
             return Ok(());
         }
-        self.device_use.stand_for(entered)?;
-        let (from, bytes) = (self.gpu_at(self.defined), self.bytes - self.defined);
-        // SAFETY: the device half is this value's, and `device_use` and `order` keep others from it.
+        self.device_use.open_on(entered)?;
+        let (from, bytes) =
+            (self.gpu_at(self.initialized_bytes), self.bytes - self.initialized_bytes);
+        // SAFETY: the device side is this value's, and `device_use` and `order` keep others from it.
         unsafe { fill::enqueue(from, bytes, &[0], entered) }?;
-        self.defined = self.bytes;
+        self.initialized_bytes = self.bytes;
         Ok(())
     }
 
-    /// Before a transfer of the host half: zeroes it if it has to be, which waits.
+    /// Before a transfer of the host side: zeroes it if it has to be, which waits.
     #[inline]
-    fn ready_host(&self) -> Result<()> {
+    fn zero_if_pending(&self) -> Result<()> {
         match self.unzeroed.load(Ordering::Acquire) {
             false => Ok(()),
             true => self.zero_host(),
@@ -794,7 +800,7 @@ impl Storage {
             unsafe { ptr::copy(from, to, bytes) };
             return Ok(());
         };
-        self.host_is_free = false;
+        self.host_is_writable = false;
         let (record, host) = match direction {
             Direction::Up => (&mut self.upload, from),
             Direction::Down => (&mut self.download, to.cast_const()),
@@ -802,14 +808,14 @@ impl Storage {
         let memory = self.slab.host();
         // One ticket and one event answer for all parts.
         record.submit(entered, || {
-            memory.in_parts(host, bytes, |at, bytes| {
+            memory.for_each_registration(host, bytes, |at, bytes| {
                 let (to, from) = (to.wrapping_add(at), from.wrapping_add(at));
-                // SAFETY: the caller vouches for the ranges. The record keeps the host half from being written
-                // (and, for a download, read) and both halves from being released until the copy has finished.
+                // SAFETY: the caller vouches for the ranges. The record keeps the host side from being written
+                // (and, for a download, read) and both sides from being released until the copy has finished.
                 unsafe { raw::memcpy(direction, to, from, bytes, entered.raw()) }
             })
         })?;
-        self.device_use.cover();
+        self.device_use.supersede();
         Ok(())
     }
 
@@ -823,7 +829,7 @@ impl Storage {
         self.gpu.wrapping_add(offset)
     }
 
-    /// In a forked child the host half of a CUDA buffer is not there.
+    /// In a forked child the host side of a CUDA buffer is not there.
     #[inline]
     fn refuse_child(&self) -> Result<()> {
         match self.device {

@@ -46,7 +46,7 @@ bitflags! {
 /// ```
 /// use cpu_gpu_buffer::{Device, Stream, StreamOptions, WaitPolicy};
 ///
-/// let of_a_thread_with_its_own_core = StreamOptions { wait: WaitPolicy::Spin, ..Default::default() };
+/// let of_a_thread_with_its_own_core = StreamOptions { wait: WaitPolicy::DeviceDefault, ..Default::default() };
 /// let of_one_among_many = StreamOptions { wait: WaitPolicy::Block, ..Default::default() };
 /// for options in [of_a_thread_with_its_own_core, of_one_among_many] {
 ///     Stream::with_options(Device::auto(), options)?.synchronize()?;
@@ -57,7 +57,7 @@ bitflags! {
 pub enum WaitPolicy {
     /// As the device is set to, which is to spin unless it was changed: quickest to notice.
     #[default]
-    Spin,
+    DeviceDefault,
     /// Sleeps until the driver wakes it: leaves the core to others.
     Block,
 }
@@ -77,13 +77,17 @@ pub struct StreamOptions {
     pub priority: i32,
     /// [`StreamFlags::NON_BLOCKING`] unless given.
     pub flags: StreamFlags,
-    /// [`WaitPolicy::Spin`] unless given.
+    /// [`WaitPolicy::DeviceDefault`] unless given.
     pub wait: WaitPolicy,
 }
 
 impl Default for StreamOptions {
     fn default() -> StreamOptions {
-        StreamOptions { priority: 0, flags: StreamFlags::NON_BLOCKING, wait: WaitPolicy::Spin }
+        StreamOptions {
+            priority: 0,
+            flags: StreamFlags::NON_BLOCKING,
+            wait: WaitPolicy::DeviceDefault,
+        }
     }
 }
 
@@ -153,7 +157,7 @@ impl Drop for CudaStream {
             Ownership::Owned => {
                 // Its own context: a broken one would refuse to destroy the stream. The handle says
                 // enough, should the context not be had.
-                let _current = self.context.enter_unless_current();
+                let _current = self.context.ensure_current();
                 // SAFETY: the last handle is gone. Destroying a stream does not wait for its work, and lets
                 // the work finish (CUDA Runtime API, `cudaStreamDestroy`).
                 let destroyed = unsafe { raw::stream_destroy(self.raw) };
@@ -292,7 +296,7 @@ impl Stream {
             gather: Mutex::default(),
             ownership: Ownership::Borrowed(owner),
         };
-        Ok(Stream::of(device, Some(cuda), WaitPolicy::Spin))
+        Ok(Stream::of(device, Some(cuda), WaitPolicy::DeviceDefault))
     }
 
     fn of(device: Device, cuda: Option<CudaStream>, wait: WaitPolicy) -> Stream {
@@ -473,7 +477,7 @@ impl Stream {
     /// Flags of an event that a thread waits for under this stream's policy, and takes no time of.
     pub(crate) fn event_flags(&self) -> EventFlags {
         match self.0.wait {
-            WaitPolicy::Spin => EventFlags::DISABLE_TIMING,
+            WaitPolicy::DeviceDefault => EventFlags::DISABLE_TIMING,
             WaitPolicy::Block => EventFlags::DISABLE_TIMING | EventFlags::BLOCKING_SYNC,
         }
     }
@@ -488,7 +492,7 @@ impl Stream {
             // The legacy stream is that of the current context. What it is given may let go an owner who makes
             // another one current.
             0 | LEGACY => Some(context.enter()?),
-            _ => context.enter_unless_current()?,
+            _ => context.ensure_current()?,
         };
         Ok(Some(EnteredStream { stream: self, raw: *raw, context, _current: current }))
     }

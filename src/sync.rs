@@ -9,7 +9,7 @@ pub(crate) use std::sync::{Arc, Mutex};
 
 /// A look at a word that decides nothing, for figures: the models do not follow it.
 #[inline]
-pub(crate) fn glance(word: &AtomicU64) -> u64 {
+pub(crate) fn load_for_stats(word: &AtomicU64) -> u64 {
     word.load(Ordering::Relaxed)
 }
 

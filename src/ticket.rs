@@ -94,15 +94,15 @@ impl Tickets {
 /// The ticket of one record, or *lazy*: the stream may use the memory from now on, and no event has been
 /// recorded behind that yet. A lazy stamp is never complete; whoever needs to know resolves it, once.
 #[derive(Debug)]
-pub(crate) struct Stamp {
+pub(crate) struct TicketCell {
     /// 0 while lazy.
     ticket: AtomicU64,
     resolving: Mutex<()>,
 }
 
-impl Stamp {
-    pub(crate) fn lazy() -> Stamp {
-        Stamp { ticket: AtomicU64::new(0), resolving: Mutex::new(()) }
+impl TicketCell {
+    pub(crate) fn open() -> TicketCell {
+        TicketCell { ticket: AtomicU64::new(0), resolving: Mutex::new(()) }
     }
 
     /// Makes the stamp that of `ticket`.
@@ -114,7 +114,7 @@ impl Stamp {
 
     /// Makes the stamp lazy.
     #[inline]
-    pub(crate) fn set_lazy(&mut self) {
+    pub(crate) fn set_open(&mut self) {
         self.set(0);
     }
 

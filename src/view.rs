@@ -1,4 +1,4 @@
-//! The device half as kernels and libraries see it.
+//! The device side as kernels and libraries see it.
 
 use std::marker::PhantomData;
 use std::ops::RangeBounds;
@@ -8,7 +8,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::shape::{Shape, select};
 
-/// The device half of a buffer, for work on the stream that
+/// The device side of a buffer, for work on the stream that
 /// [`gpu_on`](crate::CpuGpuBuffer::gpu_on) was called with.
 ///
 /// Work that uses the addresses must be sent to that stream, and while the view lives: the buffer orders
@@ -42,7 +42,7 @@ unsafe impl<T: Sync> Send for GpuView<'_, T> {}
 unsafe impl<T: Sync> Sync for GpuView<'_, T> {}
 
 impl<'a, T> GpuView<'a, T> {
-    /// `address` is that of `len` elements of the device half, which the buffer borrowed for `'a` owns.
+    /// `address` is that of `len` elements of the device side, which the buffer borrowed for `'a` owns.
     pub(crate) fn new(address: *mut T, shape: Shape, len: usize, device: Device) -> Self {
         GpuView { address, shape, len, device, buffer: PhantomData }
     }
@@ -202,7 +202,7 @@ impl<'a, T> GpuView<'a, T> {
             // SAFETY: a slice of no bytes may begin at any aligned address but null.
             return Some(unsafe { slice::from_raw_parts(std::ptr::dangling(), self.len) });
         }
-        // SAFETY: `len` initialised elements of the device half, which on the CPU is ordinary memory; the
+        // SAFETY: `len` initialised elements of the device side, which on the CPU is ordinary memory; the
         // buffer is borrowed for `'a`, and writing through `as_mut_ptr` is `unsafe`.
         Some(unsafe { slice::from_raw_parts(self.address, self.len) })
     }

@@ -9,7 +9,7 @@ mod common;
 use std::thread;
 
 use common::sim::{self, Held, Limits};
-use common::{in_child, in_own_process, is_own_process};
+use common::{in_child, in_subprocess, is_subprocess};
 use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, HostFlags, Pinning, Stream};
 
 const LARGEST: usize = 1 << 20;
@@ -48,7 +48,7 @@ fn one_chunk_of_either_side_stays_with_its_device() {
     if !common::is_simulated() {
         return common::left_out(test, "counting allocations needs the simulated runtime");
     }
-    if !is_own_process() {
+    if !is_subprocess() {
         return succeeded(test);
     }
     let Some((device, _turn)) = common::cuda(test) else { return };
@@ -191,7 +191,7 @@ fn a_chunk_that_cannot_be_registered_leaves_nothing_behind_and_the_other_way_sta
 }
 
 fn succeeded(test: &str) {
-    let output = in_own_process(test, &[]);
+    let output = in_subprocess(test, &[]);
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
 }
@@ -199,7 +199,7 @@ fn succeeded(test: &str) {
 #[test]
 fn a_slice_that_lives_across_fork_reads_zeroes_in_the_child_and_aliases_nothing() {
     let test = "a_slice_that_lives_across_fork_reads_zeroes_in_the_child_and_aliases_nothing";
-    if !is_own_process() {
+    if !is_subprocess() {
         return succeeded(test);
     }
     for device in common::devices() {

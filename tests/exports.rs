@@ -1,4 +1,4 @@
-//! A half that is lent to a tensor is neither touched nor let go while its consumer, or what that queued, may use it.
+//! A side that is lent to a tensor is neither touched nor let go while its consumer, or what that queued, may use it.
 
 #![cfg(feature = "dlpack")]
 
@@ -75,7 +75,7 @@ fn is_host(address: *const u32) -> bool {
     status == sys::cudaError::cudaSuccess
 }
 
-/// A buffer with both halves `OLD`, of which nothing is in flight.
+/// A buffer with both sides `OLD`, of which nothing is in flight.
 fn buffer(device: Device) -> (CpuGpuBuffer<u32>, Stream) {
     let stream = Stream::new(device).unwrap();
     let mut buffer = CpuGpuBuffer::new(WORDS, device).unwrap();
@@ -123,7 +123,7 @@ fn more(before: [i64; 2]) -> Option<[i64; 2]> {
 // ---- what a tensor says ----
 
 #[test]
-fn a_tensor_says_where_and_what_its_half_is() {
+fn a_tensor_says_where_and_what_its_side_is() {
     fn check<T: Element>(code: u8) {
         for device in common::devices() {
             let stream = Stream::new(device).unwrap();
@@ -308,8 +308,8 @@ fn the_consumers_stream_may_be_destroyed_once_the_tensor_is_made() {
 }
 
 #[test]
-fn a_consumer_of_the_host_half_finds_no_transfer_in_flight() {
-    cuda("a_consumer_of_the_host_half_finds_no_transfer_in_flight", |device| {
+fn a_consumer_of_the_host_side_finds_no_transfer_in_flight() {
+    cuda("a_consumer_of_the_host_side_finds_no_transfer_in_flight", |device| {
         let (mut buffer, stream) = buffer(device);
         let write = |consumer: &Consumer| {
             // SAFETY: as many words of host memory, which are the consumer's alone.
@@ -413,7 +413,7 @@ unsafe fn destroy(raw: sys::cudaStream_t) {
 
 type Use = fn(&mut CpuGpuBuffer<u32>, &Stream) -> Result<()>;
 
-/// What touches the host half alone.
+/// What touches the host side alone.
 const HOST: [(&str, Use); 5] = [
     ("cpu", |buffer, _| buffer.cpu().map(drop)),
     ("cpu_mut", |buffer, _| buffer.cpu_mut().map(drop)),
@@ -422,7 +422,7 @@ const HOST: [(&str, Use); 5] = [
     ("fill_cpu", |buffer, _| buffer.fill_cpu(7)),
 ];
 
-/// What touches the device half alone.
+/// What touches the device side alone.
 const DEVICE: [(&str, Use); 2] = [
     ("fill_gpu", |buffer, stream| buffer.fill_gpu(7, stream)),
     ("gpu_on", |buffer, stream| buffer.gpu_on(stream).map(drop)),
@@ -441,7 +441,7 @@ const ALL: [(&str, Use); 8] = [
 ];
 
 #[test]
-fn whatever_touches_a_half_that_is_lent_is_refused_and_changes_nothing() {
+fn whatever_touches_a_side_that_is_lent_is_refused_and_changes_nothing() {
     let _turn = common::turn();
     for device in common::devices() {
         for side in [Side::Host, Side::Device] {
@@ -470,7 +470,7 @@ fn whatever_touches_a_half_that_is_lent_is_refused_and_changes_nothing() {
             drop(first);
             check(&mut buffer);
             let untouched = match side {
-                Side::Host => second_half(&mut buffer, &stream),
+                Side::Host => host_side_as_seen(&mut buffer, &stream),
                 Side::Device => device_words(device, address, WORDS),
             };
             all(&untouched, OLD);
@@ -487,8 +487,8 @@ fn whatever_touches_a_half_that_is_lent_is_refused_and_changes_nothing() {
     }
 }
 
-/// The host half, as a consumer sees it.
-fn second_half(buffer: &mut CpuGpuBuffer<u32>, _stream: &Stream) -> Vec<u32> {
+/// The host side, as a consumer sees it.
+fn host_side_as_seen(buffer: &mut CpuGpuBuffer<u32>, _stream: &Stream) -> Vec<u32> {
     let consumer = Consumer::new(buffer.export_cpu().unwrap());
     // SAFETY: as many words of host memory, which nobody writes.
     let words = unsafe { std::slice::from_raw_parts(consumer.data(), WORDS) }.to_vec();
@@ -497,7 +497,7 @@ fn second_half(buffer: &mut CpuGpuBuffer<u32>, _stream: &Stream) -> Vec<u32> {
 }
 
 #[test]
-fn transfers_with_memory_of_others_touch_the_host_half_alone() {
+fn transfers_with_memory_of_others_touch_the_host_side_alone() {
     let _turn = common::turn();
     for device in common::devices() {
         let (mut buffer, stream) = buffer(device);
@@ -587,11 +587,11 @@ fn what_a_consumer_queued_is_waited_for_also_where_its_stream_is_destroyed() {
 }
 
 #[test]
-fn the_host_half_is_looked_at_after_what_the_last_consumer_queued() {
-    cuda("the_host_half_is_looked_at_after_what_the_last_consumer_queued", |device| {
+fn the_host_side_is_looked_at_after_what_the_last_consumer_queued() {
+    cuda("the_host_side_is_looked_at_after_what_the_last_consumer_queued", |device| {
         let (mut buffer, _stream) = buffer(device);
         let (theirs, foreign) = (Stream::new(device).unwrap(), Foreign::new(WORDS, 0x33));
-        // It writes the half.
+        // It writes the side.
         let consumer = Consumer::new(buffer.export_cpu().unwrap());
         let gate = Gate::close(&theirs);
         copy(consumer.data(), foreign.as_ptr(), WORDS, &theirs);
@@ -602,7 +602,7 @@ fn the_host_half_is_looked_at_after_what_the_last_consumer_queued() {
         let seen = gate.waits(|| buffer.cpu().unwrap().to_vec());
         all(&seen, 0x3333_3333);
         assert!(buffer.try_cpu().unwrap().is_some() && buffer.is_idle().unwrap());
-        // It reads the half.
+        // It reads the side.
         let consumer = Consumer::new(buffer.export_cpu().unwrap());
         let gate = Gate::close(&theirs);
         copy(foreign.as_ptr(), consumer.data(), WORDS, &theirs);
@@ -615,7 +615,7 @@ fn the_host_half_is_looked_at_after_what_the_last_consumer_queued() {
         let gate = Gate::close(&theirs);
         copy(consumer.data(), foreign.as_ptr(), WORDS, &theirs);
         consumer.let_go();
-        let seen = gate.waits(|| second_half(&mut buffer, &theirs));
+        let seen = gate.waits(|| host_side_as_seen(&mut buffer, &theirs));
         all(&seen, 0x3333_3333);
     });
 }
@@ -719,7 +719,7 @@ fn the_devices_are_waited_for_once_and_only_where_something_was_lent() {
         uses(&mut other);
         drop(other);
         assert_eq!(waits(), Some(0));
-        // Of either half, and of both at once.
+        // Of either side, and of both at once.
         for lend in [
             |buffer: &mut CpuGpuBuffer<u32>, stream: &Stream| {
                 drop(buffer.export_gpu(stream).unwrap())
@@ -735,7 +735,7 @@ fn the_devices_are_waited_for_once_and_only_where_something_was_lent() {
             uses(&mut buffer);
             assert_eq!(waits(), Some(contexts));
         }
-        // One wait is for both halves, but for one that is lent.
+        // One wait is for both sides, but for one that is lent.
         let tensor = buffer.export_gpu(&stream).unwrap();
         drop(buffer.export_cpu().unwrap());
         reset();
@@ -747,7 +747,7 @@ fn the_devices_are_waited_for_once_and_only_where_something_was_lent() {
         assert_eq!(waits(), Some(2 * contexts));
         buffer.cpu_mut().unwrap()[0] = 2;
         assert_eq!(waits(), Some(2 * contexts));
-        // The other half has nothing to do with it.
+        // The other side has nothing to do with it.
         drop(buffer.export_cpu().unwrap());
         buffer.gpu_on(&stream).unwrap();
         assert_eq!(waits(), Some(2 * contexts));
@@ -757,11 +757,11 @@ fn the_devices_are_waited_for_once_and_only_where_something_was_lent() {
 #[test]
 fn a_device_that_nobody_uses_gets_no_context() {
     let test = "a_device_that_nobody_uses_gets_no_context";
-    if !common::is_own_process() {
+    if !common::is_subprocess() {
         if Device::cuda_count() < 2 {
             return common::left_out(test, "fewer than two CUDA devices");
         }
-        let output = common::in_own_process(test, &[]);
+        let output = common::in_subprocess(test, &[]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
         return;
@@ -1302,7 +1302,7 @@ fn whatever_is_forgotten_races_with_nothing() {
     cuda("whatever_is_forgotten_races_with_nothing", |device| {
         let (mut buffer, stream) = buffer(device);
         let place = buffer.device_ptr();
-        // A tensor: its half stays lent, and the memory with it.
+        // A tensor: its side stays lent, and the memory with it.
         common::forget(buffer.export_gpu(&stream).unwrap());
         let refused = Err(Error::Exported { side: Side::Device });
         assert_eq!(buffer.copy_to_gpu(.., &stream), refused);
@@ -1528,8 +1528,8 @@ extern "C" fn let_kept_go() {
 #[cfg(target_os = "linux")]
 fn tensors_may_be_let_go_in_a_forked_child_and_after_the_runtimes_end() {
     let test = "tensors_may_be_let_go_in_a_forked_child_and_after_the_runtimes_end";
-    if !common::is_own_process() {
-        let output = common::in_own_process(test, &[]);
+    if !common::is_subprocess() {
+        let output = common::in_subprocess(test, &[]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
         return;

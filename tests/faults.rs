@@ -17,9 +17,9 @@ use common::{Gate, in_child, sim};
 #[cfg(feature = "dlpack")]
 use cpu_gpu_buffer::dlpack;
 use cpu_gpu_buffer::{
-    BufferGroup, BufferOptions, BufferPool, CpuGpuBuffer, Device, Error, Event, GroupLayout,
-    GroupLayoutBuilder, GroupRing, HostFlags, Key, MemberRows, Pinning, PoolOptions, Result,
-    Stream, StreamOptions, UploadRing, WaitPolicy, is_pinned_memory_available, sys,
+    BufferGroup, BufferOptions, BufferPool, BufferRing, CpuGpuBuffer, Device, Error, Event,
+    GroupLayout, GroupLayoutBuilder, GroupRing, HostFlags, MemberKey, MemberRows, Pinning,
+    PoolOptions, Result, Stream, StreamOptions, WaitPolicy, is_pinned_memory_available, sys,
 };
 
 const DEVICE: Device = Device::Cuda(0);
@@ -40,19 +40,19 @@ struct Bench {
     members: Members,
     group: Option<BufferGroup>,
     ring: Option<GroupRing>,
-    slots: Option<UploadRing<u32>>,
+    slots: Option<BufferRing<u32>>,
 }
 
 struct Members {
     layout: GroupLayout,
-    keys: [Key<u32>; 7],
+    keys: [MemberKey<u32>; 7],
 }
 
 impl Members {
     fn new() -> Members {
         let mut builder = GroupLayoutBuilder::new();
         let keys = [(); 7].map(|()| builder.add(WORDS));
-        Members { layout: builder.finish(), keys }
+        Members { layout: builder.build(), keys }
     }
 
     /// Rows that one kernel moves, or a copy where it is one member.
@@ -78,7 +78,7 @@ impl Members {
         assert!(group.is_idle().unwrap());
     }
 
-    /// Steps arrive, of each half, and of one that was uploaded before.
+    /// Steps arrive, of each side, and of one that was uploaded before.
     fn verify_ring(&self, ring: &mut GroupRing, stream: &Stream, value: u32) {
         let rows = self.rows(&[0, 1, 2, 3, 4, 5, 6]);
         for step in 0..3 {
@@ -90,14 +90,14 @@ impl Members {
         assert!(ring.is_idle().unwrap());
         let view = ring.gpu_on(stream).unwrap();
         for key in self.keys {
-            let rows = view.member(key).rows(1..WORDS - 1).unwrap();
+            let rows = view.member(key).unwrap().rows(1..WORDS - 1).unwrap();
             common::all(&common::device_words(DEVICE, rows.as_ptr(), WORDS - 2), value + 2);
         }
     }
 }
 
 /// As [`Members::verify_ring`].
-fn verify_slots(slots: &mut UploadRing<u32>, stream: &Stream, value: u32) {
+fn verify_slots(slots: &mut BufferRing<u32>, stream: &Stream, value: u32) {
     for step in 0..3 {
         slots.advance().unwrap().fill(value + step);
         slots.copy_to_gpu(.., stream).unwrap();
@@ -110,7 +110,7 @@ fn verify_slots(slots: &mut UploadRing<u32>, stream: &Stream, value: u32) {
 impl Bench {
     /// With buffers in the pool, a group and rings where `has` says so by their types' names.
     fn new(state: State, has: impl Fn(&str) -> bool) -> Bench {
-        let options = StreamOptions { wait: WaitPolicy::Spin, ..Default::default() };
+        let options = StreamOptions { wait: WaitPolicy::DeviceDefault, ..Default::default() };
         let stream = Stream::with_options(DEVICE, options).unwrap();
         let options = StreamOptions { wait: WaitPolicy::Block, ..Default::default() };
         let other = Stream::with_options(DEVICE, options).unwrap();
@@ -124,7 +124,7 @@ impl Bench {
         let layout = &members.layout;
         let group = has("BufferGroup").then(|| BufferGroup::new(layout, DEVICE).unwrap());
         let ring = has("GroupRing").then(|| GroupRing::new(layout, DEVICE, 2).unwrap());
-        let slots = has("UploadRing").then(|| UploadRing::new(WORDS, DEVICE, 2).unwrap());
+        let slots = has("BufferRing").then(|| BufferRing::new(WORDS, DEVICE, 2).unwrap());
         let event = stream.record().unwrap();
         let mut bench =
             Bench { stream, other, event, buffer, foreign, pool, members, group, ring, slots };
@@ -202,7 +202,7 @@ impl Bench {
     }
 
     /// Of its buffers, the pool, the group and the rings.
-    fn halves(&self) -> i64 {
+    fn sides(&self) -> i64 {
         let there = [
             self.pool.total() > 0,
             self.group.is_some(),
@@ -220,7 +220,7 @@ impl Bench {
         (self.ring.as_mut().expect(NAMED), &self.members, &self.stream)
     }
 
-    fn slots(&mut self) -> (&mut UploadRing<u32>, &Stream) {
+    fn slots(&mut self) -> (&mut BufferRing<u32>, &Stream) {
         (self.slots.as_mut().expect(NAMED), &self.stream)
     }
 }
@@ -269,7 +269,7 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("CpuGpuBuffer::export_gpu", |bench| bench.buffer.export_gpu(&bench.stream).map(drop)),
     #[cfg(feature = "dlpack")]
     ("CpuGpuBuffer::export_gpu/again", |bench| {
-        // Each time the devices are waited for; the first time the half may have to be zeroed.
+        // Each time the devices are waited for; the first time the side may have to be zeroed.
         drop(bench.buffer.export_gpu(&bench.other)?);
         drop(bench.buffer.export_gpu(&bench.stream)?);
         bench.buffer.copy_to_gpu(1..3, &bench.other)
@@ -403,8 +403,8 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("MembersMut::cpu_mut", |bench| {
         let (group, members, _) = bench.group();
-        let mut halves = group.members_mut();
-        members.keys.iter().try_for_each(|key| halves.cpu_mut(*key).map(drop))
+        let mut sides = group.members_mut();
+        members.keys.iter().try_for_each(|key| sides.cpu_mut(*key).map(drop))
     }),
     ("BufferGroup::copy_to_gpu", |bench| {
         let (group, members, stream) = bench.group();
@@ -451,8 +451,8 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("MembersMut::cpu_mut/of a ring", |bench| {
         let (ring, members, _) = bench.ring();
-        let mut halves = ring.members_mut();
-        members.keys.iter().try_for_each(|key| halves.cpu_mut(*key).map(drop))
+        let mut sides = ring.members_mut();
+        members.keys.iter().try_for_each(|key| sides.cpu_mut(*key).map(drop))
     }),
     #[cfg(feature = "ndarray")]
     ("GroupRing::cpu_array", |bench| {
@@ -481,25 +481,25 @@ const OPERATIONS: &[(&str, Operation)] = &[
         ring.advance()?;
         ring.gpu_on(stream).map(drop)
     }),
-    ("UploadRing::new", |_| UploadRing::<u8>::new(100, DEVICE, 2).map(drop)),
-    ("UploadRing::with_options", |_| {
+    ("BufferRing::new", |_| BufferRing::<u8>::new(100, DEVICE, 2).map(drop)),
+    ("BufferRing::with_options", |_| {
         let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
-        UploadRing::<u8>::with_options(100, DEVICE, 2, options).map(drop)
+        BufferRing::<u8>::with_options(100, DEVICE, 2, options).map(drop)
     }),
-    ("UploadRing::advance", |bench| bench.slots().0.advance().map(drop)),
-    ("UploadRing::try_advance", |bench| bench.slots().0.try_advance().map(drop)),
-    ("UploadRing::cpu", |bench| bench.slots().0.cpu().map(drop)),
-    ("UploadRing::cpu_mut", |bench| bench.slots().0.cpu_mut().map(drop)),
-    ("UploadRing::copy_to_gpu", |bench| {
+    ("BufferRing::advance", |bench| bench.slots().0.advance().map(drop)),
+    ("BufferRing::try_advance", |bench| bench.slots().0.try_advance().map(drop)),
+    ("BufferRing::cpu", |bench| bench.slots().0.cpu().map(drop)),
+    ("BufferRing::cpu_mut", |bench| bench.slots().0.cpu_mut().map(drop)),
+    ("BufferRing::copy_to_gpu", |bench| {
         let (slots, stream) = bench.slots();
         slots.copy_to_gpu(1..9, stream)
     }),
-    ("UploadRing::gpu_on", |bench| {
+    ("BufferRing::gpu_on", |bench| {
         let (slots, stream) = bench.slots();
         slots.gpu_on(stream).map(drop)
     }),
-    ("UploadRing::is_idle", |bench| bench.slots().0.is_idle().map(drop)),
-    ("UploadRing::synchronize", |bench| bench.slots().0.synchronize()),
+    ("BufferRing::is_idle", |bench| bench.slots().0.is_idle().map(drop)),
+    ("BufferRing::synchronize", |bench| bench.slots().0.synchronize()),
     ("Stream::new", |_| Stream::new(DEVICE).map(drop)),
     ("Stream::with_options", |_| Stream::with_options(DEVICE, Default::default()).map(drop)),
     ("Stream::from_raw", |_| {
@@ -563,23 +563,22 @@ const SILENT: &[&str] = &[
     "BufferGroup::device",
     "BufferGroup::is_pinned",
     "GroupRing::members_mut",
-    "GroupRing::halves",
+    "GroupRing::depth",
     "GroupRing::layout",
     "GroupRing::device",
     "GroupRing::is_pinned",
-    "UploadRing::device_ptr",
-    "UploadRing::shape",
-    "UploadRing::halves",
-    "UploadRing::device",
-    "UploadRing::is_pinned",
+    "BufferRing::device_ptr",
+    "BufferRing::shape",
+    "BufferRing::depth",
+    "BufferRing::device",
+    "BufferRing::is_pinned",
     "GroupView::member",
-    "GroupView::get",
     "GroupView::device",
     "GroupLayoutBuilder::new",
     "GroupLayoutBuilder::add",
-    "GroupLayoutBuilder::add_host_owned",
-    "GroupLayoutBuilder::finish",
-    "Key::rows",
+    "GroupLayoutBuilder::add_mirrored",
+    "GroupLayoutBuilder::build",
+    "MemberKey::rows",
     "Stream::as_raw",
     "Stream::device",
     "Event::device",
@@ -721,7 +720,7 @@ fn left(before: [i64; 5]) -> i64 {
 }
 
 /// Whether the operation drops a buffer of its own that is in flight. Where the wait fails, nobody knows whether
-/// it still is, and both halves are leaked.
+/// it still is, and both sides are leaked.
 fn drops(what: &str) -> bool {
     ["/kernel", "/long", "from_raw", "::drop"].iter().any(|kind| what.contains(kind))
 }
@@ -835,15 +834,15 @@ fn break_each(what: &str, operation: Operation, state: State, mended: bool) -> u
             sim::heal();
             bench.verify();
         }
-        let halves = bench.halves();
+        let sides = bench.sides();
         drop(bench);
         // Releases that a broken context refused leave their things behind. What was in flight is not even asked to
-        // be released: the bench's halves and those of the operation's own.
+        // be released: the bench's sides and those of the operation's own.
         let refused = sim::injected_releases() as i64;
         let unknown = match (mended, drops(&what)) {
             (true, true) => 2,
             (true, false) => 0,
-            (false, _) => halves + 2,
+            (false, _) => sides + 2,
         };
         // Looks at all that is pinned still being there.
         sim::heal();
@@ -945,8 +944,8 @@ fn every_operation_is_refused_in_a_forked_child_and_makes_no_call() {
     if !common::is_simulated() {
         return common::left_out(test, "calls are counted by the simulated runtime");
     }
-    if !common::is_own_process() {
-        let output = common::in_own_process(test, &[]);
+    if !common::is_subprocess() {
+        let output = common::in_subprocess(test, &[]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         return assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
     }

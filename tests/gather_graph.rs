@@ -11,23 +11,23 @@ use common::Gate;
 #[cfg(target_os = "linux")]
 use common::sim::{self, Held};
 use cpu_gpu_buffer::{
-    BufferGroup, Device, GroupLayoutBuilder, Key, MemberRows, Stream, StreamOptions,
+    BufferGroup, Device, GroupLayoutBuilder, MemberKey, MemberRows, Stream, StreamOptions,
 };
 
 const MEMBERS: usize = 12;
 const ROWS: usize = 700;
 
-/// A group of words, whose device half holds zeroes.
+/// A group of words, whose device side holds zeroes.
 struct Fixture {
     group: BufferGroup,
-    keys: Vec<Key<u32>>,
+    keys: Vec<MemberKey<u32>>,
 }
 
 impl Fixture {
     fn new(device: Device) -> Fixture {
         let mut builder = GroupLayoutBuilder::new();
         let keys: Vec<_> = (0..MEMBERS).map(|_| builder.add(ROWS)).collect();
-        let mut group = BufferGroup::new(&builder.finish(), device).unwrap();
+        let mut group = BufferGroup::new(&builder.build(), device).unwrap();
         for (member, key) in keys.iter().enumerate() {
             group.cpu_mut(*key).unwrap().fill(word(member));
         }
@@ -45,7 +45,7 @@ impl Fixture {
         self.group.copy_to_gpu(&rows, stream).unwrap();
     }
 
-    /// The device half holds the uploaded rows of the members whose copies were sent, and zeroes elsewhere.
+    /// The device side holds the uploaded rows of the members whose copies were sent, and zeroes elsewhere.
     fn verify(&self, sent: &[usize]) {
         self.group.synchronize().unwrap();
         for (member, key) in self.keys.iter().enumerate() {
@@ -271,8 +271,8 @@ fn a_gather_does_not_wait_for_a_thread_that_is_at_the_streams_graph() {
 fn a_streams_graph_goes_with_it_also_where_a_broken_device_is_current() {
     let test = "a_streams_graph_goes_with_it_also_where_a_broken_device_is_current";
     // The context stays broken.
-    if !common::is_own_process() {
-        let output = common::in_own_process(test, &[]);
+    if !common::is_subprocess() {
+        let output = common::in_subprocess(test, &[]);
         return assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
     let Some((device, _turn)) = common::cuda(test) else { return };

@@ -7,7 +7,7 @@ use std::ops::Range;
 use bytemuck::{Pod, Zeroable};
 use common::device_bytes;
 use cpu_gpu_buffer::{
-    BufferGroup, BufferOptions, Device, GroupLayout, GroupLayoutBuilder, HostFlags, Key,
+    BufferGroup, BufferOptions, Device, GroupLayout, GroupLayoutBuilder, HostFlags, MemberKey,
     MemberRows, Pinning, Stream,
 };
 
@@ -33,7 +33,7 @@ type Add = fn(&mut GroupLayoutBuilder, [usize; 2], bool) -> Member;
 struct Member {
     rows: usize,
     row: usize,
-    host_owned: bool,
+    mirrored: bool,
     select: Box<dyn Fn(Range<usize>) -> MemberRows>,
     read: Box<Read>,
     write: Box<Write>,
@@ -44,16 +44,16 @@ impl Member {
     fn add<T: Pod + Send + Sync>(
         builder: &mut GroupLayoutBuilder,
         [rows, columns]: [usize; 2],
-        host_owned: bool,
+        mirrored: bool,
     ) -> Member {
-        let key: Key<T> = match host_owned {
-            true => builder.add_host_owned([rows, columns]),
+        let key: MemberKey<T> = match mirrored {
+            true => builder.add_mirrored([rows, columns]),
             false => builder.add([rows, columns]),
         };
         Member {
             rows,
             row: columns * size_of::<T>(),
-            host_owned,
+            mirrored,
             select: Box::new(move |rows| key.rows(rows)),
             read: Box::new(move |group| bytemuck::cast_slice(group.cpu(key).unwrap()).to_vec()),
             write: Box::new(move |group, bytes| {
@@ -101,7 +101,7 @@ const OPTIONS: [BufferOptions; 3] = [
     BufferOptions { pinning: Pinning::Preferred, host_flags: HostFlags::PORTABLE },
 ];
 
-/// A group, and what each of its halves must hold, byte by byte.
+/// A group, and what each of its sides must hold, byte by byte.
 struct Model {
     group: BufferGroup,
     members: Vec<Member>,
@@ -150,7 +150,7 @@ impl Model {
     }
 
     /// Looks at every byte of every member. Of what the host owns, rows may have been carried along that were not
-    /// asked for; they are then as in the host half.
+    /// asked for; they are then as in the host side.
     #[track_caller]
     fn look(&mut self, what: &str) {
         // It may not have been used yet, and then it is not zeroed.
@@ -162,7 +162,7 @@ impl Model {
             same(&seen, host, what, index);
             let address = (member.gpu)(&self.group);
             let mut seen = device_bytes(self.group.device(), address, gpu.len());
-            if member.host_owned && seen != *gpu {
+            if member.mirrored && seen != *gpu {
                 for ((seen, gpu), host) in seen.iter_mut().zip(gpu.iter_mut()).zip(host) {
                     if *seen == *host {
                         *gpu = *seen;
@@ -184,7 +184,7 @@ fn same(seen: &[u8], expected: &[u8], what: &str, index: usize) {
 }
 
 /// A layout of members of any types and sizes.
-fn any_layout(random: &mut Random, host_owned: bool) -> (Vec<Member>, GroupLayout) {
+fn any_layout(random: &mut Random, mirrored: bool) -> (Vec<Member>, GroupLayout) {
     const KINDS: [Add; 10] = [
         Member::add::<u8>,
         Member::add::<[u8; 3]>,
@@ -206,9 +206,9 @@ fn any_layout(random: &mut Random, host_owned: bool) -> (Vec<Member>, GroupLayou
             _ => random.next(70),
         };
         let shape = [rows, 1 + random.next(3)];
-        KINDS[random.next(KINDS.len())](&mut builder, shape, host_owned && random.next(2) == 0)
+        KINDS[random.next(KINDS.len())](&mut builder, shape, mirrored && random.next(2) == 0)
     });
-    (members.collect(), builder.finish())
+    (members.collect(), builder.build())
 }
 
 /// Rows of some members, in any order.
@@ -231,13 +231,13 @@ fn any_rows(random: &mut Random, members: &[Member]) -> Vec<(usize, Range<usize>
 }
 
 /// Whatever rows of whatever members are sent whichever way, on any of three streams.
-fn anything(test: &str, host_owned: bool) {
+fn anything(test: &str, mirrored: bool) {
     let _turn = common::turn();
     for device in common::devices() {
         let streams = [(); 3].map(|()| Stream::new(device).unwrap());
         for seed in 1..=20 {
             let mut random = Random(0x9e37_79b9_7f4a_7c15u64.wrapping_mul(seed));
-            let (members, layout) = any_layout(&mut random, host_owned);
+            let (members, layout) = any_layout(&mut random, mirrored);
             let options = OPTIONS[random.next(8) % 3];
             let mut model = Model::new(members, &layout, device, options);
             for step in 0..24 {
@@ -247,7 +247,7 @@ fn anything(test: &str, host_owned: bool) {
                 }
                 let rows = any_rows(&mut random, &model.members);
                 model.copy(random.next(2) == 0, &rows, &streams[random.next(3)]);
-                if host_owned || random.next(4) == 0 {
+                if mirrored || random.next(4) == 0 {
                     model.look(&format!("{test}, {device}, seed {seed}, step {step}"));
                 }
             }
@@ -271,7 +271,7 @@ fn apart(lengths: impl IntoIterator<Item = usize>) -> (Vec<Member>, GroupLayout)
     let mut builder = GroupLayoutBuilder::new();
     let members =
         lengths.into_iter().map(|len| Member::add::<u8>(&mut builder, [len + 2, 1], false));
-    (members.collect(), builder.finish())
+    (members.collect(), builder.build())
 }
 
 /// All but the first and last byte of each member.
@@ -298,7 +298,7 @@ fn counted(model: &mut Model, action: impl FnOnce(&mut Model)) -> Option<[u64; 3
     None
 }
 
-/// Sends rows both ways, with both halves different everywhere before; every byte is looked at. The answer is what
+/// Sends rows both ways, with both sides different everywhere before; every byte is looked at. The answer is what
 /// each way was made of: it must be the same.
 fn both_ways(
     model: &mut Model,
@@ -321,7 +321,7 @@ fn both_ways(
     up
 }
 
-/// What so many short ranges are moved by: one kernel where it reaches the host half, and there are several.
+/// What so many short ranges are moved by: one kernel where it reaches the host side, and there are several.
 fn expected(ranges: u64, options: BufferOptions) -> [u64; 3] {
     match ranges > 1 && options == OPTIONS[0] {
         true => [1, 0, 1],
@@ -410,7 +410,7 @@ fn neighbours_with_nothing_but_padding_between_them_go_as_one() {
             Member::add::<u16>(&mut builder, [33, 1], true),
             Member::add::<f32>(&mut builder, [10, 1], false),
         ];
-        let mut model = Model::new(members, &builder.finish(), device, options);
+        let mut model = Model::new(members, &builder.build(), device, options);
         for (rows, ranges) in [
             // In any order, with the beginning of the first and the end of the last left out.
             (vec![(1, 0..51), (0, 7..100), (4, 0..33), (3, 0..2), (5, 0..9)], 1),
@@ -447,7 +447,7 @@ fn rows_that_the_host_owns_are_carried_along_by_uploads_where_that_makes_one_cop
             Member::add::<u8>(&mut builder, [100, 1], false),
             Member::add::<u8>(&mut builder, [100, 1], true),
         ];
-        let mut model = Model::new(members, &builder.finish(), device, options);
+        let mut model = Model::new(members, &builder.build(), device, options);
         model.look("at first");
         let mut random = Random(9);
         let mut send = |rows: &[(usize, Range<usize>)], up, ranges: u64| {
@@ -467,7 +467,7 @@ fn rows_that_the_host_owns_are_carried_along_by_uploads_where_that_makes_one_cop
         // Not over a member that the device may have written, nor over its rows.
         send(&[(4, 0..100), (6, 0..100)], true, 2);
         send(&[(4, 0..100), (5, 1..100)], true, 2);
-        // Nor into the host half, ever.
+        // Nor into the host side, ever.
         send(&[(0, 5..40), (2, 60..99)], false, 2);
         send(&[(0, 5..40), (1, 0..49)], false, 2);
     });
@@ -476,14 +476,14 @@ fn rows_that_the_host_owns_are_carried_along_by_uploads_where_that_makes_one_cop
 #[test]
 fn rows_that_the_host_does_not_own_after_all_are_overwritten_on_the_cpu_as_on_a_gpu() {
     each(|device, options, stream| {
-        for host_owned in [false, true] {
+        for mirrored in [false, true] {
             let mut builder = GroupLayoutBuilder::new();
-            let keys: [Key<u32>; 3] = [(); 3].map(|()| match host_owned {
-                true => builder.add_host_owned(100),
+            let keys: [MemberKey<u32>; 3] = [(); 3].map(|()| match mirrored {
+                true => builder.add_mirrored(100),
                 false => builder.add(100),
             });
-            let mut group = BufferGroup::with_options(&builder.finish(), device, options).unwrap();
-            let view = group.gpu_on(stream).unwrap().member(keys[1]);
+            let mut group = BufferGroup::with_options(&builder.build(), device, options).unwrap();
+            let view = group.gpu_on(stream).unwrap().member(keys[1]).unwrap();
             match device {
                 Device::Cpu => {
                     // SAFETY: on the CPU the view is so many words of the group's, which is
@@ -497,7 +497,7 @@ fn rows_that_the_host_does_not_own_after_all_are_overwritten_on_the_cpu_as_on_a_
             group.synchronize().unwrap();
             let address = group.device_ptr(keys[1]).unwrap();
             let seen = common::device_words(device, address, 100);
-            common::all(&seen, if host_owned { 0 } else { 7 });
+            common::all(&seen, if mirrored { 0 } else { 7 });
         }
     });
 }
@@ -506,9 +506,9 @@ fn rows_that_the_host_does_not_own_after_all_are_overwritten_on_the_cpu_as_on_a_
 fn kernels_that_reach_host_memory_are_turned_off_by_never_and_by_nothing_else() {
     let test = "kernels_that_reach_host_memory_are_turned_off_by_never_and_by_nothing_else";
     let variable = "CPU_GPU_BUFFER_MAPPED_KERNELS";
-    if !common::is_own_process() {
+    if !common::is_subprocess() {
         for value in ["never", "", "0", "always"] {
-            let output = common::in_own_process(test, &[(variable, value)]);
+            let output = common::in_subprocess(test, &[(variable, value)]);
             assert!(output.status.success(), "{variable}={value}: {output:?}");
         }
         return;
@@ -525,7 +525,7 @@ fn kernels_that_reach_host_memory_are_turned_off_by_never_and_by_nothing_else() 
 }
 
 #[test]
-fn both_halves_begin_as_zeroes_and_addresses_never_change() {
+fn both_sides_begin_as_zeroes_and_addresses_never_change() {
     each(|device, options, stream| {
         let (members, layout) = any_layout(&mut Random(77), false);
         let mut model = Model::new(members, &layout, device, options);
@@ -552,7 +552,7 @@ fn a_group_tells_what_it_is() {
         let mut builder = GroupLayoutBuilder::new();
         let one = builder.add::<u16>([4, 3]);
         let wide = builder.add::<Wide>(2);
-        let layout = builder.finish();
+        let layout = builder.build();
         let mut group = BufferGroup::with_options(&layout, device, options).unwrap();
         assert_eq!(
             (group.shape(one).unwrap(), group.shape(wide).unwrap()),
@@ -563,7 +563,7 @@ fn a_group_tells_what_it_is() {
         assert!(address.addr().is_multiple_of(256) && other.addr().is_multiple_of(512));
         let view = group.gpu_on(stream).unwrap();
         assert_eq!(view.device(), device);
-        let (seen, len) = (view.member(one), view.get(wide).unwrap().len());
+        let (seen, len) = (view.member(one).unwrap(), view.member(wide).unwrap().len());
         assert_eq!(
             (seen.as_mut_ptr(), seen.shape(), seen.len(), len),
             (address, &[4, 3][..], 12, 2)

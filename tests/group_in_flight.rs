@@ -7,7 +7,9 @@ use std::thread;
 use std::time::Duration;
 
 use common::{Gate, all, device_words};
-use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Key, MemberRows, Result, Stream};
+use cpu_gpu_buffer::{
+    BufferGroup, Device, GroupLayoutBuilder, MemberKey, MemberRows, Result, Stream,
+};
 
 const OLD: u32 = 0x0101_0101;
 const NEW: u32 = 0x1234_5678;
@@ -24,17 +26,17 @@ const UNNAMED: [usize; 5] = [0, 2, 5, 6, 8];
 
 struct Fixture {
     group: BufferGroup,
-    keys: Vec<Key<u32>>,
+    keys: Vec<MemberKey<u32>>,
     stream: Stream,
     other: Stream,
 }
 
 impl Fixture {
-    /// A group whose host half is `host` and whose device half is `gpu`, and two streams.
+    /// A group whose host side is `host` and whose device side is `gpu`, and two streams.
     fn new(words: usize, device: Device, host: u32, gpu: u32) -> Fixture {
         let mut builder = GroupLayoutBuilder::new();
         let keys = (0..MEMBERS).map(|_| builder.add(words)).collect();
-        let group = BufferGroup::new(&builder.finish(), device).unwrap();
+        let group = BufferGroup::new(&builder.build(), device).unwrap();
         let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
         let mut fixture = Fixture { group, keys, stream, other };
         fixture.write(0..MEMBERS, gpu);
@@ -65,7 +67,7 @@ impl Fixture {
         members.iter().map(rows).collect()
     }
 
-    /// What a member's device half holds once everything is done, in the rows that are copied.
+    /// What a member's device side holds once everything is done, in the rows that are copied.
     fn gpu(&self, member: usize) -> Vec<u32> {
         self.group.synchronize().unwrap();
         let key = self.keys[member];
@@ -77,7 +79,7 @@ impl Fixture {
     /// Sends a kernel that writes a member.
     fn store(&mut self, member: usize, value: u32, on: fn(&Fixture) -> &Stream) {
         let stream = on(self).clone();
-        let view = self.group.gpu_on(&stream).unwrap().member(self.keys[member]);
+        let view = self.group.gpu_on(&stream).unwrap().member(self.keys[member]).unwrap();
         common::store(view.as_mut_ptr(), view.len(), value, &stream);
     }
 }
@@ -195,7 +197,7 @@ fn several_members_at_once_wait_for_their_copies_and_for_no_others() {
         all(&it.gpu(3), OLD);
         all(&it.read(3), NEW);
 
-        // Into the host half, too.
+        // Into the host side, too.
         let mut it = Fixture::new(words, device, 0, OLD);
         let down = it.rows(&[3]);
         let gate = Gate::close(&it.stream);
@@ -247,7 +249,7 @@ fn the_first_copy_of_one_member_does_not_make_another_wait_for_all_of_its_stream
     for copy in COPIES {
         let mut builder = GroupLayoutBuilder::new();
         let (one, two) = (builder.add::<u32>(100), builder.add::<u32>(100));
-        let mut group = BufferGroup::new(&builder.finish(), device).unwrap();
+        let mut group = BufferGroup::new(&builder.build(), device).unwrap();
         copy(&mut group, &[one.rows(..)], &stream).unwrap();
         // Its first zeroing is not behind this.
         let gate = Gate::close(&stream);
@@ -264,8 +266,8 @@ fn a_member_that_is_carried_along_is_so_after_its_download() {
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     let mut builder = GroupLayoutBuilder::new();
-    let [first, carried, third] = [(); 3].map(|()| builder.add_host_owned::<u32>(1001));
-    let mut group = BufferGroup::new(&builder.finish(), device).unwrap();
+    let [first, carried, third] = [(); 3].map(|()| builder.add_mirrored::<u32>(1001));
+    let mut group = BufferGroup::new(&builder.build(), device).unwrap();
     group.cpu_mut(carried).unwrap().fill(1);
     group.copy_to_gpu(&[carried.rows(..)], &stream).unwrap();
     group.cpu_mut(carried).unwrap().fill(2);
@@ -287,7 +289,7 @@ fn what_the_stream_of_gpu_on_is_sent_after_the_next_copy_is_not_waited_for() {
     let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     let mut builder = GroupLayoutBuilder::new();
     let (one, two) = (builder.add::<u32>(64), builder.add::<u32>(64));
-    let mut group = BufferGroup::new(&builder.finish(), device).unwrap();
+    let mut group = BufferGroup::new(&builder.build(), device).unwrap();
     group.gpu_on(&stream).unwrap();
     group.copy_to_gpu(&[one.rows(..)], &stream).unwrap();
     stream.synchronize().unwrap();
@@ -310,7 +312,7 @@ fn a_stream_that_is_captured_after_the_last_copy_leaves_the_group_idle_and_nothi
     let stream = Stream::new(device).unwrap();
     let mut builder = GroupLayoutBuilder::new();
     let one = builder.add::<u32>(64);
-    let layout = builder.finish();
+    let layout = builder.build();
     #[cfg(target_os = "linux")]
     let live = || common::is_simulated().then(common::sim::live);
     #[cfg(not(target_os = "linux"))]
@@ -462,7 +464,7 @@ fn the_first_zeroing_comes_before_everything_on_every_stream() {
     let test = "the_first_zeroing_comes_before_everything_on_every_stream";
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
-    type First = fn(&mut BufferGroup, Key<u32>, &Stream);
+    type First = fn(&mut BufferGroup, MemberKey<u32>, &Stream);
     let firsts: [First; 3] = [
         |group, key, stream| group.copy_to_gpu(&[key.rows(..)], stream).unwrap(),
         |group, key, stream| group.copy_to_cpu(&[key.rows(..)], stream).unwrap(),
@@ -473,7 +475,7 @@ fn the_first_zeroing_comes_before_everything_on_every_stream() {
     for first in firsts {
         let mut builder = GroupLayoutBuilder::new();
         let [one, two, three] = [(); 3].map(|()| builder.add::<u32>(100_000));
-        let mut group = BufferGroup::new(&builder.finish(), device).unwrap();
+        let mut group = BufferGroup::new(&builder.build(), device).unwrap();
         group.cpu_mut(two).unwrap().fill(OLD);
         group.cpu_mut(three).unwrap().fill(OLD);
         let gate = Gate::close(&stream);
@@ -528,7 +530,7 @@ fn forgetting_leaves_queued_copies_their_memory() {
             // Whatever memory comes next, it is not the forgotten group's.
             let mut builder = GroupLayoutBuilder::new();
             let next = builder.add::<u32>(MEMBERS * words.next_multiple_of(64));
-            let mut group = BufferGroup::new(&builder.finish(), device).unwrap();
+            let mut group = BufferGroup::new(&builder.build(), device).unwrap();
             assert_ne!(group.device_ptr(next).unwrap(), addresses[0]);
             gate.passes(|| group.cpu_mut(next).unwrap().fill(NEW));
             stream.synchronize().unwrap();
@@ -660,12 +662,12 @@ fn groups_and_what_belongs_to_them_can_be_sent_and_shared() {
     fn send_and_sync<T: Send + Sync>() {}
     send_and_sync::<BufferGroup>();
     send_and_sync::<cpu_gpu_buffer::GroupRing>();
-    send_and_sync::<cpu_gpu_buffer::UploadRing<u32>>();
+    send_and_sync::<cpu_gpu_buffer::BufferRing<u32>>();
     send_and_sync::<GroupLayoutBuilder>();
     send_and_sync::<cpu_gpu_buffer::GroupLayout>();
     send_and_sync::<cpu_gpu_buffer::GroupView<'_>>();
     send_and_sync::<cpu_gpu_buffer::MembersMut<'_>>();
     send_and_sync::<MemberRows>();
     // A key holds nothing of what it names.
-    send_and_sync::<Key<*const u8>>();
+    send_and_sync::<MemberKey<*const u8>>();
 }

@@ -9,7 +9,7 @@ use std::ptr;
 
 use cpu_gpu_buffer::{
     BufferGroup, BufferPool, CpuGpuBuffer, Device, Error, GroupLayout, GroupLayoutBuilder,
-    GroupRing, Key, MemberRows, Result, Shape, Side, Stream,
+    GroupRing, MemberKey, MemberRows, Result, Shape, Side, Stream,
 };
 
 thread_local! {
@@ -100,10 +100,10 @@ fn is_out_of_memory<R>(made: Result<R>, on: Device) {
     }
 }
 
-fn members(count: usize, rows: usize) -> (Vec<Key<u8>>, GroupLayout) {
+fn members(count: usize, rows: usize) -> (Vec<MemberKey<u8>>, GroupLayout) {
     let mut builder = GroupLayoutBuilder::new();
     let keys = (0..count).map(|_| builder.add::<u8>(rows)).collect();
-    (keys, builder.finish())
+    (keys, builder.build())
 }
 
 fn devices(run: impl Fn(Device, &Stream)) {
@@ -127,14 +127,14 @@ fn many_members_are_an_error_where_memory_for_them_runs_out() {
             for _ in 0..MANY {
                 builder.add::<u8>(0);
             }
-            builder.finish()
+            builder.build()
         });
         is_out_of_memory(BufferGroup::new(&layout, device), device);
         let mut builder = GroupLayoutBuilder::new();
         for _ in 0..MANY {
             builder.add::<u8>(0);
         }
-        let layout = limited(FEW, || builder.finish());
+        let layout = limited(FEW, || builder.build());
         is_out_of_memory(BufferGroup::new(&layout, device), device);
     });
 }

@@ -19,7 +19,7 @@ fn sizes() -> [usize; 2] {
     [(64 << 10) / 4, long / 4]
 }
 
-/// A buffer whose host half is `host` and whose device half is `gpu`, and a stream to hold.
+/// A buffer whose host side is `host` and whose device side is `gpu`, and a stream to hold.
 fn buffer(words: usize, device: Device, host: u32, gpu: u32) -> (CpuGpuBuffer<u32>, Stream) {
     let stream = Stream::new(device).unwrap();
     let mut buffer = CpuGpuBuffer::new(words, device).unwrap();
@@ -44,8 +44,8 @@ fn each(test: &str, run: impl Fn(usize, Device)) {
 }
 
 #[test]
-fn writing_the_host_half_waits_for_its_upload() {
-    each("writing_the_host_half_waits_for_its_upload", |words, device| {
+fn writing_the_host_side_waits_for_its_upload() {
+    each("writing_the_host_side_waits_for_its_upload", |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let gate = Gate::close(&stream);
         buffer.copy_to_gpu(.., &stream).unwrap();
@@ -56,8 +56,8 @@ fn writing_the_host_half_waits_for_its_upload() {
 }
 
 #[test]
-fn writing_the_host_half_waits_for_its_download() {
-    each("writing_the_host_half_waits_for_its_download", |words, device| {
+fn writing_the_host_side_waits_for_its_download() {
+    each("writing_the_host_side_waits_for_its_download", |words, device| {
         let (mut buffer, stream) = buffer(words, device, 0, OLD);
         let gate = Gate::close(&stream);
         buffer.copy_to_cpu(.., &stream).unwrap();
@@ -68,8 +68,8 @@ fn writing_the_host_half_waits_for_its_download() {
 }
 
 #[test]
-fn reading_the_host_half_waits_for_its_download() {
-    each("reading_the_host_half_waits_for_its_download", |words, device| {
+fn reading_the_host_side_waits_for_its_download() {
+    each("reading_the_host_side_waits_for_its_download", |words, device| {
         let (mut buffer, stream) = buffer(words, device, 0, NEW);
         let gate = Gate::close(&stream);
         buffer.copy_to_cpu(.., &stream).unwrap();
@@ -79,8 +79,8 @@ fn reading_the_host_half_waits_for_its_download() {
 }
 
 #[test]
-fn reading_the_host_half_does_not_wait_for_its_upload() {
-    each("reading_the_host_half_does_not_wait_for_its_upload", |words, device| {
+fn reading_the_host_side_does_not_wait_for_its_upload() {
+    each("reading_the_host_side_does_not_wait_for_its_upload", |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let gate = Gate::close(&stream);
         buffer.copy_to_gpu(.., &stream).unwrap();
@@ -116,8 +116,8 @@ fn trying_answers_none_instead_of_waiting() {
 }
 
 #[test]
-fn a_kernel_in_flight_does_not_make_the_host_half_wait() {
-    each("a_kernel_in_flight_does_not_make_the_host_half_wait", |words, device| {
+fn a_kernel_in_flight_does_not_make_the_host_side_wait() {
+    each("a_kernel_in_flight_does_not_make_the_host_side_wait", |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let view = buffer.gpu_on(&stream).unwrap();
         let gate = Gate::close(&stream);
@@ -176,8 +176,8 @@ fn synchronize_waits_for_transfers_fills_and_kernels_of_the_buffer() {
 }
 
 #[test]
-fn filling_waits_for_transfers_of_the_host_half() {
-    each("filling_waits_for_transfers_of_the_host_half", |words, device| {
+fn filling_waits_for_transfers_of_the_host_side() {
+    each("filling_waits_for_transfers_of_the_host_side", |words, device| {
         // An upload, to memory that the fill does not write again afterwards.
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let foreign = Foreign::new(words, 0);
@@ -209,8 +209,8 @@ fn filling_waits_for_transfers_of_the_host_half() {
 }
 
 #[test]
-fn filling_the_device_half_on_another_stream_comes_after_the_upload() {
-    each("filling_the_device_half_on_another_stream_comes_after_the_upload", |words, device| {
+fn filling_the_device_side_on_another_stream_comes_after_the_upload() {
+    each("filling_the_device_side_on_another_stream_comes_after_the_upload", |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let other = Stream::new(device).unwrap();
         let gate = Gate::close(&stream);
@@ -225,8 +225,8 @@ fn filling_the_device_half_on_another_stream_comes_after_the_upload() {
 }
 
 #[test]
-fn an_upload_on_another_stream_comes_after_a_fill_of_the_device_half() {
-    each("an_upload_on_another_stream_comes_after_a_fill_of_the_device_half", |words, device| {
+fn an_upload_on_another_stream_comes_after_a_fill_of_the_device_side() {
+    each("an_upload_on_another_stream_comes_after_a_fill_of_the_device_side", |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let other = Stream::new(device).unwrap();
         let gate = Gate::close(&stream);
@@ -320,8 +320,8 @@ fn a_kernel_on_another_stream_comes_after_the_upload_and_after_a_kernel() {
 }
 
 #[test]
-fn resizing_in_place_waits_for_transfers_of_the_host_half() {
-    each("resizing_in_place_waits_for_transfers_of_the_host_half", |words, device| {
+fn resizing_in_place_waits_for_transfers_of_the_host_side() {
+    each("resizing_in_place_waits_for_transfers_of_the_host_side", |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, NEW);
         let foreign = Foreign::new(words, 0);
         let gate = Gate::close(&stream);
@@ -341,8 +341,8 @@ fn resizing_in_place_waits_for_transfers_of_the_host_half() {
 }
 
 #[test]
-fn resizing_in_place_zeroes_the_device_half_after_a_kernel_on_another_stream() {
-    let test = "resizing_in_place_zeroes_the_device_half_after_a_kernel_on_another_stream";
+fn resizing_in_place_zeroes_the_device_side_after_a_kernel_on_another_stream() {
+    let test = "resizing_in_place_zeroes_the_device_side_after_a_kernel_on_another_stream";
     each(test, |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, OLD);
         let other = Stream::new(device).unwrap();
@@ -463,8 +463,8 @@ fn moving_swapping_and_sending_a_buffer_takes_its_records_along() {
 }
 
 #[test]
-fn dropping_the_stream_leaves_the_records_standing() {
-    each("dropping_the_stream_leaves_the_records_standing", |words, device| {
+fn dropping_the_stream_leaves_the_records_pending() {
+    each("dropping_the_stream_leaves_the_records_pending", |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let gate = Gate::close(&stream);
         buffer.copy_to_gpu(.., &stream).unwrap();

@@ -5,8 +5,8 @@
 use std::thread;
 
 use cpu_gpu_buffer::{
-    BufferGroup, BufferPool, CpuGpuBuffer, Device, Error, GroupLayoutBuilder, GroupRing, Stream,
-    UploadRing,
+    BufferGroup, BufferPool, BufferRing, CpuGpuBuffer, Device, Error, GroupLayoutBuilder,
+    GroupRing, Stream,
 };
 
 fn stream() -> Stream {
@@ -145,8 +145,8 @@ fn members_of_a_group_do_not_touch_each_other() {
     let small = builder.add::<u8>([3, 1]);
     let none = builder.add::<u64>([0, 4]);
     let wide = builder.add::<u64>([2, 2]);
-    let host = builder.add_host_owned::<u16>(5);
-    let layout = builder.finish();
+    let host = builder.add_mirrored::<u16>(5);
+    let layout = builder.build();
     let mut group = BufferGroup::new(&layout, Device::Cpu).unwrap();
     let mut members = group.members_mut();
     // All at once, and each by itself.
@@ -163,10 +163,10 @@ fn members_of_a_group_do_not_touch_each_other() {
     a[0] = 4;
     group.copy_to_gpu(&[wide.rows(1..), small.rows(..2), host.rows(..)], &stream).unwrap();
     let view = group.gpu_on(&stream).unwrap();
-    assert_eq!(view.member(small).as_host_slice(), Some(&[4, 1, 0][..]));
-    assert_eq!(view.member(wide).as_host_slice(), Some(&[0, 0, 2, 2][..]));
+    assert_eq!(view.member(small).unwrap().as_host_slice(), Some(&[4, 1, 0][..]));
+    assert_eq!(view.member(wide).unwrap().as_host_slice(), Some(&[0, 0, 2, 2][..]));
     // SAFETY: within the member, and nothing else refers to the device side while the view lives.
-    unsafe { view.member(wide).as_mut_ptr().write(5) };
+    unsafe { view.member(wide).unwrap().as_mut_ptr().write(5) };
     group.cpu_mut(wide).unwrap().fill(0);
     group.copy_to_cpu(&[wide.rows(..1)], &stream).unwrap();
     assert_eq!(group.cpu(wide).unwrap(), [5, 0, 0, 0]);
@@ -181,18 +181,18 @@ fn slots_of_a_ring_are_written_in_turn() {
     let mut builder = GroupLayoutBuilder::new();
     let ids = builder.add::<i32>(6);
     let flags = builder.add::<u8>(3);
-    let mut ring = GroupRing::new(&builder.finish(), Device::Cpu, 3).unwrap();
+    let mut ring = GroupRing::new(&builder.build(), Device::Cpu, 3).unwrap();
     for step in 0..7i32 {
         ring.advance().unwrap();
         ring.cpu_mut(ids).unwrap()[..2].fill(step);
         ring.members_mut().cpu_mut(flags).unwrap().fill(step as u8);
         ring.copy_to_gpu(&[ids.rows(..2), flags.rows(..)], &stream).unwrap();
         let view = ring.gpu_on(&stream).unwrap();
-        assert_eq!(view.member(ids).as_host_slice(), Some(&[step, step, 0, 0, 0, 0][..]));
-        assert_eq!(view.member(flags).as_host_slice(), Some(&[step as u8; 3][..]));
+        assert_eq!(view.member(ids).unwrap().as_host_slice(), Some(&[step, step, 0, 0, 0, 0][..]));
+        assert_eq!(view.member(flags).unwrap().as_host_slice(), Some(&[step as u8; 3][..]));
         assert!(ring.is_idle().unwrap());
     }
-    let mut uploads = UploadRing::<u16>::new([2, 2], Device::Cpu, 2).unwrap();
+    let mut uploads = BufferRing::<u16>::new([2, 2], Device::Cpu, 2).unwrap();
     for step in 0..5 {
         uploads.advance().unwrap().fill(step);
         uploads.copy_to_gpu(1.., &stream).unwrap();

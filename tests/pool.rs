@@ -132,7 +132,7 @@ fn a_buffer_comes_with_what_its_last_holder_left_unless_zeroing_was_asked_for() 
             let buffer = pool.acquire().unwrap();
             all(buffer.cpu().unwrap(), expected);
             drop(buffer);
-            // The device half is zeroed in stream order, whatever comes first.
+            // The device side is zeroed in stream order, whatever comes first.
             let mut buffer = pool.acquire().unwrap();
             buffer.fill_cpu(NEW).unwrap();
             buffer.copy_to_gpu(..1, &stream).unwrap();
@@ -140,7 +140,7 @@ fn a_buffer_comes_with_what_its_last_holder_left_unless_zeroing_was_asked_for() 
             assert_eq!(seen[0], NEW);
             all(&seen[1..], expected);
             drop(buffer);
-            // A partial copy leaves the rest of the host half alone, or zeroed.
+            // A partial copy leaves the rest of the host side alone, or zeroed.
             let mut buffer = pool.acquire().unwrap();
             buffer.copy_to_cpu(..1, &stream).unwrap();
             let left = if expected == 0 { [0, 0] } else { [NEW, NEW] };
@@ -161,7 +161,7 @@ fn a_smaller_shape_given_back_leaves_nothing_undefined_behind() {
     each(|device, stream| {
         for small in uses {
             let pool = capped(device, 1);
-            // The device half was never used beyond these words.
+            // The device side was never used beyond these words.
             let mut buffer = pool.acquire().unwrap();
             buffer.resize(10).unwrap();
             small(&mut buffer, &stream).unwrap();
@@ -342,8 +342,8 @@ fn what_is_handed_out_in_flight_is_guarded_by_its_own_records() {
 }
 
 #[test]
-fn a_zeroed_host_half_is_zeroed_after_the_transfers_of_its_last_holder() {
-    let test = "a_zeroed_host_half_is_zeroed_after_the_transfers_of_its_last_holder";
+fn a_zeroed_host_side_is_zeroed_after_the_transfers_of_its_last_holder() {
+    let test = "a_zeroed_host_side_is_zeroed_after_the_transfers_of_its_last_holder";
     type Look = fn(&mut CpuGpuBuffer<u32>, &Stream) -> Vec<u32>;
     let looks: [Look; 7] = [
         |buffer, _| buffer.cpu().unwrap().to_vec(),
@@ -385,7 +385,7 @@ fn a_zeroed_host_half_is_zeroed_after_the_transfers_of_its_last_holder() {
         let other = Stream::new(device).unwrap();
         let pool = zeroing(device, 1);
         for look in looks {
-            // Uploaded to memory of the test's own, since the pool's device half is zeroed, too.
+            // Uploaded to memory of the test's own, since the pool's device side is zeroed, too.
             let theirs = common::Foreign::new(WORDS, 9);
             let mut buffer = pool.acquire().unwrap();
             buffer.fill_cpu(OLD).unwrap();
@@ -402,9 +402,9 @@ fn a_zeroed_host_half_is_zeroed_after_the_transfers_of_its_last_holder() {
 }
 
 #[test]
-fn a_host_half_that_is_still_to_be_zeroed_is_not_to_be_had_by_trying_while_it_is_uploaded() {
+fn a_host_side_that_is_still_to_be_zeroed_is_not_to_be_had_by_trying_while_it_is_uploaded() {
     let test =
-        "a_host_half_that_is_still_to_be_zeroed_is_not_to_be_had_by_trying_while_it_is_uploaded";
+        "a_host_side_that_is_still_to_be_zeroed_is_not_to_be_had_by_trying_while_it_is_uploaded";
     cuda(test, |device, stream| {
         let pool = zeroing(device, 1);
         let mut buffer = pool.acquire().unwrap();
@@ -424,7 +424,7 @@ fn a_host_half_that_is_still_to_be_zeroed_is_not_to_be_had_by_trying_while_it_is
 
 /// For ThreadSanitizer, mostly.
 #[test]
-fn threads_that_look_at_once_at_a_host_half_to_be_zeroed_see_zeroes() {
+fn threads_that_look_at_once_at_a_host_side_to_be_zeroed_see_zeroes() {
     each(|device, _| {
         let pool = zeroing(device, 1);
         for _ in 0..20 {
@@ -970,8 +970,8 @@ fn an_owner_that_uses_the_pool_when_it_is_let_go_holds_nothing_up() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn all_buffers_of_a_pool_cost_one_allocation_of_either_half() {
-    let test = "all_buffers_of_a_pool_cost_one_allocation_of_either_half";
+fn all_buffers_of_a_pool_cost_one_allocation_of_either_side() {
+    let test = "all_buffers_of_a_pool_cost_one_allocation_of_either_side";
     if !common::is_simulated() {
         return common::left_out(test, "counting allocations needs the simulated runtime");
     }
@@ -1180,8 +1180,8 @@ fn the_high_water_mark_is_the_most_that_was_out_at_once() {
 #[cfg(unix)]
 fn a_forked_child_gets_no_buffers_from_a_pool_of_its_parents() {
     let test = "a_forked_child_gets_no_buffers_from_a_pool_of_its_parents";
-    if !common::is_own_process() {
-        let output = common::in_own_process(test, &[]);
+    if !common::is_subprocess() {
+        let output = common::in_subprocess(test, &[]);
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success() && text.contains("1 passed"), "{text}");
         return;

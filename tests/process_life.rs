@@ -108,7 +108,7 @@ const DEVICE: &str = "CPU_GPU_BUFFER_DEVICE";
 
 /// Runs each scenario with each device in a process of its own, which must end quietly.
 fn each(test: &str, scenarios: &[Scenario]) {
-    if common::is_own_process() {
+    if common::is_subprocess() {
         let device = std::env::var(DEVICE).unwrap().parse().unwrap();
         let name = std::env::var(SCENARIO).unwrap();
         let (_, run) = scenarios.iter().find(|(known, _)| *known == name).unwrap();
@@ -120,7 +120,7 @@ fn each(test: &str, scenarios: &[Scenario]) {
     for device in common::devices() {
         for (name, _) in scenarios {
             let device = device.to_string();
-            let mut command = common::own_process(test, &[(SCENARIO, name), (DEVICE, &device)]);
+            let mut command = common::subprocess(test, &[(SCENARIO, name), (DEVICE, &device)]);
             let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
             let start = Instant::now();
             while child.try_wait().unwrap().is_none() {
@@ -392,7 +392,7 @@ impl Drop for Owner {
 fn a_forked_child_does_not_let_the_owner_of_a_foreign_stream_go() {
     let test = "a_forked_child_does_not_let_the_owner_of_a_foreign_stream_go";
     let Some((device, _turn)) = common::cuda(test) else { return };
-    if common::is_own_process() {
+    if common::is_subprocess() {
         let raw = Stream::new(device).unwrap();
         // SAFETY: the stream outlives the handle.
         let foreign = unsafe { Stream::from_raw(raw.as_raw(), device, Some(Arc::new(Owner))) };
@@ -413,7 +413,7 @@ fn a_forked_child_does_not_let_the_owner_of_a_foreign_stream_go() {
         say("and now the parent\n");
         return drop(buffer);
     }
-    let output = common::in_own_process(test, &[]);
+    let output = common::in_subprocess(test, &[]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{output:?}");
     let places = ["the child is done", "and now the parent", "the owner was let go"];

@@ -1,4 +1,4 @@
-//! Whatever sequence of operations, on whatever streams and from several threads at once: each half holds what it
+//! Whatever sequence of operations, on whatever streams and from several threads at once: each side holds what it
 //! would hold had every operation been done when it was called.
 
 mod common;
@@ -60,7 +60,7 @@ fn operation() -> impl Strategy<Value = Operation> {
     ]
 }
 
-/// A buffer, and what each of its halves must hold.
+/// A buffer, and what each of its sides must hold.
 struct Modelled {
     buffer: CpuGpuBuffer<u32>,
     host: Vec<u32>,
@@ -74,7 +74,7 @@ impl Modelled {
     }
 
     fn look(&self) {
-        assert!(self.buffer.cpu().unwrap() == self.host, "the host half is not what it must be");
+        assert!(self.buffer.cpu().unwrap() == self.host, "the host side is not what it must be");
     }
 
     fn run(
@@ -164,7 +164,7 @@ impl Modelled {
         }
     }
 
-    /// Both halves.
+    /// Both sides.
     fn finish(mut self, stream: &Stream) {
         self.look();
         self.buffer.copy_to_cpu(.., stream).unwrap();

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use common::{Gate, all, device_words};
 use cpu_gpu_buffer::{
-    BufferOptions, Device, Error, GroupLayout, GroupLayoutBuilder, GroupRing, Key, Pinning, Stream,
-    UploadRing, sys,
+    BufferOptions, BufferRing, Device, Error, GroupLayout, GroupLayoutBuilder, GroupRing,
+    MemberKey, Pinning, Stream, sys,
 };
 
 const SIZES: [usize; 2] = [1001, (1 << 20) + 1];
@@ -29,13 +29,13 @@ fn devices(run: impl Fn(Device, &Stream)) {
     }
 }
 
-/// Writes the current half and sends it.
-fn send(ring: &mut UploadRing<u32>, value: u32, stream: &Stream) {
+/// Writes the current slot and sends it.
+fn send(ring: &mut BufferRing<u32>, value: u32, stream: &Stream) {
     ring.cpu_mut().unwrap().fill(value);
     ring.copy_to_gpu(.., stream).unwrap();
 }
 
-fn gpu(ring: &UploadRing<u32>) -> Vec<u32> {
+fn gpu(ring: &BufferRing<u32>) -> Vec<u32> {
     ring.synchronize().unwrap();
     device_words(ring.device(), ring.device_ptr(), ring.shape()[0])
 }
@@ -46,21 +46,21 @@ fn gpu(ring: &UploadRing<u32>) -> Vec<u32> {
 fn advancing_does_not_wait_while_the_next_slot_is_not_in_flight() {
     let test = "advancing_does_not_wait_while_the_next_slot_is_not_in_flight";
     each(test, |words, device| {
-        for halves in 2..=4 {
+        for depth in 2..=4 {
             let stream = Stream::new(device).unwrap();
-            let mut ring = UploadRing::<u32>::new(words, device, halves).unwrap();
+            let mut ring = BufferRing::<u32>::new(words, device, depth).unwrap();
             let gate = Gate::close(&stream);
             gate.passes(|| {
-                for step in 1..=halves as u32 {
+                for step in 1..=depth as u32 {
                     ring.advance().unwrap().fill(step);
                     ring.copy_to_gpu(.., &stream).unwrap();
                 }
                 // All are in flight.
                 assert!(ring.try_advance().unwrap().is_none());
-                all(ring.cpu().unwrap(), halves as u32);
+                all(ring.cpu().unwrap(), depth as u32);
                 assert!(!ring.is_idle().unwrap());
             });
-            all(&gpu(&ring), halves as u32);
+            all(&gpu(&ring), depth as u32);
             assert!(ring.is_idle().unwrap());
             assert!(ring.try_advance().unwrap().is_some());
         }
@@ -71,44 +71,44 @@ fn advancing_does_not_wait_while_the_next_slot_is_not_in_flight() {
 fn advancing_waits_for_the_slot_that_was_sent_first_if_all_are_in_flight() {
     let test = "advancing_waits_for_the_slot_that_was_sent_first_if_all_are_in_flight";
     each(test, |words, device| {
-        for halves in 1..=4 {
+        for depth in 1..=4 {
             let stream = Stream::new(device).unwrap();
-            let mut ring = UploadRing::<u32>::new(words, device, halves).unwrap();
+            let mut ring = BufferRing::<u32>::new(words, device, depth).unwrap();
             let first = Gate::close(&stream);
             send(&mut ring, 1, &stream);
             // What is sent after the first upload is held by a gate of its own.
             let later = Gate::close(&stream);
-            for half in 2..=halves as u32 {
+            for slot in 2..=depth as u32 {
                 ring.advance().unwrap();
-                send(&mut ring, half, &stream);
+                send(&mut ring, slot, &stream);
             }
-            let half = first.waits(|| {
+            let slot = first.waits(|| {
                 assert!(ring.try_advance().unwrap().is_none());
-                let half = ring.advance().unwrap();
-                half.iter_mut().for_each(|word| *word = !*word);
-                half[0]
+                let slot = ring.advance().unwrap();
+                slot.iter_mut().for_each(|word| *word = !*word);
+                slot[0]
             });
             // It was the first, and it alone has arrived.
-            assert_eq!(half, !1);
+            assert_eq!(slot, !1);
             assert!(!later.is_open());
             all(&device_words_of(&ring), 1);
             drop(later);
-            all(&gpu(&ring), halves as u32);
+            all(&gpu(&ring), depth as u32);
         }
     });
 }
 
-/// What the device half holds now, while others wait.
-fn device_words_of(ring: &UploadRing<u32>) -> Vec<u32> {
+/// What the device side holds now, while others wait.
+fn device_words_of(ring: &BufferRing<u32>) -> Vec<u32> {
     device_words(ring.device(), ring.device_ptr(), ring.shape()[0])
 }
 
 #[test]
-fn writing_the_current_half_waits_for_its_upload_and_reading_does_not() {
-    let test = "writing_the_current_half_waits_for_its_upload_and_reading_does_not";
+fn writing_the_current_slot_waits_for_its_upload_and_reading_does_not() {
+    let test = "writing_the_current_slot_waits_for_its_upload_and_reading_does_not";
     each(test, |words, device| {
         let stream = Stream::new(device).unwrap();
-        let mut ring = UploadRing::<u32>::new(words, device, 2).unwrap();
+        let mut ring = BufferRing::<u32>::new(words, device, 2).unwrap();
         let gate = Gate::close(&stream);
         send(&mut ring, 1, &stream);
         all(ring.cpu().unwrap(), 1);
@@ -128,7 +128,7 @@ fn a_slot_is_taken_only_when_none_of_its_members_is_being_uploaded() {
         let mut ring = GroupRing::new(&layout, device, 2).unwrap();
         ring.gpu_on(&streams[0]).unwrap();
         ring.synchronize().unwrap();
-        // One member of the half has arrived, and another has not.
+        // One member of the slot has arrived, and another has not.
         let gate = Gate::close(&streams[0]);
         ring.cpu_mut(keys[2]).unwrap().fill(1);
         ring.copy_to_gpu(&[keys[2].rows(..)], &streams[0]).unwrap();
@@ -159,7 +159,7 @@ fn a_slot_is_taken_only_when_none_of_its_members_is_being_uploaded() {
 fn a_slot_that_the_driver_says_is_done_is_taken() {
     each("a_slot_that_the_driver_says_is_done_is_taken", |words, device| {
         let stream = Stream::new(device).unwrap();
-        let mut ring = UploadRing::<u32>::new(words, device, 2).unwrap();
+        let mut ring = BufferRing::<u32>::new(words, device, 2).unwrap();
         send(&mut ring, 1, &stream);
         ring.advance().unwrap();
         // The upload finishes, and the ring's own bookkeeping does not come to know.
@@ -176,7 +176,7 @@ fn slots_are_taken_in_turn_also_if_an_older_one_is_done_later() {
     each(test, |words, device| {
         for slots in 2..=4 {
             let streams = [(); 2].map(|()| Stream::new(device).unwrap());
-            let mut ring = UploadRing::<u32>::new(words, device, slots).unwrap();
+            let mut ring = BufferRing::<u32>::new(words, device, slots).unwrap();
             // The first zeroing is not to put the streams in order.
             ring.gpu_on(&streams[1]).unwrap();
             ring.synchronize().unwrap();
@@ -205,29 +205,28 @@ fn slots_are_taken_in_turn_also_if_an_older_one_is_done_later() {
 // ---- the order of streams ----
 
 /// Members with others between them, that the host owns or not.
-fn members(words: usize, host_owned: bool) -> ([Key<u32>; 5], GroupLayout) {
+fn members(words: usize, mirrored: bool) -> ([MemberKey<u32>; 5], GroupLayout) {
     let mut builder = GroupLayoutBuilder::new();
-    let keys = [(); 5].map(|()| match host_owned {
-        true => builder.add_host_owned(words),
+    let keys = [(); 5].map(|()| match mirrored {
+        true => builder.add_mirrored(words),
         false => builder.add(words),
     });
-    (keys, builder.finish())
+    (keys, builder.build())
 }
 
-fn words_of(ring: &mut GroupRing, key: Key<u32>) -> Vec<u32> {
+fn words_of(ring: &mut GroupRing, key: MemberKey<u32>) -> Vec<u32> {
     let stream = Stream::new(ring.device()).unwrap();
-    let view = ring.gpu_on(&stream).unwrap().member(key);
+    let view = ring.gpu_on(&stream).unwrap().member(key).unwrap();
     stream.synchronize().unwrap();
     device_words(view.device(), view.as_ptr(), view.len())
 }
 
 #[test]
-fn uploads_from_different_halves_on_different_streams_arrive_in_the_order_of_the_calls() {
-    let test =
-        "uploads_from_different_halves_on_different_streams_arrive_in_the_order_of_the_calls";
+fn uploads_from_different_slots_on_different_streams_arrive_in_the_order_of_the_calls() {
+    let test = "uploads_from_different_slots_on_different_streams_arrive_in_the_order_of_the_calls";
     each(test, |words, device| {
         let streams = [(); 3].map(|()| Stream::new(device).unwrap());
-        let mut ring = UploadRing::<u32>::new(words, device, 3).unwrap();
+        let mut ring = BufferRing::<u32>::new(words, device, 3).unwrap();
         // The first zeroing is not to put the streams in order.
         ring.gpu_on(&streams[0]).unwrap();
         ring.synchronize().unwrap();
@@ -248,8 +247,8 @@ fn uploads_from_different_halves_on_different_streams_arrive_in_the_order_of_the
 }
 
 #[test]
-fn members_are_uploaded_from_different_halves_in_the_order_of_the_calls() {
-    let test = "members_are_uploaded_from_different_halves_in_the_order_of_the_calls";
+fn members_are_uploaded_from_different_slots_in_the_order_of_the_calls() {
+    let test = "members_are_uploaded_from_different_slots_in_the_order_of_the_calls";
     each(test, |words, device| {
         let (keys, layout) = members(words, false);
         let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
@@ -277,7 +276,7 @@ fn a_kernel_and_an_upload_on_another_stream_come_one_after_the_other() {
     let test = "a_kernel_and_an_upload_on_another_stream_come_one_after_the_other";
     each(test, |words, device| {
         let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
-        let mut ring = UploadRing::<u32>::new(words, device, 2).unwrap();
+        let mut ring = BufferRing::<u32>::new(words, device, 2).unwrap();
         let view = ring.gpu_on(&stream).unwrap();
         let gate = Gate::close(&stream);
         common::store(view.as_mut_ptr(), view.len(), 5, &stream);
@@ -319,8 +318,8 @@ fn writing_a_member_that_is_carried_along_waits_for_the_copy() {
 }
 
 #[test]
-fn a_ring_carries_nothing_along_from_a_half_that_may_be_old() {
-    let test = "a_ring_carries_nothing_along_from_a_half_that_may_be_old";
+fn a_ring_carries_nothing_along_from_a_slot_that_may_be_old() {
+    let test = "a_ring_carries_nothing_along_from_a_slot_that_may_be_old";
     let Some((device, _turn)) = common::cuda(test) else { return };
     let stream = Stream::new(device).unwrap();
     let (keys, layout) = members(1001, true);
@@ -329,7 +328,7 @@ fn a_ring_carries_nothing_along_from_a_half_that_may_be_old() {
         ring.cpu_mut(*key).unwrap().fill(7);
     }
     ring.copy_to_gpu(&[keys[1].rows(..), keys[2].rows(..), keys[3].rows(..)], &stream).unwrap();
-    // The other half has zeroes.
+    // The other slot has zeroes.
     ring.advance().unwrap();
     ring.cpu_mut(keys[1]).unwrap()[0] = 1;
     ring.copy_to_gpu(&[keys[1].rows(..1), keys[3].rows(1..)], &stream).unwrap();
@@ -346,7 +345,7 @@ fn the_device_address_never_changes_and_every_step_arrives() {
     devices(|device, stream| {
         for pinning in [Pinning::Preferred, Pinning::Never] {
             let options = BufferOptions { pinning, ..Default::default() };
-            let mut ring = UploadRing::<u64>::with_options([100, 3], device, 3, options).unwrap();
+            let mut ring = BufferRing::<u64>::with_options([100, 3], device, 3, options).unwrap();
             let (address, mut seen) = (ring.device_ptr(), Vec::new());
             for step in 0..500 {
                 let host = ring.advance().unwrap();
@@ -365,7 +364,7 @@ fn the_device_address_never_changes_and_every_step_arrives() {
             assert!(words[30..].iter().all(|word| *word == 0), "{words:?}");
             seen.sort_unstable();
             seen.dedup();
-            assert_eq!(seen.len(), ring.halves());
+            assert_eq!(seen.len(), ring.depth());
         }
     });
 }
@@ -379,7 +378,7 @@ fn steps_that_differ_in_their_members_all_arrive() {
         let mut expected = [0; 5];
         let addresses = |ring: &mut GroupRing| {
             let view = ring.gpu_on(stream).unwrap();
-            keys.map(|key| view.member(key).as_ptr())
+            keys.map(|key| view.member(key).unwrap().as_ptr())
         };
         let before = addresses(&mut ring);
         for step in 1..200 {
@@ -403,9 +402,9 @@ fn steps_that_differ_in_their_members_all_arrive() {
 }
 
 #[test]
-fn what_was_written_to_a_half_is_still_there_when_it_comes_again() {
+fn what_was_written_to_a_slot_is_still_there_when_it_comes_again() {
     devices(|device, stream| {
-        let mut ring = UploadRing::<u32>::new(9, device, 3).unwrap();
+        let mut ring = BufferRing::<u32>::new(9, device, 3).unwrap();
         for step in 0..20 {
             let host = ring.advance().unwrap();
             let before = u32::saturating_sub(step, 3);
@@ -417,22 +416,22 @@ fn what_was_written_to_a_half_is_still_there_when_it_comes_again() {
 }
 
 #[test]
-fn a_ring_of_one_half_works_and_a_ring_of_none_is_an_error() {
+fn a_ring_of_one_slot_works_and_a_ring_of_none_is_an_error() {
     devices(|device, stream| {
-        let mut ring = UploadRing::<u32>::new(100, device, 1).unwrap();
+        let mut ring = BufferRing::<u32>::new(100, device, 1).unwrap();
         for step in 0..50 {
             ring.advance().unwrap().fill(step);
             ring.copy_to_gpu(.., stream).unwrap();
         }
         all(&gpu(&ring), 49);
-        let none = UploadRing::<u32>::new(100, device, 0).map(drop);
+        let none = BufferRing::<u32>::new(100, device, 0).map(drop);
         assert!(matches!(none, Err(Error::InvalidGroup { .. })), "{none:?}");
         let (_, layout) = members(100, false);
         let none = GroupRing::new(&layout, device, 0).map(drop);
         assert!(matches!(none, Err(Error::InvalidGroup { .. })), "{none:?}");
-        let many = UploadRing::<u32>::new(0, device, usize::MAX).map(drop);
+        let many = BufferRing::<u32>::new(0, device, usize::MAX).map(drop);
         assert!(matches!(many, Err(Error::InvalidGroup { .. })), "{many:?}");
-        let large = UploadRing::<u32>::new(1 << 50, device, 1 << 16).map(drop);
+        let large = BufferRing::<u32>::new(1 << 50, device, 1 << 16).map(drop);
         assert!(matches!(large, Err(Error::InvalidShape { .. })), "{large:?}");
     });
 }
@@ -440,7 +439,7 @@ fn a_ring_of_one_half_works_and_a_ring_of_none_is_an_error() {
 #[test]
 fn a_ring_without_bytes_works() {
     devices(|device, stream| {
-        let mut ring = UploadRing::<u32>::new([0, 3], device, 2).unwrap();
+        let mut ring = BufferRing::<u32>::new([0, 3], device, 2).unwrap();
         for _ in 0..5 {
             assert!(ring.advance().unwrap().is_empty());
             ring.copy_to_gpu(.., stream).unwrap();
@@ -454,13 +453,13 @@ fn a_ring_without_bytes_works() {
 fn a_ring_tells_what_it_is() {
     devices(|device, _| {
         let options = BufferOptions { pinning: Pinning::Never, ..Default::default() };
-        let ring = UploadRing::<u16>::with_options([4, 3], device, 3, options).unwrap();
-        assert_eq!((ring.shape(), ring.halves(), ring.device()), (&[4, 3][..], 3, device));
+        let ring = BufferRing::<u16>::with_options([4, 3], device, 3, options).unwrap();
+        assert_eq!((ring.shape(), ring.depth(), ring.device()), (&[4, 3][..], 3, device));
         assert!(!ring.is_pinned() && format!("{ring:?}").contains("[4, 3]"), "{ring:?}");
         let (keys, layout) = members(10, false);
         let ring = GroupRing::with_options(&layout, device, 2, options).unwrap();
-        assert_eq!((ring.halves(), ring.device(), ring.is_pinned()), (2, device, false));
-        assert!(format!("{ring:?}").contains("halves: 2"), "{ring:?}");
+        assert_eq!((ring.depth(), ring.device(), ring.is_pinned()), (2, device, false));
+        assert!(format!("{ring:?}").contains("depth: 2"), "{ring:?}");
         // Its layout is the one that it was made of.
         let again = GroupRing::new(ring.layout(), device, 1).unwrap();
         assert_eq!(again.cpu(keys[0]).unwrap().len(), 10);
@@ -477,11 +476,11 @@ fn the_current_slot_stays_where_advancing_is_an_error() {
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
     }
-    type Advance = fn(&mut UploadRing<u32>) -> cpu_gpu_buffer::Result<bool>;
+    type Advance = fn(&mut BufferRing<u32>) -> cpu_gpu_buffer::Result<bool>;
     let advance: Advance = |ring| ring.advance().map(|_| true);
     let try_advance: Advance = |ring| ring.try_advance().map(|slot| slot.is_some());
     let stream = Stream::new(device).unwrap();
-    let mut ring = UploadRing::<u32>::new(100, device, 2).unwrap();
+    let mut ring = BufferRing::<u32>::new(100, device, 2).unwrap();
     for (fails, action, value) in
         [(c"cuEventQuery", try_advance, 10), (c"cuEventSynchronize", advance, 20)]
     {
@@ -506,10 +505,10 @@ fn the_current_slot_stays_where_advancing_is_an_error() {
 }
 
 #[test]
-fn dropping_waits_for_the_uploads_of_every_half() {
-    each("dropping_waits_for_the_uploads_of_every_half", |words, device| {
+fn dropping_waits_for_the_uploads_of_every_slot() {
+    each("dropping_waits_for_the_uploads_of_every_slot", |words, device| {
         let stream = Stream::new(device).unwrap();
-        let mut ring = UploadRing::<u32>::new(words, device, 2).unwrap();
+        let mut ring = BufferRing::<u32>::new(words, device, 2).unwrap();
         let gate = Gate::close(&stream);
         send(&mut ring, 1, &stream);
         ring.advance().unwrap();

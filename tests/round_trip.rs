@@ -1,4 +1,4 @@
-//! Rows go where they are sent, both halves begin as zeroes, and a buffer says what it is; on the CPU
+//! Rows go where they are sent, both sides begin as zeroes, and a buffer says what it is; on the CPU
 //! and on CUDA alike.
 
 mod common;
@@ -33,7 +33,7 @@ fn each(run: impl Fn(Device, &Stream, BufferOptions)) {
 }
 
 #[test]
-fn both_halves_begin_as_zeroes_whatever_the_memory_held() {
+fn both_sides_begin_as_zeroes_whatever_the_memory_held() {
     each(|device, stream, options| {
         for rows in [1, 1000, 3 << 20] {
             let dirty = |value: u8| {
@@ -126,7 +126,7 @@ fn rows_go_to_and_come_from_memory_of_others() {
 }
 
 #[test]
-fn resizing_zeroes_both_halves_and_keeps_memory_that_fits() {
+fn resizing_zeroes_both_sides_and_keeps_memory_that_fits() {
     each(|device, stream, options| {
         let mut buffer = CpuGpuBuffer::<i32>::with_options([6, 4], device, options).unwrap();
         buffer.fill(-1, stream).unwrap();

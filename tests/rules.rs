@@ -24,12 +24,12 @@ const WORDS: usize = 1 << 10;
 
 /// Runs a test in a process of its own, on the first device.
 fn rule(test: &str, variables: &[(&str, &str)], body: impl FnOnce(Device)) {
-    if common::is_own_process() {
+    if common::is_subprocess() {
         let Some((device, _turn)) = common::cuda(test) else { return };
         common::use_first_device();
         return body(device);
     }
-    let output = common::in_own_process(test, variables);
+    let output = common::in_subprocess(test, variables);
     let said = String::from_utf8_lossy(&output.stderr);
     for line in said.lines().filter(|line| line.contains("left out") || line.contains("on CUDA")) {
         common::left_out(test, line);

@@ -59,7 +59,7 @@ fn a_stream_that_waits_for_an_event_runs_after_it() {
 fn an_event_seen_complete_answers_for_the_transfers_before_it() {
     let test = "an_event_seen_complete_answers_for_the_transfers_before_it";
     let Some((device, _turn)) = common::cuda(test) else { return };
-    for wait in [WaitPolicy::Spin, WaitPolicy::Block] {
+    for wait in [WaitPolicy::DeviceDefault, WaitPolicy::Block] {
         let options = StreamOptions { wait, priority: -1, ..Default::default() };
         let stream = Stream::with_options(device, options).unwrap();
         let mut buffer = CpuGpuBuffer::<u32>::new(1 << 16, device).unwrap();
@@ -147,7 +147,7 @@ fn an_owner_that_panics_when_it_is_let_go_leaves_the_buffer_whole() {
     buffer.cpu_mut().unwrap().fill(2);
     buffer.copy_to_gpu(.., &ours).unwrap();
 
-    // A device use on the foreign stream, and a fresh device half.
+    // A device use on the foreign stream, and a fresh device side.
     buffer.gpu_on(&foreign()).unwrap();
     buffer.resize(32).unwrap();
     buffer.cpu_mut().unwrap().fill(7);
@@ -475,7 +475,7 @@ fn an_event_or_a_fill_that_another_threads_capture_swallows_is_refused() {
     let (captured, answer) = Captured::while_calling(c"cudaMemsetAsync", &stream, fill);
     drop(captured);
     assert_eq!(answer, Err(Error::StreamCapturing));
-    // The device half is still to be zeroed.
+    // The device side is still to be zeroed.
     buffer.cpu_mut().unwrap().fill(7);
     buffer.copy_to_cpu(.., &stream).unwrap();
     all(buffer.cpu().unwrap(), 0);
@@ -510,7 +510,7 @@ fn streams_whose_wait_policies_alternate_make_no_event_for_each_copy() {
     if !common::is_simulated() {
         return common::left_out(test, "calls are counted on the simulated runtime alone");
     }
-    let streams = [WaitPolicy::Spin, WaitPolicy::Block].map(|wait| {
+    let streams = [WaitPolicy::DeviceDefault, WaitPolicy::Block].map(|wait| {
         Stream::with_options(device, StreamOptions { wait, ..Default::default() }).unwrap()
     });
     let mut buffer = CpuGpuBuffer::<u32>::new(1 << 10, device).unwrap();
@@ -534,8 +534,8 @@ fn streams_whose_wait_policies_alternate_make_no_event_for_each_copy() {
 fn a_broken_device_that_is_current_does_not_spoil_streams_and_events_of_another() {
     let test = "a_broken_device_that_is_current_does_not_spoil_streams_and_events_of_another";
     // The context stays broken.
-    if !common::is_own_process() {
-        let output = common::in_own_process(test, &[]);
+    if !common::is_subprocess() {
+        let output = common::in_subprocess(test, &[]);
         let text = String::from_utf8_lossy(&output.stderr);
         if text.contains("left out") {
             common::left_out(test, "see its own process");

@@ -30,7 +30,7 @@ const PROGRAMS: &[(&str, &[&str])] = &[
     ("streams", &[]),
     ("bad_use", &[]),
     ("fill", &[]),
-    ("limits", &[]),
+    ("out_of_memory", &[]),
     ("group", &["any_number", "neighbours", "long_ranges"]),
     ("ring", &[]),
     #[cfg(feature = "dlpack")]
@@ -53,11 +53,11 @@ fn again_on(version: i32, test: &str, lacks: bool) {
     if !common::is_simulated() {
         return common::left_out(test, "the runtime is of the version that it is");
     }
-    if common::is_own_process() {
+    if common::is_subprocess() {
         return says_what_it_is(version, lacks);
     }
     let version = version.to_string();
-    let output = common::in_own_process(test, &[("CUDART_SIM_VERSION", &version)]);
+    let output = common::in_subprocess(test, &[("CUDART_SIM_VERSION", &version)]);
     assert!(output.status.success(), "{output:?}");
     for (name, tests) in PROGRAMS {
         let Some(program) = program(name) else {

@@ -2,7 +2,7 @@
 //! device that works, or stays on the CPU, and comes back as it was.
 
 use cpu_gpu_buffer::{
-    BufferGroup, BufferPool, CpuGpuBuffer, Device, GroupLayoutBuilder, Stream, UploadRing, sys,
+    BufferGroup, BufferPool, BufferRing, CpuGpuBuffer, Device, GroupLayoutBuilder, Stream, sys,
 };
 
 fn main() -> cpu_gpu_buffer::Result<()> {
@@ -33,7 +33,7 @@ fn main() -> cpu_gpu_buffer::Result<()> {
 
     let mut builder = GroupLayoutBuilder::new();
     let keys = [(); 16].map(|()| builder.add::<i32>([64, 5]));
-    let mut group = BufferGroup::new(&builder.finish(), device)?;
+    let mut group = BufferGroup::new(&builder.build(), device)?;
     for (index, key) in keys.iter().enumerate() {
         group.cpu_mut(*key)?.fill(index as i32);
     }
@@ -48,7 +48,7 @@ fn main() -> cpu_gpu_buffer::Result<()> {
         assert!(group.cpu(*key)?[15..45].iter().all(|element| *element == index as i32));
     }
 
-    let mut ring = UploadRing::<f32>::new(256, device, 3)?;
+    let mut ring = BufferRing::<f32>::new(256, device, 3)?;
     for step in 0..30 {
         ring.advance()?.fill(step as f32);
         ring.copy_to_gpu(.., &stream)?;

@@ -8,8 +8,8 @@ use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
 /// A race in which nothing changes: what is written while the upload is queued is what was there. No gate holds it
 /// open, since that would order the two; one of many uploads is late enough.
 #[test]
-fn host_halves_are_written_again_after_their_uploads() {
-    let test = "host_halves_are_written_again_after_their_uploads";
+fn host_sides_are_written_again_after_their_uploads() {
+    let test = "host_sides_are_written_again_after_their_uploads";
     let (device, _turn) = common::cuda(test).unwrap();
     let stream = Stream::new(device).unwrap();
     let mut buffer = CpuGpuBuffer::<u32>::new(1000, device).unwrap();

@@ -5,16 +5,16 @@ use cpu_gpu_buffer::sys;
 pub trait Lane: Send {
     fn name(&self) -> &'static str;
 
-    /// Enqueues a copy of all bytes to the device half.
+    /// Enqueues a copy of all bytes to the device side.
     fn upload(&mut self);
 
-    /// Enqueues a copy of all bytes to the host half.
+    /// Enqueues a copy of all bytes to the host side.
     fn download(&mut self);
 
-    /// The host half, when the library says that it may be read.
+    /// The host side, when the library says that it may be read.
     fn read(&mut self) -> &[u8];
 
-    /// The host half, when the library says that it may be written.
+    /// The host side, when the library says that it may be written.
     fn write(&mut self) -> &mut [u8];
 
     /// Waits for the stream.

@@ -1,4 +1,4 @@
-//! A lane is a pair of halves of one size and a stream of its own, with copies between them: one for each library
+//! A lane is a pair of sides of one size and a stream of its own, with copies between them: one for each library
 //! and each way to use it. Whatever is measured of copies is measured over lanes.
 
 use std::ffi::c_void;
@@ -27,7 +27,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Those of the kinds that there are, with `bytes` random bytes in the host half.
+    /// Those of the kinds that there are, with `bytes` random bytes in the host side.
     pub fn lanes(kinds: &[Kind], setup: &Setup, bytes: usize) -> Vec<Box<dyn Lane>> {
         kinds.iter().filter_map(|kind| kind.lane(setup, bytes)).collect()
     }

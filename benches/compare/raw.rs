@@ -279,7 +279,7 @@ impl Drop for Registered {
     }
 }
 
-/// Enqueues a copy between both halves.
+/// Enqueues a copy between both sides.
 ///
 /// # Safety
 ///

@@ -1,5 +1,5 @@
 //! The arrays of a step's input, and three ways to keep them: as buffers of their own, as a group, as a group with
-//! several host halves.
+//! several host slots.
 
 use std::ops::RangeTo;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytemuck::Pod;
 use cpu_gpu_buffer::{
     BufferGroup, CpuGpuBuffer, Device, GpuView, GroupLayout, GroupLayoutBuilder, GroupRing,
-    GroupView, Key, MemberRows, MembersMut, Result, Shape, Stream,
+    GroupView, MemberKey, MemberRows, MembersMut, Result, Shape, Stream,
 };
 
 use crate::engine::{BLOCK, BLOCKS, Engine, MAX_REQUESTS, MAX_TOKENS};
@@ -110,7 +110,7 @@ fn shapes() -> Inputs<Shapes> {
 
 // ---- what a step writes ----
 
-/// Host halves, to write.
+/// Host sides, to write.
 pub struct Slices<'a>(std::marker::PhantomData<&'a mut ()>);
 impl<'a> Form for Slices<'a> {
     type Of<T: Pod> = &'a mut [T];
@@ -134,7 +134,7 @@ impl Counts {
 }
 
 impl Inputs<Slices<'_>> {
-    /// Writes a step's input. What a request keeps for many steps is written only where it is not what the halves
+    /// Writes a step's input. What a request keeps for many steps is written only where it is not what the sides
     /// hold: they were written last in step `since`. With a ring that is some steps ago, and not always as many.
     ///
     /// Rows behind the last request's are not looked at: whoever comes there changes them.
@@ -172,7 +172,7 @@ impl Inputs<Slices<'_>> {
 
 // ---- what a kernel reads ----
 
-/// An array in the device half, as words.
+/// An array in the device side, as words.
 #[derive(Clone, Copy)]
 pub struct Column<'a> {
     pub words: *const u32,
@@ -219,7 +219,7 @@ impl<'a> Columns<'a> {
 
 // ---- the ways ----
 
-/// What was waited for before host halves could be written.
+/// What was waited for before host sides could be written.
 #[derive(Default)]
 pub struct Stalls {
     pub count: usize,
@@ -235,7 +235,7 @@ impl Stalls {
 
 /// A way to keep the arrays.
 pub trait Way {
-    /// Writes a step's input into host halves: all of it, or what has changed since they were written last.
+    /// Writes a step's input into host sides: all of it, or what has changed since they were written last.
     fn write(
         &mut self,
         engine: &Engine,
@@ -247,7 +247,7 @@ pub trait Way {
     /// Sends the rows that the step uses.
     fn upload(&mut self, counts: Counts, stream: &Stream) -> Result<()>;
 
-    /// The device halves, for the kernel.
+    /// The device sides, for the kernel.
     fn columns(&mut self, stream: &Stream) -> Result<[Column<'_>; ARRAYS]>;
 }
 
@@ -356,7 +356,7 @@ impl Way for Single {
 
 struct Keys;
 impl Form for Keys {
-    type Of<T: Pod> = Key<T>;
+    type Of<T: Pod> = MemberKey<T>;
 }
 
 impl Clone for Inputs<Keys> {
@@ -373,17 +373,17 @@ struct Members {
     inputs: Inputs<Keys>,
     /// The step in which the host side was written last. It stays on the host: each slot of a ring has its own, which
     /// says what that slot has yet to catch up with.
-    written: Key<u64>,
+    written: MemberKey<u64>,
 }
 
 struct Add {
     builder: GroupLayoutBuilder,
-    host_owned: bool,
+    mirrored: bool,
 }
 impl Map<Shapes, Keys> for Add {
-    fn one<T: Pod + Send + Sync>(&mut self, shape: Shape, _: By) -> Result<Key<T>> {
-        Ok(match self.host_owned {
-            true => self.builder.add_host_owned(shape),
+    fn one<T: Pod + Send + Sync>(&mut self, shape: Shape, _: By) -> Result<MemberKey<T>> {
+        Ok(match self.mirrored {
+            true => self.builder.add_mirrored(shape),
             false => self.builder.add(shape),
         })
     }
@@ -391,7 +391,7 @@ impl Map<Shapes, Keys> for Add {
 
 struct Access<'g>(MembersMut<'g>);
 impl<'g> Map<Keys, Slices<'g>> for Access<'g> {
-    fn one<T: Pod>(&mut self, key: Key<T>, _: By) -> Result<&'g mut [T]> {
+    fn one<T: Pod>(&mut self, key: MemberKey<T>, _: By) -> Result<&'g mut [T]> {
         self.0.cpu_mut(key)
     }
 }
@@ -402,7 +402,7 @@ struct Rows {
     count: usize,
 }
 impl Map<Keys, Nothing> for Rows {
-    fn one<T: Pod>(&mut self, key: Key<T>, by: By) -> Result<()> {
+    fn one<T: Pod>(&mut self, key: MemberKey<T>, by: By) -> Result<()> {
         self.all[self.count] = key.rows(self.counts.rows(by));
         self.count += 1;
         Ok(())
@@ -411,22 +411,22 @@ impl Map<Keys, Nothing> for Rows {
 
 struct Views<'a>(GroupView<'a>, Columns<'a>);
 impl<'a> Map<Keys, Nothing> for Views<'a> {
-    fn one<T: Pod>(&mut self, key: Key<T>, by: By) -> Result<()> {
-        self.1.push(self.0.get(key)?, by);
+    fn one<T: Pod>(&mut self, key: MemberKey<T>, by: By) -> Result<()> {
+        self.1.push(self.0.member(key)?, by);
         Ok(())
     }
 }
 
 impl Members {
-    /// `host_owned` lets an upload carry along what lies between, and go as one copy: the kernel writes no array.
-    fn new(host_owned: bool) -> Result<(Members, GroupLayout)> {
-        let mut add = Add { builder: GroupLayoutBuilder::new(), host_owned };
+    /// `mirrored` lets an upload carry along what lies between, and go as one copy: the kernel writes no array.
+    fn new(mirrored: bool) -> Result<(Members, GroupLayout)> {
+        let mut add = Add { builder: GroupLayoutBuilder::new(), mirrored };
         let inputs = shapes().map(&mut add)?;
         let written = add.builder.add(1);
-        Ok((Members { inputs, written }, add.builder.finish()))
+        Ok((Members { inputs, written }, add.builder.build()))
     }
 
-    /// The host halves, and the step in which they were written last.
+    /// The host sides, and the step in which they were written last.
     fn access<'g>(&self, members: MembersMut<'g>) -> Result<(Inputs<Slices<'g>>, &'g mut u64)> {
         let mut access = Access(members);
         let slices = self.inputs.map(&mut access)?;
@@ -454,8 +454,8 @@ pub struct Group {
 }
 
 impl Group {
-    pub fn new(device: Device, host_owned: bool) -> Result<Group> {
-        let (members, layout) = Members::new(host_owned)?;
+    pub fn new(device: Device, mirrored: bool) -> Result<Group> {
+        let (members, layout) = Members::new(mirrored)?;
         Ok(Group { group: BufferGroup::new(&layout, device)?, members })
     }
 }
@@ -490,16 +490,16 @@ impl Way for Group {
     }
 }
 
-/// The arrays are members of a group with several host halves.
+/// The arrays are members of a group with several host slots.
 pub struct Ring {
     ring: GroupRing,
     members: Members,
 }
 
 impl Ring {
-    pub fn new(device: Device, halves: usize, host_owned: bool) -> Result<Ring> {
-        let (members, layout) = Members::new(host_owned)?;
-        Ok(Ring { ring: GroupRing::new(&layout, device, halves)?, members })
+    pub fn new(device: Device, depth: usize, mirrored: bool) -> Result<Ring> {
+        let (members, layout) = Members::new(mirrored)?;
+        Ok(Ring { ring: GroupRing::new(&layout, device, depth)?, members })
     }
 }
 

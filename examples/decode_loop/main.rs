@@ -1,11 +1,11 @@
 //! The input of a language model's steps, as a serving engine prepares it: sixteen arrays of tokens, lengths, blocks and
 //! sampling parameters, of other lengths in every step, while requests come and go. Three ways to keep them do the same
 //! work, and must sample the same: each array a buffer of its own, all of them a group, and a group with several host
-//! halves, whose next input is written while the last one is still to be sent.
+//! slots, whose next input is written while the last one is still to be sent.
 //!
 //! ```text
 //! cargo run --release --example decode_loop [--device cpu|cuda:N] [--requests N] [--steps N] [--kernel-us N]
-//!                                           [--halves N] [--host-owned] [--torch python3]
+//!                                           [--depth N] [--mirrored] [--torch python3]
 //! ```
 //!
 //! The model's place is taken by a kernel that takes `--kernel-us` and then reads every word of what was sent: what it
@@ -35,8 +35,8 @@ struct Arguments {
     requests: usize,
     steps: usize,
     kernel: Duration,
-    halves: usize,
-    host_owned: bool,
+    depth: usize,
+    mirrored: bool,
     torch: Option<String>,
 }
 
@@ -148,7 +148,7 @@ fn line(name: &str, prepare: [f64; 2], host: [f64; 2], stalls: (usize, f64)) {
 
 fn run() -> Result<(), Failure> {
     let arguments = arguments()?;
-    let Arguments { device, requests, steps, kernel, halves, host_owned, .. } = arguments;
+    let Arguments { device, requests, steps, kernel, depth, mirrored, .. } = arguments;
     let model = Model::load(device, kernel)?;
     let expected =
         decode(&mut Group::new(Device::Cpu, false)?, true, &Model::Host, Device::Cpu, &arguments)?;
@@ -176,12 +176,12 @@ fn run() -> Result<(), Failure> {
     };
     let one = decode(&mut Single::new(device)?, false, &model, device, &arguments)?;
     report("16 buffers", one)?;
-    let one = decode(&mut Group::new(device, host_owned)?, false, &model, device, &arguments)?;
+    let one = decode(&mut Group::new(device, mirrored)?, false, &model, device, &arguments)?;
     report("a group", one)?;
-    let mut ring = Ring::new(device, halves, host_owned)?;
+    let mut ring = Ring::new(device, depth, mirrored)?;
     let one = decode(&mut ring, false, &model, device, &arguments)?;
     let seconds = one.seconds;
-    let ours = report(&format!("a ring of {halves} host halves"), one)?;
+    let ours = report(&format!("a ring of {depth} host slots"), one)?;
     if let Some(python) = &arguments.torch {
         let theirs = torch(python, &arguments, &expected)?;
         println!();
@@ -226,7 +226,7 @@ fn torch(python: &str, arguments: &Arguments, expected: &Outcome) -> Result<[f64
 
 fn arguments() -> Result<Arguments, Failure> {
     let (mut device, mut requests, mut steps, mut kernel) = (None, 256, 2000, 200);
-    let (mut halves, mut host_owned, mut torch) = (2, false, None);
+    let (mut depth, mut mirrored, mut torch) = (2, false, None);
     let mut parser = lexopt::Parser::from_env();
     while let Some(argument) = parser.next()? {
         match argument {
@@ -240,16 +240,16 @@ fn arguments() -> Result<Arguments, Failure> {
             }
             lexopt::Arg::Long("steps") => steps = parser.value()?.to_string_lossy().parse()?,
             lexopt::Arg::Long("kernel-us") => kernel = parser.value()?.to_string_lossy().parse()?,
-            lexopt::Arg::Long("halves") => halves = parser.value()?.to_string_lossy().parse()?,
-            lexopt::Arg::Long("host-owned") => host_owned = true,
+            lexopt::Arg::Long("depth") => depth = parser.value()?.to_string_lossy().parse()?,
+            lexopt::Arg::Long("mirrored") => mirrored = true,
             lexopt::Arg::Long("torch") => {
                 torch = Some(parser.value()?.to_string_lossy().into_owned())
             }
             other => return Err(other.unexpected().into()),
         }
     }
-    if !(1..=MAX_REQUESTS).contains(&requests) || steps == 0 || halves == 0 {
-        return Err(format!("there are 1 to {MAX_REQUESTS} requests, steps, and halves").into());
+    if !(1..=MAX_REQUESTS).contains(&requests) || steps == 0 || depth == 0 {
+        return Err(format!("there are 1 to {MAX_REQUESTS} requests, steps, and host slots").into());
     }
     let device = match device {
         None => Device::auto(),
@@ -257,7 +257,7 @@ fn arguments() -> Result<Arguments, Failure> {
         Some(Device::Cpu) => Device::Cpu,
     };
     let kernel = Duration::from_micros(kernel);
-    Ok(Arguments { device, requests, steps, kernel, halves, host_owned, torch })
+    Ok(Arguments { device, requests, steps, kernel, depth, mirrored, torch })
 }
 
 fn main() -> ExitCode {

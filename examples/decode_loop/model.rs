@@ -18,7 +18,7 @@ pub enum Model {
         function: sys::CUfunction,
         time: Duration,
     },
-    /// The sums are made on the host, of what is in the device half.
+    /// The sums are made on the host, of what is in the device side.
     Host,
 }
 
@@ -72,7 +72,7 @@ impl Model {
         }
     }
 
-    /// Makes the sums of so many requests in stream order, into a buffer's device half.
+    /// Makes the sums of so many requests in stream order, into a buffer's device side.
     pub fn run(
         &self,
         requests: usize,
@@ -128,7 +128,7 @@ fn sums(columns: &[Column<'_>; ARRAYS], sums: &mut [u32], stream: &Stream) -> Re
     Ok(())
 }
 
-/// What the device half holds.
+/// What the device side holds.
 fn words<'a>(column: &Column<'a>, stream: &Stream) -> Result<Cow<'a, [u32]>, Failure> {
     if let Some(host) = column.host {
         return Ok(Cow::Borrowed(host));

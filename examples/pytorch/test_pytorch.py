@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""That PyTorch takes the halves of a buffer over, in order, and for as long as it needs them.
+"""That PyTorch takes the sides of a buffer over, in order, and for as long as it needs them.
 
     PYTHONPATH=$(examples/pytorch/build) python3 examples/pytorch/test_pytorch.py [NAME...]
 
@@ -71,12 +71,12 @@ class PyTorch:
         return f"PyTorch {torch.__version__}, {cuda}"
 
     @staticmethod
-    def take(half):
-        return torch.from_dlpack(half)
+    def take(side):
+        return torch.from_dlpack(side)
 
     @staticmethod
     def reaches(device):
-        """Whether it takes the device half of a buffer there."""
+        """Whether it takes the device side of a buffer there."""
         return device == "cpu" or torch.cuda.is_available()
 
     @staticmethod
@@ -100,8 +100,8 @@ class NumPy:
         return f"NumPy {numpy.__version__}"
 
     @staticmethod
-    def take(half):
-        return numpy.from_dlpack(half)
+    def take(side):
+        return numpy.from_dlpack(side)
 
     @staticmethod
     def reaches(device):
@@ -123,7 +123,7 @@ class NumPy:
 # ---- with any library ----
 
 
-def a_tensor_is_the_half_itself(library):
+def a_tensor_is_the_side_itself(library):
     for dtype in DTYPES:
         if library.dtype(dtype) is None:
             print(f"    {dtype}: left out, the library has no such elements")
@@ -136,7 +136,7 @@ def a_tensor_is_the_half_itself(library):
             assert library.values(host) == VALUES
             # It writes, and Rust reads.
             host[...] = 7
-            assert "host half" in raises(BufferError, buffer.tolist)
+            assert "host side" in raises(BufferError, buffer.tolist)
             del host
             assert buffer.tolist() == [7.0] * 30
             if library.reaches(device):
@@ -149,13 +149,13 @@ def a_tensor_is_the_half_itself(library):
                 assert library is NumPy or str(tensor.device) == device
 
 
-def what_a_consumer_has_is_refused_and_the_other_half_is_free(library):
+def what_a_consumer_has_is_refused_and_the_other_side_is_free(library):
     for device in filter(library.reaches, devices()):
         buffer, stream = cgb.Buffer(SHAPE, "f32", device), cgb.Stream(device)
         tensor = library.take(buffer)
         again = library.take(buffer)
         for refused in [buffer.upload, buffer.download, lambda stream: buffer.fill(1.0, stream)]:
-            assert "device half" in raises(BufferError, refused, stream)
+            assert "device side" in raises(BufferError, refused, stream)
         buffer.write(VALUES)
         assert buffer.tolist() == VALUES
         del tensor
@@ -192,18 +192,18 @@ def a_tensor_outlives_its_buffer_and_a_buffer_its_tensor(library):
 def capsules_are_what_was_asked_for(_):
     for device in devices():
         buffer = cgb.Buffer(SHAPE, "f32", device)
-        for half in [buffer, buffer.host()]:
-            place = half.__dlpack_device__()
-            assert '"dltensor_versioned"' in repr(half.__dlpack__(max_version=(1, 0)))
-            assert '"dltensor"' in repr(half.__dlpack__(max_version=(0, 8)))
-            assert '"dltensor"' in repr(half.__dlpack__())
-            half.__dlpack__(dl_device=place, copy=False)
-            raises(BufferError, half.__dlpack__, dl_device=(place[0] + 1, 0))
-            raises(BufferError, half.__dlpack__, copy=True)
+        for side in [buffer, buffer.host()]:
+            place = side.__dlpack_device__()
+            assert '"dltensor_versioned"' in repr(side.__dlpack__(max_version=(1, 0)))
+            assert '"dltensor"' in repr(side.__dlpack__(max_version=(0, 8)))
+            assert '"dltensor"' in repr(side.__dlpack__())
+            side.__dlpack__(dl_device=place, copy=False)
+            raises(BufferError, side.__dlpack__, dl_device=(place[0] + 1, 0))
+            raises(BufferError, side.__dlpack__, copy=True)
             for stream in [0, -2]:
-                raises(ValueError, half.__dlpack__, stream=stream)
+                raises(ValueError, side.__dlpack__, stream=stream)
             # One of each kind that nobody took lets its tensor go.
-            capsules = [half.__dlpack__(), half.__dlpack__(max_version=(1, 3))]
+            capsules = [side.__dlpack__(), side.__dlpack__(max_version=(1, 3))]
             raises(BufferError, buffer.synchronize)
             del capsules
             buffer.synchronize()
@@ -630,7 +630,7 @@ def the_next_use_waits_for_what_pytorch_queued():
     assert buffer.tolist() == [2 * value for value in VALUES]
 
 
-def results_come_back_to_the_host_half():
+def results_come_back_to_the_host_side():
     ours, theirs = cgb.Stream("cuda:0"), torch.cuda.Stream()
     buffer = cgb.Buffer([1 << 20], "f32", "cuda:0")
     assert buffer.is_pinned
@@ -733,8 +733,8 @@ def one_unguarded_tensor_serves_all_steps():
 
 
 WITH_ANY_LIBRARY = [
-    a_tensor_is_the_half_itself,
-    what_a_consumer_has_is_refused_and_the_other_half_is_free,
+    a_tensor_is_the_side_itself,
+    what_a_consumer_has_is_refused_and_the_other_side_is_free,
     a_tensor_outlives_its_buffer_and_a_buffer_its_tensor,
     capsules_are_what_was_asked_for,
     the_cpu_has_no_streams,
@@ -751,7 +751,7 @@ SIMULATED = [
 ON_CUDA = [
     the_current_stream_waits_for_the_upload,
     the_next_use_waits_for_what_pytorch_queued,
-    results_come_back_to_the_host_half,
+    results_come_back_to_the_host_side,
     memory_goes_with_the_last_one,
     letting_go_ends_no_capture,
     one_unguarded_tensor_serves_all_steps,

@@ -64,21 +64,21 @@ pub fn left_out(test: &str, why: &str) {
 }
 
 /// One test of this program, to be run in a process of its own with some variables set.
-pub fn own_process(test: &str, variables: &[(&str, &str)]) -> std::process::Command {
+pub fn subprocess(test: &str, variables: &[(&str, &str)]) -> std::process::Command {
     let mut command = std::process::Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture", "--include-ignored"]);
-    command.env(OWN_PROCESS, "1").envs(variables.iter().copied());
+    command.env(SUBPROCESS, "1").envs(variables.iter().copied());
     command
 }
 
 /// Runs one test of this program in a process of its own, with some variables set.
-pub fn in_own_process(test: &str, variables: &[(&str, &str)]) -> std::process::Output {
-    own_process(test, variables).output().unwrap()
+pub fn in_subprocess(test: &str, variables: &[(&str, &str)]) -> std::process::Output {
+    subprocess(test, variables).output().unwrap()
 }
 
-const OWN_PROCESS: &str = "CPU_GPU_BUFFER_OWN_PROCESS";
+const SUBPROCESS: &str = "CPU_GPU_BUFFER_SUBPROCESS";
 
-/// Whether this is the process that [`own_process`] describes.
-pub fn is_own_process() -> bool {
-    std::env::var_os(OWN_PROCESS).is_some()
+/// Whether this is the process that [`subprocess`] describes.
+pub fn is_subprocess() -> bool {
+    std::env::var_os(SUBPROCESS).is_some()
 }

@@ -15,13 +15,13 @@ fn main() -> cpu_gpu_buffer::Result<()> {
     shared(&stream.record()?);
     let mut builder = GroupLayoutBuilder::new();
     let (key, other) = (builder.add::<u8>(8), builder.add::<u32>(8));
-    let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
+    let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
     let mut members = group.members_mut();
     let (one, two) = (members.cpu_mut(key)?, members.cpu_mut(other)?);
     (one[0], two[0]) = (1, 2);
     group.copy_to_gpu(&[key.rows(..), other.rows(..)], &stream)?;
     let view = group.gpu_on(&stream)?;
-    assert_eq!(view.member(key).len(), view.member(other).len());
+    assert_eq!(view.member(key)?.len(), view.member(other)?.len());
     shared(&group);
     Ok(())
 }

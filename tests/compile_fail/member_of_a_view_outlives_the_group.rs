@@ -4,8 +4,8 @@ fn main() -> cpu_gpu_buffer::Result<()> {
     let stream = Stream::new(Device::Cpu)?;
     let mut builder = GroupLayoutBuilder::new();
     let key = builder.add::<u8>(8);
-    let mut group = BufferGroup::new(&builder.finish(), Device::Cpu)?;
-    let view = group.gpu_on(&stream)?.member(key);
+    let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    let view = group.gpu_on(&stream)?.member(key)?;
     drop(group);
     println!("{:?}", view.as_host_slice());
     Ok(())

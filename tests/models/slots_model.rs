@@ -24,7 +24,7 @@ mod sync {
     pub(crate) const RELEASE: u8 = 2;
     pub(crate) const CLOSE: u8 = 3;
     pub(crate) const PUBLISH: u8 = 4;
-    pub(crate) const LOOK: u8 = 5;
+    pub(crate) const FIND_SEGMENT: u8 = 5;
     pub(crate) const COUNT: u8 = 6;
     pub(crate) const CLAIM_UNSEEN: u8 = 7;
 
@@ -77,7 +77,7 @@ mod sync {
         }
     }
 
-    pub(crate) fn glance(word: &AtomicU64) -> u64 {
+    pub(crate) fn load_for_stats(word: &AtomicU64) -> u64 {
         word.1.load(SeqCst)
     }
 
@@ -88,7 +88,7 @@ mod sync {
             AtomicPtr(loom::sync::atomic::AtomicPtr::new(value))
         }
         pub(crate) fn load(&self, shipped: Ordering) -> *mut T {
-            self.0.load(ordering(LOOK, shipped))
+            self.0.load(ordering(FIND_SEGMENT, shipped))
         }
         pub(crate) fn store(&self, value: *mut T, shipped: Ordering) {
             self.0.store(value, ordering(PUBLISH, shipped));
@@ -377,7 +377,7 @@ fn a_relaxed_closing_fails() {
 #[test]
 fn a_relaxed_publication_of_a_segment_fails() {
     fails(sync::PUBLISH, growth_beside_others, "Causality violation");
-    fails(sync::LOOK, growth_beside_others, "Causality violation");
+    fails(sync::FIND_SEGMENT, growth_beside_others, "Causality violation");
 }
 
 #[test]

@@ -61,7 +61,7 @@ mod sync {
 #[path = "../../src/ticket.rs"]
 mod ticket;
 
-use ticket::{Stamp, Tickets};
+use ticket::{TicketCell, Tickets};
 
 /// A piece of work on the stream, and the host memory that it writes.
 struct Copy {
@@ -204,20 +204,20 @@ fn synchronising(submit: Submit) {
 fn recording_anew(submit: Submit) {
     let stream = Stream::new();
     let other = Arc::clone(&stream);
-    let mut stamp = Stamp::lazy();
+    let mut cell = TicketCell::open();
     let (first, event) = submit(&stream, 0);
-    stamp.set(first);
-    assert_eq!(stamp.ticket(), Some(first));
+    cell.set(first);
+    assert_eq!(cell.ticket(), Some(first));
     let waiter = thread::spawn(move || {
         other.finish(event);
         other.tickets.complete(first);
         other.is_complete(0, first);
     });
     // As a record does: lazy until the new ticket is known.
-    stamp.set_lazy();
-    assert_eq!(stamp.ticket(), None);
+    cell.set_open();
+    assert_eq!(cell.ticket(), None);
     let (second, event) = submit(&stream, 1);
-    stamp.set(second);
+    cell.set(second);
     assert!(second > first);
     stream.is_complete(0, first);
     stream.is_complete(1, second);
@@ -229,22 +229,22 @@ fn recording_anew(submit: Submit) {
 
 /// A lazy stamp stands for a kernel that was enqueued without a ticket. Two threads that share the buffer
 /// want to know, while a third thread's transfer on the stream comes and finishes.
-fn lazy_records(submit: Submit) {
+fn open_records(submit: Submit) {
     let stream = Stream::new();
-    let stamp = Arc::new((Stamp::lazy(), Mutex::new(None)));
+    let cell = Arc::new((TicketCell::open(), Mutex::new(None)));
     // The kernel, by the thread that holds the buffer.
     stream.enqueue(0);
-    assert!(stamp.0.ticket().is_none());
-    let ask = |stream: &Stream, stamp: &(Stamp, Mutex<Option<Event>>)| {
-        let Ok(ticket) = stamp.0.resolve(&stream.tickets, || {
-            let mut event = stamp.1.lock().unwrap();
+    assert!(cell.0.ticket().is_none());
+    let ask = |stream: &Stream, cell: &(TicketCell, Mutex<Option<Event>>)| {
+        let Ok(ticket) = cell.0.resolve(&stream.tickets, || {
+            let mut event = cell.1.lock().unwrap();
             assert!(event.is_none(), "recorded twice");
             *event = Some(stream.record());
             Ok::<(), Nothing>(())
         });
         ticket
     };
-    let (other, shared) = (Arc::clone(&stream), Arc::clone(&stamp));
+    let (other, shared) = (Arc::clone(&stream), Arc::clone(&cell));
     let asking = thread::spawn(move || {
         let ticket = ask(&other, &shared);
         other.is_complete(0, ticket);
@@ -259,11 +259,11 @@ fn lazy_records(submit: Submit) {
         other.finish(event);
         other.tickets.complete(ticket);
     });
-    let ticket = ask(&stream, &stamp);
+    let ticket = ask(&stream, &cell);
     stream.is_complete(0, ticket);
     asking.join().unwrap();
     transferring.join().unwrap();
-    assert_eq!(stamp.0.ticket(), Some(ticket));
+    assert_eq!(cell.0.ticket(), Some(ticket));
     assert!(stream.is_complete(0, ticket));
 }
 
@@ -283,7 +283,7 @@ fn run(weakened: u8, model: fn(Submit), submit: Submit) -> Result<(), String> {
 }
 
 const MODELS: [fn(Submit); 4] =
-    [threads_on_one_stream, synchronising, recording_anew, lazy_records];
+    [threads_on_one_stream, synchronising, recording_anew, open_records];
 
 #[test]
 fn the_shipped_order_holds() {

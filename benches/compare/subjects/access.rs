@@ -1,4 +1,4 @@
-//! What it costs to get at the host half: of an idle buffer, of one whose copy has finished without anybody having
+//! What it costs to get at the host side: of an idle buffer, of one whose copy has finished without anybody having
 //! asked, and of one in flight. Beside it, what others ask then.
 
 use std::hint::black_box;

@@ -45,7 +45,7 @@ fn job<E: Pod>(setup: &Setup, run: &mut Run, element: &str, value: E, bytes: usi
         return run.leave_out(format!("fill of {bytes} bytes, {element}: {why}"));
     }
     let stream = Stream::new(setup.device).unwrap();
-    // The host half is not touched, and pages that nobody touches cost nothing.
+    // The host side is not touched, and pages that nobody touches cost nothing.
     let options = BufferOptions { pinning: Pinning::Never, ..Default::default() };
     let count = bytes / size_of::<E>();
     let mut buffer = CpuGpuBuffer::<E>::with_options(count, setup.device, options).unwrap();
@@ -123,7 +123,7 @@ fn memset32() -> Option<Memset32> {
 
 impl Raw {
     fn memset(self, byte: u8) {
-        // SAFETY: a device half that is kept, on the stream that all its work is sent to.
+        // SAFETY: a device side that is kept, on the stream that all its work is sent to.
         unsafe { raw::memset(self.to, byte, self.bytes, self.stream) };
     }
 

@@ -1,6 +1,8 @@
 //! Sixteen small arrays that go up together, each by a prefix of a length of its own, as a step's input does.
 
-use cpu_gpu_buffer::{BufferGroup, CpuGpuBuffer, Device, GroupLayoutBuilder, Key, Stream, sys};
+use cpu_gpu_buffer::{
+    BufferGroup, CpuGpuBuffer, Device, GroupLayoutBuilder, MemberKey, Stream, sys,
+};
 
 use super::job::{BATCH, Job};
 use crate::figures::Run;
@@ -82,10 +84,10 @@ trait Bundle {
     /// Waits for the stream.
     fn finish(&mut self);
 
-    /// Writes the host halves' prefixes, one after the other.
+    /// Writes the host sides' prefixes, one after the other.
     fn write(&mut self, bytes: &[u8]);
 
-    /// The device halves' prefixes, one after the other.
+    /// The device sides' prefixes, one after the other.
     fn read(&mut self) -> Vec<u8>;
 }
 
@@ -111,7 +113,7 @@ fn cut(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
 
 struct Grouped {
     name: &'static str,
-    keys: Vec<Key<u8>>,
+    keys: Vec<MemberKey<u8>>,
     group: BufferGroup,
     stream: Stream,
 }
@@ -120,11 +122,11 @@ impl Grouped {
     fn new(name: &'static str, device: Device) -> Grouped {
         let mut builder = GroupLayoutBuilder::new();
         let add = |_| match name {
-            GROUP_MIRRORED => builder.add_host_owned(ROOM),
+            GROUP_MIRRORED => builder.add_mirrored(ROOM),
             _ => builder.add(ROOM),
         };
         let keys = (0..MEMBERS).map(add).collect();
-        let group = BufferGroup::new(&builder.finish(), device).unwrap();
+        let group = BufferGroup::new(&builder.build(), device).unwrap();
         assert!(device == Device::Cpu || group.is_pinned(), "no memory could be pinned");
         Grouped { name, keys, group, stream: Stream::new(device).unwrap() }
     }
@@ -154,7 +156,7 @@ impl Bundle for Grouped {
     fn read(&mut self) -> Vec<u8> {
         let rows: Vec<_> = self.keys.iter().map(|key| key.rows(..)).collect();
         self.group.copy_to_cpu(&rows, &self.stream).unwrap();
-        let of = |(member, key): (usize, &Key<u8>)| {
+        let of = |(member, key): (usize, &MemberKey<u8>)| {
             self.group.cpu(*key).unwrap()[..prefix(member)].to_vec()
         };
         self.keys.iter().enumerate().flat_map(of).collect()

@@ -57,7 +57,7 @@ impl Scale {
                 unsafe { launch.launch(LaunchConfig::for_num_elems(count)) }?;
             }
             Scale::Host => {
-                // SAFETY: on the CPU the device half is host memory, and the view is the only way to it.
+                // SAFETY: on the CPU the device side is host memory, and the view is the only way to it.
                 let numbers = unsafe { slice::from_raw_parts_mut(view.as_mut_ptr(), view.len()) };
                 numbers.iter_mut().for_each(|number| *number *= BY);
             }

@@ -1,15 +1,15 @@
-//! Paired buffers for Python, whose halves `torch.from_dlpack` takes over without a copy:
+//! Paired buffers for Python, whose sides `torch.from_dlpack` takes over without a copy:
 //!
 //! ```python
 //! ours = cgb.Stream("cuda:0")
 //! batch = cgb.Buffer([32, 64], "f32", "cuda:0")
-//! batch.write(values)              # the pinned host half
+//! batch.write(values)              # the pinned host side
 //! batch.upload(ours)               # returns at once
-//! tensor = torch.from_dlpack(batch) # the device half; PyTorch's current stream waits for the upload
+//! tensor = torch.from_dlpack(batch) # the device side; PyTorch's current stream waits for the upload
 //! host = torch.from_dlpack(batch.host())
 //! ```
 //!
-//! While a tensor lives, what would touch its half raises `BufferError`; when it is gone, the first call that does waits for
+//! While a tensor lives, what would touch its side raises `BufferError`; when it is gone, the first call that does waits for
 //! whatever PyTorch queued. See `cpu_gpu_buffer::dlpack`.
 //!
 //! Every call that may reach CUDA runs without Python's lock (the GIL). Such a call may wait for a
@@ -111,7 +111,7 @@ impl Stream {
 }
 
 /// A buffer of any of the element types.
-trait Halves: Send + Sync {
+trait Sides: Send + Sync {
     fn dtype(&self) -> String;
     fn shape(&self) -> Vec<usize>;
     fn device(&self) -> Device;
@@ -136,7 +136,7 @@ trait Halves: Send + Sync {
     unsafe fn export_gpu_unguarded(&mut self) -> cpu_gpu_buffer::Result<Tensor>;
 }
 
-impl<T: Element + Send + Sync + AsPrimitive<f64>> Halves for CpuGpuBuffer<T>
+impl<T: Element + Send + Sync + AsPrimitive<f64>> Sides for CpuGpuBuffer<T>
 where
     f64: AsPrimitive<T>,
 {
@@ -217,7 +217,7 @@ where
 fn made<T: Element + Send + Sync + AsPrimitive<f64>>(
     shape: Vec<usize>,
     device: Device,
-) -> PyResult<Box<dyn Halves>>
+) -> PyResult<Box<dyn Sides>>
 where
     f64: AsPrimitive<T>,
 {
@@ -231,7 +231,7 @@ where
 
 /// A pinned host side and a device side of one shape. Its own DLPack is that of the device side.
 #[pyclass]
-struct Buffer(Detached<Box<dyn Halves>>);
+struct Buffer(Detached<Box<dyn Sides>>);
 
 #[pymethods]
 impl Buffer {
@@ -240,7 +240,7 @@ impl Buffer {
     fn new(py: Python<'_>, shape: Vec<usize>, dtype: &str, device: &str) -> PyResult<Buffer> {
         let device = device.parse().map_err(raised)?;
         // Allocating may wait for the devices.
-        let halves = py.detach(|| match dtype {
+        let sides = py.detach(|| match dtype {
             "u8" => made::<u8>(shape, device),
             "i8" => made::<i8>(shape, device),
             "u16" => made::<u16>(shape, device),
@@ -255,7 +255,7 @@ impl Buffer {
             "f64" => made::<f64>(shape, device),
             _ => Err(PyValueError::new_err(format!("{dtype:?} is no element type"))),
         });
-        Ok(Buffer(Detached::new(halves?)))
+        Ok(Buffer(Detached::new(sides?)))
     }
 
     #[getter]
@@ -283,12 +283,12 @@ impl Buffer {
         self.0.device_ptr()
     }
 
-    /// The host half's elements, row after row, after pending downloads.
+    /// The host side's elements, row after row, after pending downloads.
     fn tolist(&self, py: Python<'_>) -> PyResult<Vec<f64>> {
         py.detach(|| self.0.read()).map_err(raised)
     }
 
-    /// Sets the host half, after pending transfers.
+    /// Sets the host side, after pending transfers.
     fn write(&mut self, py: Python<'_>, values: Vec<f64>) -> PyResult<()> {
         match py.detach(|| self.0.write(&values)).map_err(raised)? {
             true => Ok(()),
@@ -298,18 +298,18 @@ impl Buffer {
         }
     }
 
-    /// Sets every element of both halves.
+    /// Sets every element of both sides.
     fn fill(&mut self, py: Python<'_>, value: f64, stream: &Stream) -> PyResult<()> {
         py.detach(|| self.0.fill(value, stream)).map_err(raised)
     }
 
-    /// Copies the first rows, or all, from the host half to the device half.
+    /// Copies the first rows, or all, from the host side to the device side.
     #[pyo3(signature = (stream, rows = None))]
     fn upload(&mut self, py: Python<'_>, stream: &Stream, rows: Option<usize>) -> PyResult<()> {
         py.detach(|| self.0.upload(rows, stream)).map_err(raised)
     }
 
-    /// Copies the first rows, or all, from the device half to the host half.
+    /// Copies the first rows, or all, from the device side to the host side.
     #[pyo3(signature = (stream, rows = None))]
     fn download(&mut self, py: Python<'_>, stream: &Stream, rows: Option<usize>) -> PyResult<()> {
         py.detach(|| self.0.download(rows, stream)).map_err(raised)
@@ -325,12 +325,12 @@ impl Buffer {
         py.detach(|| self.0.synchronize()).map_err(raised)
     }
 
-    /// The host half, with a DLPack of its own.
+    /// The host side, with a DLPack of its own.
     fn host(slf: Py<Buffer>) -> Host {
         Host(slf)
     }
 
-    /// A capsule of the device half that is not guarded: `torch.from_dlpack` of it is one tensor for all steps. What uses it
+    /// A capsule of the device side that is not guarded: `torch.from_dlpack` of it is one tensor for all steps. What uses it
     /// is sent to a stream of ours, each time after `use_on` with that stream, and before the buffer is used otherwise.
     ///
     /// `max_version` as for `__dlpack__`: without it, a consumer from before DLPack 1.0 is meant.
@@ -340,9 +340,9 @@ impl Buffer {
         py: Python<'_>,
         max_version: Option<(u32, u32)>,
     ) -> PyResult<Py<PyAny>> {
-        let halves = &mut self.0;
+        let sides = &mut self.0;
         // SAFETY: the caller in Python vouches for the consumer, as the description asks.
-        let tensor = py.detach(|| unsafe { halves.export_gpu_unguarded() });
+        let tensor = py.detach(|| unsafe { sides.export_gpu_unguarded() });
         capsule(py, tensor.map_err(raised)?, max_version)
     }
 
@@ -378,24 +378,24 @@ impl Buffer {
                 return Err(PyValueError::new_err(format!("{other} names no stream")));
             }
         };
-        let halves = &mut self.0;
+        let sides = &mut self.0;
         let tensor = py.detach(|| match consumer {
             Consumer::Stream(raw) => {
                 let raw = std::ptr::without_provenance_mut(raw);
                 // SAFETY: the consumer names a live stream of the device's primary context. The
                 // buffer does not touch it once the tensor is made, nor after a driver's error.
                 let stream = unsafe { cpu_gpu_buffer::Stream::from_raw(raw, device, None) }?;
-                halves.export_gpu(&stream)
+                sides.export_gpu(&stream)
             }
             Consumer::Unnamed => {
                 let ours = cpu_gpu_buffer::Stream::new(device)?;
-                let tensor = halves.export_gpu(&ours)?;
+                let tensor = sides.export_gpu(&ours)?;
                 ours.synchronize()?;
                 Ok(tensor)
             }
             // SAFETY: the consumer asked for no order, and so has made it itself. The side was zeroed
             // when the buffer was made.
-            Consumer::Unordered => unsafe { halves.export_gpu_unordered() },
+            Consumer::Unordered => unsafe { sides.export_gpu_unordered() },
         });
         capsule(py, tensor.map_err(raised)?, max_version)
     }
@@ -423,13 +423,13 @@ enum Consumer {
     Unordered,
 }
 
-/// The host half of a buffer. It says that it is CPU memory, also where it is pinned: PyTorch knows nothing else.
+/// The host side of a buffer. It says that it is CPU memory, also where it is pinned: PyTorch knows nothing else.
 #[pyclass(frozen)]
 struct Host(Py<Buffer>);
 
 #[pymethods]
 impl Host {
-    /// The host half as a DLPack capsule, after pending transfers.
+    /// The host side as a DLPack capsule, after pending transfers.
     #[pyo3(signature = (*, stream = None, max_version = None, dl_device = None, copy = None))]
     fn __dlpack__(
         &self,
@@ -444,8 +444,8 @@ impl Host {
             return Err(PyValueError::new_err("host memory has no streams"));
         }
         let mut buffer = self.0.try_borrow_mut(py)?;
-        let halves = &mut buffer.0;
-        let tensor = py.detach(|| halves.export_cpu()).map_err(raised)?.as_plain_cpu();
+        let sides = &mut buffer.0;
+        let tensor = py.detach(|| sides.export_cpu()).map_err(raised)?.as_plain_cpu();
         capsule(py, tensor, max_version)
     }
 
@@ -454,15 +454,15 @@ impl Host {
     }
 }
 
-/// Halves are handed out where they are, and never copied.
+/// Sides are handed out where they are, and never copied.
 fn refuse(asked: Option<(i32, i32)>, device: (i32, i32), copy: Option<bool>) -> PyResult<()> {
     if asked.is_some_and(|asked| asked != device) {
         return Err(PyBufferError::new_err(format!(
-            "the half is on device {device:?}, and stays there"
+            "the side is on device {device:?}, and stays there"
         )));
     }
     match copy {
-        Some(true) => Err(PyBufferError::new_err("halves are handed out, and not copied")),
+        Some(true) => Err(PyBufferError::new_err("sides are handed out, and not copied")),
         _ => Ok(()),
     }
 }
@@ -564,7 +564,7 @@ fn cuda_count(py: Python<'_>) -> usize {
     py.detach(Device::cuda_count)
 }
 
-/// Paired buffers, whose halves PyTorch takes over without a copy.
+/// Paired buffers, whose sides PyTorch takes over without a copy.
 #[pymodule]
 fn cpu_gpu_buffer_pytorch(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Stream>()?;

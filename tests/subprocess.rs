@@ -5,9 +5,9 @@ mod common;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use common::{Gate, in_own_process, is_own_process};
+use common::{Gate, in_subprocess, is_subprocess};
 use cpu_gpu_buffer::{
-    BufferOptions, CpuGpuBuffer, Device, Error, Pinning, Shape, Side, Stream, UploadRing,
+    BufferOptions, BufferRing, CpuGpuBuffer, Device, Error, Pinning, Shape, Side, Stream,
     is_pinned_memory_available, sys,
 };
 
@@ -60,12 +60,12 @@ fn with_library(test: &str, library: &str, variables: &[(&str, &str)]) {
         return common::left_out(test, "the runtime is part of this program");
     }
     let variables = [&[("CUDART_LIBRARY", library)], variables].concat();
-    succeeded(&in_own_process(test, &variables));
+    succeeded(&in_subprocess(test, &variables));
 }
 
 #[test]
 fn a_named_library_that_is_not_there_is_an_error_and_no_other_is_taken() {
-    if is_own_process() {
+    if is_subprocess() {
         return unusable("nothing-here");
     }
     let test = "a_named_library_that_is_not_there_is_an_error_and_no_other_is_taken";
@@ -75,7 +75,7 @@ fn a_named_library_that_is_not_there_is_an_error_and_no_other_is_taken() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_named_library_that_is_no_runtime_is_an_error() {
-    if is_own_process() {
+    if is_subprocess() {
         return unusable("it is no CUDA runtime");
     }
     with_library("a_named_library_that_is_no_runtime_is_an_error", "libc.so.6", &[]);
@@ -90,7 +90,7 @@ fn with_simulated(test: &str, settings: &[(&str, &str)]) {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_named_runtime_of_an_unknown_major_version_is_an_error() {
-    if is_own_process() {
+    if is_subprocess() {
         return unusable("CUDA 14.2, need 12 or 13");
     }
     let test = "a_named_runtime_of_an_unknown_major_version_is_an_error";
@@ -123,7 +123,7 @@ fn without_its_driver(expected: &str) {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_driver_that_is_too_old_for_the_runtime_is_an_error_that_names_both() {
-    if is_own_process() {
+    if is_subprocess() {
         return without_its_driver("the driver is one of CUDA 12.4, too old for the runtime: ");
     }
     let test = "a_driver_that_is_too_old_for_the_runtime_is_an_error_that_names_both";
@@ -133,7 +133,7 @@ fn a_driver_that_is_too_old_for_the_runtime_is_an_error_that_names_both() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_runtime_without_a_driver_is_an_error_that_says_so() {
-    if is_own_process() {
+    if is_subprocess() {
         return without_its_driver("there is no CUDA driver on this machine; ");
     }
     let test = "a_runtime_without_a_driver_is_an_error_that_says_so";
@@ -153,7 +153,7 @@ fn absent(ordinal: u32) -> String {
 #[cfg(target_os = "linux")]
 fn an_absent_device_is_named_with_what_hides_it() {
     const SHOWN: &str = "; CUDA_VISIBLE_DEVICES is ";
-    if is_own_process() {
+    if is_subprocess() {
         let value = std::env::var("CUDA_VISIBLE_DEVICES").ok();
         let shown = value.map_or(String::new(), |value| format!("{SHOWN}{value:?}"));
         return match std::env::var("CUDART_SIM_DEVICES").as_deref() {
@@ -184,7 +184,7 @@ fn an_absent_device_is_named_with_what_hides_it() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_machine_that_is_not_set_up_says_what_to_do() {
-    if !is_own_process() {
+    if !is_subprocess() {
         return with_simulated("a_machine_that_is_not_set_up_says_what_to_do", &[]);
     }
     assert!(sys::runtime().is_ok());
@@ -226,7 +226,7 @@ fn in_child(says: impl FnOnce()) {
 #[cfg(target_os = "linux")]
 fn a_child_of_a_process_in_which_cuda_never_worked_learns_why() {
     let test = "a_child_of_a_process_in_which_cuda_never_worked_learns_why";
-    if is_own_process() {
+    if is_subprocess() {
         let calls = || {
             if sys::runtime().is_ok() { common::sim::calls_of(c"cudaGetDeviceCount") } else { 0 }
         };
@@ -250,7 +250,7 @@ fn a_child_of_a_process_in_which_cuda_never_worked_learns_why() {
 #[cfg(target_os = "linux")]
 fn a_child_of_a_process_that_only_counted_devices_learns_that_cuda_was_used() {
     let test = "a_child_of_a_process_that_only_counted_devices_learns_that_cuda_was_used";
-    if !is_own_process() {
+    if !is_subprocess() {
         return with_simulated(test, &[]);
     }
     // Until it is asked, CUDA is the child's own. That child's children are told.
@@ -296,7 +296,7 @@ fn with_runtime(test: &str, version: i32) {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_function_that_the_runtime_lacks_is_a_status_that_names_it() {
-    if !is_own_process() {
+    if !is_subprocess() {
         return with_runtime("a_function_that_the_runtime_lacks_is_a_status_that_names_it", 12000);
     }
     let library = std::env::var("CUDART_LIBRARY").unwrap();
@@ -319,8 +319,8 @@ fn a_function_that_the_runtime_lacks_is_a_status_that_names_it() {
 fn after_a_sticky_error_every_call_returns_it_and_drop_neither_panics_nor_hangs() {
     let test = "after_a_sticky_error_every_call_returns_it_and_drop_neither_panics_nor_hangs";
     let Some((device, _turn)) = common::cuda(test) else { return };
-    if !is_own_process() {
-        return succeeded(&in_own_process(test, &[]));
+    if !is_subprocess() {
+        return succeeded(&in_subprocess(test, &[]));
     }
     let start = Instant::now();
     let stream = Stream::new(device).unwrap();
@@ -377,10 +377,10 @@ fn after_a_sticky_error_every_call_returns_it_and_drop_neither_panics_nor_hangs(
 #[test]
 fn a_thread_that_never_chose_a_device_gets_no_context_on_another_one() {
     let test = "a_thread_that_never_chose_a_device_gets_no_context_on_another_one";
-    if !is_own_process() {
+    if !is_subprocess() {
         return match Device::cuda_count() {
             0 | 1 => common::left_out(test, "fewer than two CUDA devices"),
-            _ => succeeded(&in_own_process(test, &[])),
+            _ => succeeded(&in_subprocess(test, &[])),
         };
     }
     let far = Device::Cuda(1);
@@ -422,8 +422,8 @@ fn in_process_with_held_calls(test: &str) -> bool {
         common::left_out(test, "calls are held back by the simulated runtime");
         return false;
     }
-    if !is_own_process() {
-        succeeded(&in_own_process(test, &[]));
+    if !is_subprocess() {
+        succeeded(&in_subprocess(test, &[]));
         return false;
     }
     // Loads the runtime, and makes no context.
@@ -514,8 +514,8 @@ fn a_device_is_used_while_the_context_of_another_is_being_made() {
 fn a_forked_child_neither_uses_nor_frees_what_the_parent_made() {
     use cpu_gpu_buffer::{BufferGroup, GroupLayoutBuilder, GroupRing};
     let test = "a_forked_child_neither_uses_nor_frees_what_the_parent_made";
-    if !is_own_process() {
-        return succeeded(&in_own_process(test, &[]));
+    if !is_subprocess() {
+        return succeeded(&in_subprocess(test, &[]));
     }
     let device = Device::auto();
     let stream = Stream::new(device).unwrap();
@@ -524,7 +524,7 @@ fn a_forked_child_neither_uses_nor_frees_what_the_parent_made() {
     buffer.copy_to_gpu(.., &stream).unwrap();
     let mut builder = GroupLayoutBuilder::new();
     let key = builder.add::<u8>(1000);
-    let layout = builder.finish();
+    let layout = builder.build();
     let mut group = BufferGroup::new(&layout, device).unwrap();
     let mut ring = GroupRing::new(&layout, device, 2).unwrap();
     group.copy_to_gpu(&[key.rows(..)], &stream).unwrap();
@@ -620,8 +620,8 @@ fn resident() -> usize {
 #[test]
 fn ten_thousand_buffers_leave_no_memory_behind() {
     let test = "ten_thousand_buffers_leave_no_memory_behind";
-    if !is_own_process() {
-        return succeeded(&in_own_process(test, &[]));
+    if !is_subprocess() {
+        return succeeded(&in_subprocess(test, &[]));
     }
     for device in common::devices() {
         let stream = Stream::new(device).unwrap();
@@ -737,9 +737,9 @@ fn producers_feed_one_device_through_a_pool() {
 fn a_serving_loop_samples_the_same_in_each_way_to_keep_its_input() {
     for arguments in [
         vec!["--steps", "40", "--requests", "20", "--kernel-us", "50"],
-        vec!["--steps", "30", "--requests", "6", "--halves", "3", "--host-owned"],
+        vec!["--steps", "30", "--requests", "6", "--depth", "3", "--mirrored"],
         vec!["--steps", "60", "--device", "cpu"],
-        vec!["--steps", "1", "--halves", "1"],
+        vec!["--steps", "1", "--depth", "1"],
     ] {
         let output = example("decode_loop", &arguments);
         let text = String::from_utf8_lossy(&output.stdout);
@@ -751,7 +751,7 @@ fn a_serving_loop_samples_the_same_in_each_way_to_keep_its_input() {
         let on_gpu = device != Device::Cpu && !common::is_simulated();
         assert_eq!(text.contains("left out"), !on_gpu, "{text}");
     }
-    for arguments in [vec!["--requests", "1025"], vec!["--steps", "0"], vec!["--halves", "0"]] {
+    for arguments in [vec!["--requests", "1025"], vec!["--steps", "0"], vec!["--depth", "0"]] {
         let output = example("decode_loop", &arguments);
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.code() == Some(1) && !text.contains("panicked"), "{text}");
@@ -784,8 +784,8 @@ fn forked_while_held(
     if !common::is_simulated() {
         return common::left_out(test, "calls are held back by the simulated runtime");
     }
-    if !is_own_process() {
-        return succeeded(&in_own_process(test, variables));
+    if !is_subprocess() {
+        return succeeded(&in_subprocess(test, variables));
     }
     let expected = expected();
     // Only what is loaded can be held back.
@@ -825,8 +825,8 @@ fn a_child_that_is_forked_while_a_thread_learns_why_cuda_does_not_work_gets_the_
 #[test]
 fn asking_whether_memory_can_be_pinned_makes_no_context() {
     let test = "asking_whether_memory_can_be_pinned_makes_no_context";
-    if !is_own_process() {
-        return succeeded(&in_own_process(test, &[]));
+    if !is_subprocess() {
+        return succeeded(&in_subprocess(test, &[]));
     }
     let available = is_pinned_memory_available();
     assert_eq!(available, Device::cuda_count() > 0);
@@ -841,9 +841,9 @@ fn asking_whether_memory_can_be_pinned_makes_no_context() {
 fn a_variable_turns_pinning_off_and_the_buffer_says_so() {
     let test = "a_variable_turns_pinning_off_and_the_buffer_says_so";
     let variable = "CPU_GPU_BUFFER_PINNING";
-    if !is_own_process() {
+    if !is_subprocess() {
         for value in ["never", "no", ""] {
-            succeeded(&in_own_process(test, &[(variable, value)]));
+            succeeded(&in_subprocess(test, &[(variable, value)]));
         }
         return;
     }
@@ -908,11 +908,11 @@ fn a_host_side_beyond_the_containers_limit_is_an_error_and_not_the_end_of_the_pr
     let test = "a_host_side_beyond_the_containers_limit_is_an_error_and_not_the_end_of_the_process";
     let variable = "CPU_GPU_BUFFER_TEST_GROUP";
     const LIMIT: usize = 512 << 20;
-    if !is_own_process() {
+    if !is_subprocess() {
         let Some(group) = LimitedGroup::new(LIMIT) else {
             return common::left_out(test, "no control group can be made");
         };
-        return succeeded(&in_own_process(test, &[(variable, group.0.to_str().unwrap())]));
+        return succeeded(&in_subprocess(test, &[(variable, group.0.to_str().unwrap())]));
     }
     let Some((device, _turn)) = common::cuda(test) else { return };
     drop(CpuGpuBuffer::<u8>::new(1, device).unwrap());
@@ -924,13 +924,13 @@ fn a_host_side_beyond_the_containers_limit_is_an_error_and_not_the_end_of_the_pr
     const SLOT: usize = 16 << 20;
     for pinning in [Pinning::Required, Pinning::Preferred] {
         let options = BufferOptions { pinning, ..Default::default() };
-        let ring = |slots| UploadRing::<u8>::with_options(SLOT, device, slots, options);
+        let ring = |slots| BufferRing::<u8>::with_options(SLOT, device, slots, options);
         let (side, bytes) = (Side::Host, 2 * LIMIT);
         let beyond = Error::OutOfMemory { side, bytes, device };
         assert_eq!(ring(2 * LIMIT / SLOT).err(), Some(beyond));
         assert!(ring(4).unwrap().is_pinned());
         // Nor do small ones end the process, of which none is beyond the limit by itself.
-        let small = || UploadRing::<u8>::with_options(1 << 16, device, 128, options);
+        let small = || BufferRing::<u8>::with_options(1 << 16, device, 128, options);
         let mut held = Vec::new();
         let error = loop {
             match small() {

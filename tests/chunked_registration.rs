@@ -13,13 +13,13 @@ use common::sim::{self, Limits};
 use common::{Foreign, Gate, all, device_bytes};
 use cpu_gpu_buffer::{
     BufferGroup, BufferOptions, BufferPool, CpuGpuBuffer, Device, Error, GroupLayoutBuilder,
-    HostFlags, Key, Pinning, Result, Stream, sys,
+    HostFlags, MemberKey, Pinning, Result, Stream, sys,
 };
 
 /// The smallest size of pieces.
-const PIECE: usize = 64 << 20;
+const REGISTRATION: usize = 64 << 20;
 /// Two whole pieces and the beginning of a third.
-const BYTES: usize = 2 * PIECE + 100_005;
+const BYTES: usize = 2 * REGISTRATION + 100_005;
 /// What is mapped for them.
 const PAGES: usize = BYTES.next_multiple_of(4096);
 
@@ -28,9 +28,9 @@ fn with(bytes: usize, pinning: Pinning, device: Device) -> Result<CpuGpuBuffer<u
     CpuGpuBuffer::with_options(bytes, device, options)
 }
 
-/// A buffer whose host half is in three pieces.
-fn in_pieces(limits: &Limits, device: Device) -> CpuGpuBuffer<u8> {
-    limits.register(PIECE);
+/// A buffer whose host side is in three pieces.
+fn in_registrations(limits: &Limits, device: Device) -> CpuGpuBuffer<u8> {
+    limits.register(REGISTRATION);
     let before = (sim::live()[1], sim::pinned_bytes());
     let buffer = with(BYTES, Pinning::Required, device).unwrap();
     assert_eq!((sim::live()[1], sim::pinned_bytes()), (before.0 + 3, before.1 + PAGES));
@@ -89,34 +89,34 @@ fn painted(bytes: &[u8], from: usize, seed: usize) {
 const RANGES: [(Range<usize>, u64); 10] = [
     (0..BYTES, 3),
     (5..9, 1),
-    (PIECE - 3..PIECE + 5, 2),
-    (PIECE - 1..PIECE + 1, 2),
-    (PIECE - 3..PIECE, 1),
-    (PIECE..PIECE + 7, 1),
-    (PIECE..2 * PIECE, 1),
-    (PIECE - 1..2 * PIECE, 2),
-    (PIECE - 1..2 * PIECE + 1, 3),
-    (2 * PIECE - 70_001..BYTES - 1, 2),
+    (REGISTRATION - 3..REGISTRATION + 5, 2),
+    (REGISTRATION - 1..REGISTRATION + 1, 2),
+    (REGISTRATION - 3..REGISTRATION, 1),
+    (REGISTRATION..REGISTRATION + 7, 1),
+    (REGISTRATION..2 * REGISTRATION, 1),
+    (REGISTRATION - 1..2 * REGISTRATION, 2),
+    (REGISTRATION - 1..2 * REGISTRATION + 1, 3),
+    (2 * REGISTRATION - 70_001..BYTES - 1, 2),
 ];
 
 /// Runs a transfer, which must be as many copies as it meets pieces, and no more events than if it were one.
-fn transfer(pieces: u64, action: impl FnOnce() -> Result<()>) {
+fn transfer(registrations: u64, action: impl FnOnce() -> Result<()>) {
     sim::reset();
     action().unwrap();
     let copies = sim::calls_of(c"cuMemcpyHtoDAsync") + sim::calls_of(c"cuMemcpyDtoHAsync");
-    assert_eq!(copies, pieces);
+    assert_eq!(copies, registrations);
     assert_eq!(sim::calls_of(c"cuEventRecord"), 1);
 }
 
 #[test]
-fn rows_arrive_across_the_bounds_of_pieces_in_both_directions() {
-    let test = "rows_arrive_across_the_bounds_of_pieces_in_both_directions";
+fn rows_arrive_across_the_bounds_of_registrations_in_both_directions() {
+    let test = "rows_arrive_across_the_bounds_of_registrations_in_both_directions";
     let Some((device, limits)) = Limits::of(test) else { return };
     let stream = Stream::new(device).unwrap();
-    let mut buffer = in_pieces(&limits, device);
+    let mut buffer = in_registrations(&limits, device);
     assert!(buffer.cpu().unwrap().iter().all(|byte| *byte == 0));
-    for (seed, (range, pieces)) in RANGES.into_iter().enumerate() {
-        // With some bytes on either side, which stay as they are in the half that is written.
+    for (seed, (range, registrations)) in RANGES.into_iter().enumerate() {
+        // With some bytes on either side, which stay as they are in the side that is written.
         let (begin, end) = (range.start.saturating_sub(9), BYTES.min(range.end + 9));
         let sides = [begin..range.start, range.end..end];
         let gpu = buffer.device_ptr();
@@ -128,11 +128,11 @@ fn rows_arrive_across_the_bounds_of_pieces_in_both_directions() {
         let host = buffer.cpu_mut().unwrap();
         host[begin..end].fill(0xee);
         paint(&mut host[range.clone()], range.start, seed);
-        transfer(pieces, || buffer.copy_to_gpu(range.clone(), &stream));
+        transfer(registrations, || buffer.copy_to_gpu(range.clone(), &stream));
         painted(&there(&range), range.start, seed);
         assert_eq!(sides.each_ref().map(there), before, "{range:?}");
         buffer.cpu_mut().unwrap()[begin..end].fill(0xee);
-        transfer(pieces, || buffer.copy_to_cpu(range.clone(), &stream));
+        transfer(registrations, || buffer.copy_to_cpu(range.clone(), &stream));
         let host = buffer.cpu().unwrap();
         painted(&host[range.clone()], range.start, seed);
         assert!(sides.iter().all(|side| host[side.clone()].iter().all(|byte| *byte == 0xee)));
@@ -140,23 +140,23 @@ fn rows_arrive_across_the_bounds_of_pieces_in_both_directions() {
 }
 
 #[test]
-fn rows_arrive_in_and_from_the_memory_of_others_across_the_bounds_of_pieces() {
-    let test = "rows_arrive_in_and_from_the_memory_of_others_across_the_bounds_of_pieces";
+fn rows_arrive_in_and_from_the_memory_of_others_across_the_bounds_of_registrations() {
+    let test = "rows_arrive_in_and_from_the_memory_of_others_across_the_bounds_of_registrations";
     let Some((device, limits)) = Limits::of(test) else { return };
     let stream = Stream::new(device).unwrap();
-    let mut buffer = in_pieces(&limits, device);
-    let memory = Foreign::new(PIECE / 4 + 3, 0xaa);
+    let mut buffer = in_registrations(&limits, device);
+    let memory = Foreign::new(REGISTRATION / 4 + 3, 0xaa);
     let foreign = memory.as_ptr().cast::<u8>();
-    for (seed, (range, pieces)) in RANGES.into_iter().enumerate().skip(1) {
+    for (seed, (range, registrations)) in RANGES.into_iter().enumerate().skip(1) {
         paint(&mut buffer.cpu_mut().unwrap()[range.clone()], range.start, seed);
         // Row `i` goes to row `i`: the first one that goes to the second byte.
         let odd = foreign.wrapping_add(1).wrapping_sub(range.start);
-        transfer(pieces, || {
+        transfer(registrations, || {
             // SAFETY: the memory has as many bytes, and one more before and after them.
             unsafe { buffer.copy_to_device_ptr(range.clone(), odd, &stream) }
         });
         buffer.cpu_mut().unwrap()[range.clone()].fill(0);
-        transfer(pieces, || {
+        transfer(registrations, || {
             // SAFETY: as above.
             unsafe { buffer.copy_from_device_ptr(range.clone(), odd, &stream) }
         });
@@ -170,14 +170,14 @@ fn rows_arrive_in_and_from_the_memory_of_others_across_the_bounds_of_pieces() {
 const OLD: u8 = 0x11;
 const NEW: u8 = 0x22;
 /// On either side of a bound.
-const ACROSS: Range<usize> = PIECE - 4000..PIECE + 4000;
+const ACROSS: Range<usize> = REGISTRATION - 4000..REGISTRATION + 4000;
 
 #[test]
-fn a_transfer_in_pieces_is_in_flight_until_the_last_has_arrived() {
-    let test = "a_transfer_in_pieces_is_in_flight_until_the_last_has_arrived";
+fn a_transfer_in_registrations_is_in_flight_until_the_last_has_arrived() {
+    let test = "a_transfer_in_registrations_is_in_flight_until_the_last_has_arrived";
     let Some((device, limits)) = Limits::of(test) else { return };
     let stream = Stream::new(device).unwrap();
-    let mut buffer = in_pieces(&limits, device);
+    let mut buffer = in_registrations(&limits, device);
     let foreign = Foreign::new(ACROSS.len() / 4, 0);
     buffer.cpu_mut().unwrap()[ACROSS].fill(OLD);
     let gate = Gate::close(&stream);
@@ -199,11 +199,11 @@ fn a_transfer_in_pieces_is_in_flight_until_the_last_has_arrived() {
 }
 
 #[test]
-fn a_transfer_of_which_a_piece_is_refused_counts_as_in_flight() {
-    let test = "a_transfer_of_which_a_piece_is_refused_counts_as_in_flight";
+fn a_transfer_of_which_a_registration_is_refused_counts_as_in_flight() {
+    let test = "a_transfer_of_which_a_registration_is_refused_counts_as_in_flight";
     let Some((device, limits)) = Limits::of(test) else { return };
     let stream = Stream::new(device).unwrap();
-    let mut buffer = in_pieces(&limits, device);
+    let mut buffer = in_registrations(&limits, device);
     let foreign = Foreign::new(ACROSS.len() / 4, 0);
     buffer.cpu_mut().unwrap()[ACROSS].fill(OLD);
     let gate = Gate::close(&stream);
@@ -226,10 +226,10 @@ fn a_transfer_of_which_a_piece_is_refused_counts_as_in_flight() {
 }
 
 #[test]
-fn buffers_of_a_pool_may_lie_across_the_bounds_of_pieces() {
-    let test = "buffers_of_a_pool_may_lie_across_the_bounds_of_pieces";
+fn buffers_of_a_pool_may_lie_across_the_bounds_of_registrations() {
+    let test = "buffers_of_a_pool_may_lie_across_the_bounds_of_registrations";
     let Some((device, limits)) = Limits::of(test) else { return };
-    limits.register(PIECE);
+    limits.register(REGISTRATION);
     const EACH: usize = 43 << 20;
     let before = sim::live();
     let pool = BufferPool::<u8>::new(EACH, device, 3).unwrap();
@@ -255,16 +255,16 @@ fn buffers_of_a_pool_may_lie_across_the_bounds_of_pieces() {
 }
 
 #[test]
-fn members_of_a_group_may_lie_across_the_bounds_of_pieces() {
-    let test = "members_of_a_group_may_lie_across_the_bounds_of_pieces";
+fn members_of_a_group_may_lie_across_the_bounds_of_registrations() {
+    let test = "members_of_a_group_may_lie_across_the_bounds_of_registrations";
     let Some((device, limits)) = Limits::of(test) else { return };
-    limits.register(PIECE);
+    limits.register(REGISTRATION);
     let before = sim::live();
     let mut builder = GroupLayoutBuilder::new();
     // The fourth and the last lie across bounds.
-    let sizes = [100, 3000, PIECE - 20_000, 50_000, 700, PIECE - 50_000, 40_000];
-    let keys: [Key<u8>; 7] = sizes.map(|size| builder.add(size));
-    let layout = builder.finish();
+    let sizes = [100, 3000, REGISTRATION - 20_000, 50_000, 700, REGISTRATION - 50_000, 40_000];
+    let keys: [MemberKey<u8>; 7] = sizes.map(|size| builder.add(size));
+    let layout = builder.build();
     let stream = Stream::new(device).unwrap();
     let all = HostFlags::all();
     for host_flags in [all, all - HostFlags::MAPPED] {
@@ -273,7 +273,7 @@ fn members_of_a_group_may_lie_across_the_bounds_of_pieces() {
         assert!(group.is_pinned() && sim::live()[1] == before[1] + 3);
         group.gpu_on(&stream).unwrap();
         let kernel = host_flags == all;
-        for (seed, (members, inset, pieces, copies)) in [
+        for (seed, (members, inset, registrations, copies)) in [
             // Short ones by one kernel, which looks at addresses, or by copies, which are cut.
             ([0, 1, 3, 4, 6].as_slice(), 3, 5, 7),
             (&[3, 6], 9, 2, 4),
@@ -292,7 +292,7 @@ fn members_of_a_group_may_lie_across_the_bounds_of_pieces() {
                 host.fill(0xee);
                 paint(&mut host[rows(member)], *member, seed);
             }
-            let launched = kernel && pieces > 1;
+            let launched = kernel && registrations > 1;
             let (launches, copies) = if launched { (1, 0) } else { (0, copies) };
             let calls = || {
                 let launches = sim::calls_of(c"cuGraphLaunch") + sim::calls_of(c"cuLaunchKernel");
@@ -321,11 +321,11 @@ fn members_of_a_group_may_lie_across_the_bounds_of_pieces() {
 }
 
 #[test]
-fn all_pieces_are_unregistered_and_then_unmapped() {
-    let test = "all_pieces_are_unregistered_and_then_unmapped";
+fn all_registrations_are_unregistered_and_then_unmapped() {
+    let test = "all_registrations_are_unregistered_and_then_unmapped";
     let Some((device, limits)) = Limits::of(test) else { return };
     let before = (sim::live(), sim::pinned_bytes(), mapped());
-    let buffer = in_pieces(&limits, device);
+    let buffer = in_registrations(&limits, device);
     assert_eq!(mapped(), before.2 + PAGES);
     sim::reset();
     // What is unmapped before it is unregistered ends the program.
@@ -338,7 +338,7 @@ fn all_pieces_are_unregistered_and_then_unmapped() {
 fn whichever_registration_fails_nothing_stays_registered_and_the_other_way_stands_in() {
     let test = "whichever_registration_fails_nothing_stays_registered_and_the_other_way_stands_in";
     let Some((device, limits)) = Limits::of(test) else { return };
-    limits.register(PIECE);
+    limits.register(REGISTRATION);
     let before = (sim::live(), sim::pinned_bytes(), mapped());
     // With and without the call's effect, which an error of earlier work lets it have.
     for (once, effect) in [(true, false), (false, false), (true, true)] {
@@ -361,12 +361,12 @@ fn whichever_registration_fails_nothing_stays_registered_and_the_other_way_stand
 }
 
 #[test]
-fn where_the_pieces_together_are_too_much_nothing_stays_registered() {
-    let test = "where_the_pieces_together_are_too_much_nothing_stays_registered";
+fn where_the_registrations_together_are_too_much_nothing_stays_registered() {
+    let test = "where_the_registrations_together_are_too_much_nothing_stays_registered";
     let Some((device, limits)) = Limits::of(test) else { return };
-    for room in [0, PIECE - 1, PIECE, 2 * PIECE, BYTES - 1] {
+    for room in [0, REGISTRATION - 1, REGISTRATION, 2 * REGISTRATION, BYTES - 1] {
         // Also where a single registration may be of any size.
-        for single in [PIECE, usize::MAX] {
+        for single in [REGISTRATION, usize::MAX] {
             limits.register(single);
             limits.pin(room);
             let before = (sim::live(), sim::pinned_bytes(), mapped());
@@ -388,12 +388,12 @@ const ILLEGAL: u32 = 700;
 fn pages_that_may_still_be_registered_after_a_failed_attempt_are_never_unmapped() {
     let test = "pages_that_may_still_be_registered_after_a_failed_attempt_are_never_unmapped";
     let Some((device, limits)) = Limits::of(test) else { return };
-    limits.register(PIECE);
+    limits.register(REGISTRATION);
     // The call, what is asked for, and the pieces that stay. The first call is about the whole, the second about the
     // last piece, which is refused; and then come those before it.
-    for (number, bytes, stay) in [(2, PIECE + 1, 0), (3, BYTES, 1)] {
-        let (pages, last) = (bytes.next_multiple_of(4096), bytes.div_ceil(PIECE) - 1);
-        limits.pin(last * PIECE);
+    for (number, bytes, stay) in [(2, REGISTRATION + 1, 0), (3, BYTES, 1)] {
+        let (pages, last) = (bytes.next_multiple_of(4096), bytes.div_ceil(REGISTRATION) - 1);
+        limits.pin(last * REGISTRATION);
         let before = (sim::live()[1], mapped());
         sim::reset();
         sim::fail_call(c"cudaHostUnregister", number, ILLEGAL, true, false);
@@ -412,7 +412,7 @@ fn pages_that_may_still_be_registered_after_a_release_are_never_unmapped() {
     let Some((device, limits)) = Limits::of(test) else { return };
     for number in 1..=3 {
         let before = (sim::live(), mapped());
-        let buffer = in_pieces(&limits, device);
+        let buffer = in_registrations(&limits, device);
         let address = buffer.cpu().unwrap().as_ptr().cast_mut();
         sim::reset();
         sim::fail_call(c"cudaHostUnregister", number, ILLEGAL, true, false);
@@ -423,9 +423,9 @@ fn pages_that_may_still_be_registered_after_a_release_are_never_unmapped() {
         // Ends the program where what is pinned is not mapped.
         sim::heal();
         // Nobody else will.
-        let piece = address.wrapping_add((number as usize - 1) * PIECE);
+        let registration = address.wrapping_add((number as usize - 1) * REGISTRATION);
         // SAFETY: the piece is registered, and nothing is in flight.
-        let status = unsafe { sys::cudaHostUnregister(piece.cast()) };
+        let status = unsafe { sys::cudaHostUnregister(registration.cast()) };
         assert_eq!(status, sys::cudaError::cudaSuccess);
         // SAFETY: the pages were leaked, and nothing refers to them.
         assert_eq!(unsafe { libc::munmap(address.cast(), PAGES) }, 0);

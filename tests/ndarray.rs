@@ -1,4 +1,4 @@
-//! An array of the `ndarray` crate is the host half in the buffer's shape, and waits as the slice does.
+//! An array of the `ndarray` crate is the host side in the buffer's shape, and waits as the slice does.
 
 #![cfg(feature = "ndarray")]
 
@@ -15,7 +15,7 @@ const OLD: u32 = 0x0101_0101;
 const NEW: u32 = 0x1234_5678;
 
 #[test]
-fn an_array_is_the_host_half_in_the_buffers_shape() {
+fn an_array_is_the_host_side_in_the_buffers_shape() {
     let _turn = common::turn();
     for device in common::devices() {
         for shape in [&[7][..], &[2, 3], &[1, 1, 5, 1], &[2, 1, 2, 1, 2, 1, 2, 1], &[3, 0, 2]] {
@@ -49,7 +49,7 @@ fn arrays_of_members_have_the_members_shapes() {
     for device in common::devices() {
         let mut builder = GroupLayoutBuilder::new();
         let (ids, table) = (builder.add::<i64>(5), builder.add::<f32>([3, 4]));
-        let layout = builder.finish();
+        let layout = builder.build();
         let strange = GroupLayoutBuilder::new().add::<i64>(5);
         let mut group = BufferGroup::new(&layout, device).unwrap();
         group.cpu_array_mut(table).unwrap().index_axis_mut(Axis(0), 1).fill(0.5);
@@ -94,7 +94,7 @@ fn an_array_waits_as_the_slice_does() {
 
     let mut builder = GroupLayoutBuilder::new();
     let key = builder.add::<u32>([WORDS / 3, 3]);
-    let layout = builder.finish();
+    let layout = builder.build();
     let mut group = BufferGroup::new(&layout, device).unwrap();
     group.cpu_array_mut(key).unwrap().fill(OLD);
     let gate = Gate::close(&stream);

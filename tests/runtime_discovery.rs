@@ -47,7 +47,7 @@ fn found(sealed: &[String], directory: &Path, variables: &[(&str, PathBuf)]) -> 
 
 /// What such a process says after a word.
 fn said(sealed: &[String], directory: &Path, variables: &[(&str, PathBuf)], word: &str) -> String {
-    let asked = common::own_process("a_runtime_says_what_it_is", &[]);
+    let asked = common::subprocess("a_runtime_says_what_it_is", &[]);
     let mut words = sealed.iter().map(AsRef::as_ref).chain([asked.get_program()]);
     let mut command = Command::new(words.next().unwrap());
     command.args(words).args(asked.get_args());
@@ -410,9 +410,9 @@ fn the_current_directory_is_never_searched() {
 fn a_linked_runtime_is_the_one_whatever_is_named() {
     use cpu_gpu_buffer::{Device, Error};
     let test = "a_linked_runtime_is_the_one_whatever_is_named";
-    if !common::is_own_process() {
+    if !common::is_subprocess() {
         let named = [("CUDART_LIBRARY", "/nothing-here/libcudart.so.13")];
-        let output = common::in_own_process(test, &named);
+        let output = common::in_subprocess(test, &named);
         return assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     }
     let runtime = sys::runtime().unwrap();

@@ -9,7 +9,7 @@ use common::sim::{self, Limits};
 use common::{Foreign, Gate, all};
 use cpu_gpu_buffer::{
     BufferGroup, BufferOptions, CpuGpuBuffer, Device, Error, GroupLayout, GroupLayoutBuilder,
-    GroupRing, HostFlags, Key, Pinning, Result, Side, Stream,
+    GroupRing, HostFlags, MemberKey, Pinning, Result, Side, Stream,
 };
 
 /// More than the largest piece of a chunk, so that each host side is registered by itself.
@@ -38,7 +38,7 @@ fn works_and_is_guarded(buffer: &mut CpuGpuBuffer<u32>, device: Device) {
     buffer.fill_cpu(OLD).unwrap();
     let gate = Gate::close(&stream);
     gate.waits(|| {
-        // A pageable half may make this wait for the gate.
+        // A pageable side may make this wait for the gate.
         // SAFETY: the memory has as many words.
         unsafe { buffer.copy_to_device_ptr(.., foreign.as_ptr(), &stream) }.unwrap();
         assert!(gate.is_open() || buffer.try_cpu_mut().unwrap().is_none());
@@ -82,7 +82,7 @@ fn where_no_more_can_be_pinned_preferred_is_pageable_and_required_an_error() {
     };
     assert_eq!(bytes, BYTES);
     assert!(reason.contains("cudaHostAlloc") && reason.contains("MemoryAllocation"), "{reason}");
-    assert_eq!(sim::live(), before, "the device half was not given back");
+    assert_eq!(sim::live(), before, "the device side was not given back");
     // One that is there already stays as it is.
     pinned.fill_cpu(OLD).unwrap();
     let grown = pinned.resize(2 * WORDS);
@@ -131,8 +131,8 @@ fn a_device_that_refuses_registering_is_not_asked_again() {
         return common::left_out(test, "only the simulated runtime refuses when it is told to");
     }
     // The refusal is remembered for the life of the process.
-    if !common::is_own_process() {
-        let output = common::in_own_process(test, &[]);
+    if !common::is_subprocess() {
+        let output = common::in_subprocess(test, &[]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         return assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
     }
@@ -230,10 +230,10 @@ fn where_the_device_is_full_the_error_says_so_and_nothing_stays_behind() {
 // ---- groups ----
 
 /// Members of so many bytes together.
-fn members() -> (Vec<Key<u32>>, GroupLayout) {
+fn members() -> (Vec<MemberKey<u32>>, GroupLayout) {
     let mut builder = GroupLayoutBuilder::new();
     let keys = (0..4).map(|_| builder.add(WORDS / 4)).collect();
-    (keys, builder.finish())
+    (keys, builder.build())
 }
 
 fn grouped(layout: &GroupLayout, pinning: Pinning, device: Device) -> Result<BufferGroup> {
@@ -251,7 +251,7 @@ fn a_group_that_cannot_be_pinned_is_pageable_and_guarded_or_an_error() {
     let before = sim::live();
     let required = grouped(&layout, Pinning::Required, device).map(drop);
     assert!(matches!(required, Err(Error::PinningUnavailable { .. })), "{required:?}");
-    assert_eq!(sim::live(), before, "the device half was not given back");
+    assert_eq!(sim::live(), before, "the device side was not given back");
     let mut group = grouped(&layout, Pinning::Preferred, device).unwrap();
     assert!(!group.is_pinned() && sim::live()[1] == before[1]);
     let stream = Stream::new(device).unwrap();
@@ -301,7 +301,7 @@ fn a_group_for_which_the_device_is_too_full_leaves_nothing_behind() {
         assert_eq!(sim::live(), before, "{pinning:?}");
         all(group.cpu(keys[3]).unwrap(), 0);
         drop(group);
-        // One device half, however many host halves.
+        // One device side, however many host slots.
         drop(GroupRing::new(&layout, device, 3).unwrap());
     }
 }

@@ -10,7 +10,7 @@ mod runtime;
 use std::ffi::{CStr, c_void};
 
 use cudart_sys as sys;
-use runtime::{in_own_process, is_own_process};
+use runtime::{in_subprocess, is_subprocess};
 
 const SUCCESS: sys::cudaError_t = sys::cudaError::cudaSuccess;
 const UP: sys::cudaMemcpyKind = sys::cudaMemcpyKind::cudaMemcpyHostToDevice;
@@ -156,7 +156,7 @@ fn a_racy_program_gets_wrong_bytes_with_every_seed() {
             "elsewhere than on the simulated runtime a race may be won",
         );
     }
-    if is_own_process() {
+    if is_subprocess() {
         let racer = Racer::new();
         let count =
             |race: fn(&Racer, u8) -> bool| (0..ROUNDS).filter(|round| race(&racer, *round)).count();
@@ -168,7 +168,7 @@ fn a_racy_program_gets_wrong_bytes_with_every_seed() {
         return assert!(up > 0 && gathered > 0 && down > 0, "a race was won every time");
     }
     for seed in 1..=24 {
-        let output = in_own_process(test, &[("CUDART_SIM_SEED", &seed.to_string())]);
+        let output = in_subprocess(test, &[("CUDART_SIM_SEED", &seed.to_string())]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.success() && text.contains("1 passed"), "seed {seed}: {text}");
         println!("seed {seed}: {}", text.lines().find(|line| line.contains("wrong")).unwrap_or(""));
