@@ -1,4 +1,4 @@
-// Fills device memory with a pattern of any length, at any address: see src/fill.rs for the host side.
+// Fills device memory with a pattern of any length, at any address: see src/transfer/fill.rs for the host side.
 //
 // A fill repeats a period of `period` 16-byte vectors; the host writes the element out until it comes
 // round to a multiple of 16 bytes, so that a thread only ever stores whole vectors that it holds in

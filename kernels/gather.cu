@@ -1,4 +1,4 @@
-// Copies many ranges between mapped host memory and device memory in one launch: see src/gather.rs for the host side.
+// Copies many ranges between mapped host memory and device memory in one launch: see src/transfer/gather.rs for the host side.
 //
 // Every range lies at the same offset in both slabs, which are aligned to 256 bytes: so both ends of a range have the
 // same distance to a bound of 16 bytes, and all but its first and last bytes are whole vectors. Exactly the bytes of

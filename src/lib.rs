@@ -93,67 +93,42 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod buffer;
-#[cfg(unix)]
-mod chunks;
-mod device;
-mod device_memory;
-#[cfg(feature = "dlpack")]
-pub mod dlpack;
+mod cuda;
 mod element;
 mod error;
-mod event;
-#[cfg(feature = "dlpack")]
-mod exports;
-mod fill;
-mod fork;
-mod gather;
-mod graph;
+mod flight;
 mod group;
-mod host;
-mod host_limit;
-mod kernels;
-mod layout;
-mod members;
-mod moves;
-#[cfg(feature = "ndarray")]
-mod ndarray;
-#[cfg(unix)]
-mod pages;
+mod interop;
+mod memory;
 mod pool;
-mod raw;
-mod record;
-#[cfg(unix)]
-mod registered;
-mod ring;
 /// The unit tests choose their runtime as the others do.
 #[cfg(test)]
 #[path = "../tests/common/runtime.rs"]
 mod runtime;
 mod shape;
-mod slab;
 mod slots;
-mod storage;
 mod stream;
 mod switches;
 mod sync;
-mod ticket;
-mod view;
+mod transfer;
 
 pub use cudart_sys as sys;
 
-pub use buffer::{BufferOptions, CpuGpuBuffer};
-pub use device::{Device, MemoryInfo};
+pub use buffer::buffer::{BufferOptions, CpuGpuBuffer};
+pub use buffer::view::GpuView;
+pub use cuda::device::{Device, MemoryInfo};
 pub use element::{DType, Element};
 pub use error::{Error, Result, Side};
-pub use event::Event;
-pub use group::{BufferGroup, GroupView, MembersMut};
-pub use host::{HostFlags, Pinning, is_pinned_memory_available};
-pub use layout::{GroupLayout, GroupLayoutBuilder, MemberKey, MemberRows};
-pub use pool::{BufferPool, PoolGrowth, PoolOptions, PoolStats};
-pub use ring::{BufferRing, GroupRing};
+pub use group::group::{BufferGroup, GroupView, MembersMut};
+pub use group::layout::{GroupLayout, GroupLayoutBuilder, MemberKey, MemberRows};
+pub use group::ring::{BufferRing, GroupRing};
+#[cfg(feature = "dlpack")]
+pub use interop::dlpack;
+pub use memory::host::{HostFlags, Pinning, is_pinned_memory_available};
+pub use pool::pool::{BufferPool, PoolGrowth, PoolOptions, PoolStats};
 pub use shape::Shape;
-pub use stream::{Stream, StreamFlags, StreamOptions, WaitPolicy};
-pub use view::GpuView;
+pub use stream::event::Event;
+pub use stream::stream::{Stream, StreamFlags, StreamOptions, WaitPolicy};
 
 /// The guide, as a page of the documentation.
 ///

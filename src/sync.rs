@@ -1,4 +1,4 @@
-//! The primitives under [`ticket`](crate::ticket) and [`slots`](crate::slots), in one place so that their
+//! The primitives under [`ticket`](crate::stream::ticket) and [`slots`](crate::slots), in one place so that their
 //! models (`tests/models`) can put loom's in their stead.
 
 use std::cell::Cell;

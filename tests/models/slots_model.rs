@@ -1,4 +1,4 @@
-//! The slots of a pool, model-checked: loom runs the shipped `src/slots.rs` through every interleaving that
+//! The slots of a pool, model-checked: loom runs the shipped `src/slots/mod.rs` through every interleaving that
 //! matters, and the same models fail when an ordering or a step is broken.
 //!
 //! What a slot holds is a cell of loom's, which fails when two threads touch it without an order between them.
@@ -117,7 +117,7 @@ mod sync {
     }
 }
 
-#[path = "../../src/slots.rs"]
+#[path = "../../src/slots/mod.rs"]
 mod slots;
 
 use slots::{Lease, Slots};

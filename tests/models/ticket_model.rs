@@ -1,4 +1,4 @@
-//! The order of copy, ticket and event, model-checked: loom runs the shipped `src/ticket.rs` through every
+//! The order of copy, ticket and event, model-checked: loom runs the shipped `src/stream/ticket.rs` through every
 //! interleaving that matters, and the same models fail when the order or a memory ordering is broken.
 //!
 //! The model of CUDA is as weak as the proof allows: what one thread enqueues is visible to another
@@ -58,7 +58,7 @@ mod sync {
     }
 }
 
-#[path = "../../src/ticket.rs"]
+#[path = "../../src/stream/ticket.rs"]
 mod ticket;
 
 use ticket::{TicketCell, Tickets};

@@ -1,0 +1,776 @@
+//! The paired buffer: host and device memory of one shape, as elements.
+//!
+//! The ordering model is that of [`storage`](crate::buffer::storage), where the in-flight rule stands. This file
+//! turns shapes, rows and elements into its bytes.
+
+use std::alloc::Layout;
+use std::any::type_name;
+use std::fmt;
+use std::marker::PhantomData;
+use std::mem;
+use std::ops::{Range, RangeBounds};
+use std::slice;
+
+use bytemuck::Pod;
+
+#[cfg(feature = "dlpack")]
+use crate::buffer::storage::Storage;
+use crate::buffer::storage::{BOTH, SideLayout, StorageHandle};
+use crate::buffer::view::GpuView;
+use crate::cuda::device::Device;
+use crate::element::{DType, Element};
+use crate::error::{Error, Result, Side};
+use crate::memory::device_memory::DeviceMemory;
+use crate::memory::host::{HostFlags, Pinning};
+use crate::shape::{Shape, select};
+use crate::stream::stream::Stream;
+
+/// How a buffer is made.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Pinning};
+///
+/// let options = BufferOptions { pinning: Pinning::Never, ..Default::default() };
+/// let buffer = CpuGpuBuffer::<f32>::with_options([8, 4], Device::auto(), options)?;
+/// assert!(!buffer.is_pinned());
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BufferOptions {
+    /// Whether the host side is pinned: [`Pinning::Preferred`] unless given.
+    pub pinning: Pinning,
+    /// How it is pinned: all flags unless given.
+    pub host_flags: HostFlags,
+}
+
+impl Default for BufferOptions {
+    fn default() -> BufferOptions {
+        BufferOptions { pinning: Pinning::Preferred, host_flags: HostFlags::all() }
+    }
+}
+
+/// Pinned host memory and device memory of one shape, with asynchronous copies between them that no
+/// safe program can race with.
+///
+/// A copy is enqueued on a stream and runs beside the program. The buffer remembers it: an accessor of
+/// the host side waits for the copies that make it unsafe to look, and for nothing else. Whether the
+/// buffer is moved, sent to another thread, swapped, dropped or forgotten meanwhile makes no difference.
+///
+/// ```
+/// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+///
+/// let device = Device::auto();
+/// let stream = Stream::new(device)?;
+/// let mut tokens = CpuGpuBuffer::<i32>::new([32, 8], device)?;
+///
+/// tokens.cpu_mut()?[..16].fill(7);
+/// tokens.copy_to_gpu(..2, &stream)?; // returns at once
+/// tokens.copy_to_cpu(.., &stream)?; // so does this
+/// assert_eq!(tokens.cpu()?[..17], [vec![7; 16], vec![0]].concat()); // waits for the second
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+///
+/// # Dropping
+///
+/// Drop waits for what the buffer has in flight. Releasing CUDA memory then waits for the whole device,
+/// as `cudaFree` and `cudaHostUnregister` do; keep buffers rather than making new ones. Where it cannot be
+/// known whether something still uses the memory, it is leaked: where the driver answers with an error,
+/// and where a stream of [`gpu_on`](Self::gpu_on)'s is being captured into a graph.
+///
+/// # Tensors of other libraries
+///
+/// With the feature `dlpack`, either side can be lent to a tensor of PyTorch, JAX and others. While one lives, whatever
+/// touches that side answers [`Error::Exported`]: the module `dlpack` says what is guarded, and how.
+pub struct CpuGpuBuffer<T: Pod> {
+    storage: StorageHandle,
+    elements: PhantomData<T>,
+}
+
+// SAFETY: the buffer owns elements of `T` in its host side, as a `Vec<T>` does, and its other parts are
+// `Send` and `Sync`.
+unsafe impl<T: Pod + Send> Send for CpuGpuBuffer<T> {}
+// SAFETY: through a shared reference elements can be read, as of a `Vec<T>`.
+unsafe impl<T: Pod + Sync> Sync for CpuGpuBuffer<T> {}
+
+// The buffer's own parts must not rely on the promises above.
+const _: () = {
+    const fn send_and_sync<P: Send + Sync>() {}
+    send_and_sync::<StorageHandle>();
+};
+
+impl<T: Pod> CpuGpuBuffer<T> {
+    /// A buffer with both sides zeroed, its host side pinned where that works.
+    ///
+    /// A buffer without bytes uses no device: it is `Ok` for one that does not exist, too.
+    /// [`resize`](Self::resize) returns the error then.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidShape`], [`Error::Unavailable`] for a device that cannot be used,
+    /// [`Error::OutOfMemory`], or an error of the driver's.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<f32>::new([32, 768], Device::Cpu)?;
+    /// assert_eq!(buffer.cpu()?, [0.0; 32 * 768]);
+    ///
+    /// let mut none = CpuGpuBuffer::<f32>::new(0, Device::Cuda(77))?;
+    /// assert!(none.cpu()?.is_empty() && none.resize(1).is_err());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn new(shape: impl Into<Shape>, device: Device) -> Result<Self> {
+        Self::with_options(shape, device, BufferOptions::default())
+    }
+
+    /// A buffer with both sides zeroed, made as `options` say.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`] where pinning is required.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Error, Pinning};
+    ///
+    /// // Rather no buffer than one whose copies are staged.
+    /// let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
+    /// match CpuGpuBuffer::<f32>::with_options(1024, Device::auto(), options) {
+    ///     Ok(buffer) => assert!(buffer.is_pinned()),
+    ///     Err(Error::PinningUnavailable { bytes, .. }) => assert_eq!(bytes, 4096), // on the CPU, say
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn with_options(
+        shape: impl Into<Shape>,
+        device: Device,
+        options: BufferOptions,
+    ) -> Result<Self> {
+        Ok(Self::stored(StorageHandle::own(Self::side_layout(shape.into())?, device, options)?))
+    }
+
+    pub(crate) fn stored(storage: StorageHandle) -> Self {
+        CpuGpuBuffer { storage, elements: PhantomData }
+    }
+
+    #[cfg(feature = "dlpack")]
+    pub(crate) fn storage_mut(&mut self) -> &mut Storage {
+        &mut self.storage
+    }
+
+    /// A shape of this type's elements.
+    pub(crate) fn side_layout(shape: Shape) -> Result<SideLayout> {
+        let numel = shape.numel(size_of::<T>())?;
+        let bytes = numel * size_of::<T>();
+        let align = align_of::<T>().max(DeviceMemory::ALIGN);
+        let layout = Layout::from_size_align(bytes, align).map_err(|_| Error::InvalidShape {
+            reason: format!("{bytes} bytes at an alignment of {align} overflow isize"),
+        })?;
+        Ok(SideLayout { shape, numel, layout })
+    }
+
+    // ---- the host side ----
+
+    /// The host side, to read. Waits for a pending copy *into* it, and for nothing else: not for an
+    /// upload, a kernel, or a fill of the device side.
+    ///
+    /// # Errors
+    ///
+    /// An error of the driver's, which may be that of earlier work on the stream.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut sampled = CpuGpuBuffer::<u32>::new(4, Device::Cpu)?;
+    /// sampled.fill_gpu(9, &stream)?;
+    /// sampled.copy_to_cpu(..3, &stream)?;
+    /// assert_eq!(sampled.cpu()?, [9, 9, 9, 0]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    #[inline]
+    pub fn cpu(&self) -> Result<&[T]> {
+        self.storage.wait_to_read()?;
+        // SAFETY: no copy writes the host side, and none can be enqueued while this borrow lives.
+        Ok(unsafe { self.host_slice() })
+    }
+
+    /// The host side, to write. Waits for any pending copy into or out of it, and for nothing else.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<u8>::new(3, Device::Cpu)?;
+    /// buffer.cpu_mut()?.copy_from_slice(b"abc");
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    #[inline]
+    pub fn cpu_mut(&mut self) -> Result<&mut [T]> {
+        self.storage.wait_to_write()?;
+        // SAFETY: no copy touches the host side, and none can be enqueued while this borrow lives.
+        Ok(unsafe { self.host_slice_mut() })
+    }
+
+    /// The host side, to read; `None` where [`cpu`](Self::cpu) would wait.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<u8>::new(3, Device::Cpu)?;
+    /// if let Some(host) = buffer.try_cpu()? {
+    ///     assert_eq!(host, [0, 0, 0]);
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn try_cpu(&self) -> Result<Option<&[T]>> {
+        Ok(match self.storage.may_read()? {
+            // SAFETY: as in `cpu`.
+            true => Some(unsafe { self.host_slice() }),
+            false => None,
+        })
+    }
+
+    /// The host side, to write; `None` where [`cpu_mut`](Self::cpu_mut) would wait.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<u8>::new(3, Device::Cpu)?;
+    /// match buffer.try_cpu_mut()? {
+    ///     Some(host) => host.fill(1),
+    ///     None => println!("still in flight"),
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn try_cpu_mut(&mut self) -> Result<Option<&mut [T]>> {
+        Ok(match self.storage.may_write()? {
+            // SAFETY: as in `cpu_mut`.
+            true => Some(unsafe { self.host_slice_mut() }),
+            false => None,
+        })
+    }
+
+    // ---- transfers ----
+
+    /// Copies rows of the host side to the same rows of the device side, on `stream`, after everything
+    /// that this buffer has pending on any stream. Returns as soon as the copy is enqueued
+    /// (`cudaMemcpyAsync`); a host side that is not pinned may be staged first.
+    ///
+    /// `rows` selects the first dimension: `..`, `..n`, `a..b`.
+    ///
+    /// # Errors
+    ///
+    /// With nothing changed: [`Error::OutOfRange`], [`Error::DeviceMismatch`],
+    /// [`Error::StreamCapturing`]. After an error of the driver's the copy counts as in flight, until
+    /// the driver says otherwise.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut ids = CpuGpuBuffer::<i64>::new([64, 2], Device::Cpu)?;
+    /// ids.cpu_mut()?[..6].copy_from_slice(&[1, 2, 3, 4, 5, 6]);
+    /// ids.copy_to_gpu(..3, &stream)?;
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn copy_to_gpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
+        let range = self.bytes_of(&rows)?;
+        self.storage.copy_to_gpu(range, stream)
+    }
+
+    /// Copies rows of the device side to the same rows of the host side, on `stream`, after everything
+    /// that this buffer has pending on any stream. Returns as soon as the copy is enqueued, unless the
+    /// host side is not pinned.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut logits = CpuGpuBuffer::<f32>::new([4, 2], Device::Cpu)?;
+    /// logits.fill_gpu(0.5, &stream)?;
+    /// logits.copy_to_cpu(1..3, &stream)?;
+    /// assert_eq!(logits.cpu()?, [0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn copy_to_cpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
+        let range = self.bytes_of(&rows)?;
+        self.storage.copy_to_cpu(range, stream)
+    }
+
+    /// [`copy_to_gpu`](Self::copy_to_gpu) into device memory that somebody else owns. `to` is the
+    /// address of row 0, and row `i` goes to row `i`. Only the selected rows need exist there.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// # Safety
+    ///
+    /// From the call until the copy has finished, of the rows of `to` that `rows` selects:
+    ///
+    /// - **Valid:** they are valid for writes, and lie in one allocation. A pointer made from a
+    ///   `&[T]` is not valid for writes.
+    /// - **Until when:** they stay allocated. Do not free them, or return them to a caching
+    ///   allocator, before the copy has finished, which may be long after this call.
+    /// - **Device:** they are memory of `stream`'s device; on [`Device::Cpu`], memory of the
+    ///   program, outside of this buffer.
+    /// - **Aliasing:** the host neither reads nor writes them, and no reference to them is used.
+    /// - **Stream:** other work on them is sent to `stream`, or ordered before or after the copy by
+    ///   events. The buffer does not order it.
+    ///
+    /// They need be neither initialised nor aligned. The copy has finished when
+    /// [`cpu_mut`](Self::cpu_mut), [`synchronize`](Self::synchronize) or [`Stream::synchronize`]
+    /// has returned `Ok` after it; on the CPU, when this returns. After an error of the driver's it
+    /// may still run: keep the memory until one of these returns `Ok`.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut theirs = vec![0u32; 8];
+    /// let mut ours = CpuGpuBuffer::<u32>::new([4, 2], Device::Cpu)?;
+    /// ours.fill_cpu(3)?;
+    /// // SAFETY: `theirs` has 4 rows of 2 words, and nothing else looks at it.
+    /// unsafe { ours.copy_to_device_ptr(1..2, theirs.as_mut_ptr(), &stream) }?;
+    /// assert_eq!(theirs, [0, 0, 3, 3, 0, 0, 0, 0]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub unsafe fn copy_to_device_ptr(
+        &mut self,
+        rows: impl RangeBounds<usize>,
+        to: *mut T,
+        stream: &Stream,
+    ) -> Result<()> {
+        let range = self.bytes_of(&rows)?;
+        let to = to.cast::<u8>().wrapping_add(range.start);
+        // SAFETY: the caller vouches for the selected rows of `to`, which are these bytes.
+        unsafe { self.storage.copy_to_device_ptr(range, to, stream) }
+    }
+
+    /// [`copy_to_cpu`](Self::copy_to_cpu) out of device memory that somebody else owns. `from` is
+    /// the address of row 0, and row `i` goes to row `i`. Only the selected rows need exist there.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// # Safety
+    ///
+    /// From the call until the copy has finished, of the rows of `from` that `rows` selects:
+    ///
+    /// - **Valid:** they are valid for reads, and lie in one allocation.
+    /// - **Until when:** they stay allocated. Do not free them, or return them to a caching
+    ///   allocator, before the copy has finished, which may be long after this call.
+    /// - **Initialised:** all their bytes are, by work that is ordered before the copy.
+    /// - **Device:** they are memory of `stream`'s device; on [`Device::Cpu`], memory of the
+    ///   program, outside of this buffer.
+    /// - **Aliasing:** nothing writes them, and no exclusive reference to them is used.
+    /// - **Stream:** work that writes them is sent to `stream`, or ordered before or after the copy
+    ///   by events. The buffer does not order it.
+    ///
+    /// They need not be aligned. The copy has finished when [`cpu`](Self::cpu),
+    /// [`synchronize`](Self::synchronize) or [`Stream::synchronize`] has returned `Ok` after it; on
+    /// the CPU, when this returns. After an error of the driver's it may still run.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let theirs = [0.5f32, 1.5, 2.5, 3.5];
+    /// let mut ours = CpuGpuBuffer::<f32>::new([2, 2], Device::Cpu)?;
+    /// // SAFETY: `theirs` has 2 rows of 2 numbers, and nobody writes it.
+    /// unsafe { ours.copy_from_device_ptr(1.., theirs.as_ptr(), &stream) }?;
+    /// assert_eq!(ours.cpu()?, [0.0, 0.0, 2.5, 3.5]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub unsafe fn copy_from_device_ptr(
+        &mut self,
+        rows: impl RangeBounds<usize>,
+        from: *const T,
+        stream: &Stream,
+    ) -> Result<()> {
+        let range = self.bytes_of(&rows)?;
+        let from = from.cast::<u8>().wrapping_add(range.start);
+        // SAFETY: the caller vouches for the selected rows of `from`, which are these bytes.
+        unsafe { self.storage.copy_from_device_ptr(range, from, stream) }
+    }
+
+    /// Whether nothing that this buffer was used for is still running: transfers, fills, and what the
+    /// streams given to [`gpu_on`](Self::gpu_on) were sent until now.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu); [`Error::StreamCapturing`] where a stream of `gpu_on`'s has since begun
+    /// to be captured.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<u8>::new(3, Device::Cpu)?;
+    /// assert!(buffer.is_idle()?);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn is_idle(&self) -> Result<bool> {
+        self.storage.is_idle()
+    }
+
+    /// Waits until [`is_idle`](Self::is_idle), and for nothing else.
+    ///
+    /// # Errors
+    ///
+    /// As for [`is_idle`](Self::is_idle).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut weights = CpuGpuBuffer::<f32>::new([1024, 64], stream.device())?;
+    /// weights.copy_to_gpu(.., &stream)?;
+    /// weights.synchronize()?;
+    /// assert!(weights.is_idle()? && weights.try_cpu_mut()?.is_some());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn synchronize(&self) -> Result<()> {
+        self.storage.wait_for_all()
+    }
+
+    // ---- both sides ----
+
+    /// Sets every element of both sides: the host side before this returns, which waits for pending
+    /// copies as [`cpu_mut`](Self::cpu_mut) does, the device side on `stream`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut buffer = CpuGpuBuffer::<f64>::new(5, Device::Cpu)?;
+    /// buffer.fill(-1.0, &stream)?;
+    /// assert_eq!(buffer.cpu()?, [-1.0; 5]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn fill(&mut self, value: T, stream: &Stream) -> Result<()> {
+        self.storage.enter_for_work(&BOTH, stream)?;
+        self.storage.wait_to_write()?;
+        self.fill_gpu(value, stream)?;
+        // SAFETY: no copy touches the host side since the wait: a fill enqueues none.
+        set(unsafe { self.host_slice_mut() }, value);
+        Ok(())
+    }
+
+    /// Sets every element of the host side, after pending copies into or out of it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut slots = CpuGpuBuffer::<i64>::new([4, 2], Device::Cpu)?;
+    /// slots.fill_cpu(-1)?; // what kernels take for padding
+    /// slots.cpu_mut()?[..2].copy_from_slice(&[8, 9]);
+    /// slots.copy_to_gpu(.., &stream)?;
+    /// assert_eq!(slots.cpu()?[..4], [8, 9, -1, -1]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn fill_cpu(&mut self, value: T) -> Result<()> {
+        set(self.cpu_mut()?, value);
+        Ok(())
+    }
+
+    /// Sets every element of the device side on `stream`, after everything that this buffer has
+    /// pending on any stream. Returns as soon as that is enqueued: as a memset of the driver's where the
+    /// bytes of `value` repeat every 1, 2 or 4 and there is less than 64 KB to fill, and as a kernel otherwise.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut buffer = CpuGpuBuffer::<[u8; 3]>::new(2, Device::Cpu)?;
+    /// buffer.fill_gpu([1, 2, 3], &stream)?;
+    /// assert_eq!(buffer.cpu()?, [[0; 3]; 2]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn fill_gpu(&mut self, value: T, stream: &Stream) -> Result<()> {
+        if self.device() != Device::Cpu {
+            return self.storage.fill_gpu(bytemuck::bytes_of(&value), stream);
+        }
+        self.storage.enter_for_work(&[Side::Device], stream)?;
+        if self.nbytes() > 0 {
+            let address = self.storage.gpu_ptr().cast::<T>();
+            // SAFETY: on the CPU the device side is ordinary memory of this many elements, and has
+            // no work in flight.
+            set(unsafe { slice::from_raw_parts_mut(address, self.numel()) }, value);
+        }
+        Ok(())
+    }
+
+    /// Sets every byte of both sides to zero, in the order of [`fill`](Self::fill). No element is
+    /// made on the stack, however large it is.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut counts = CpuGpuBuffer::<u32>::new(8, Device::Cpu)?;
+    /// counts.fill(5, &stream)?;
+    /// counts.zero(&stream)?;
+    /// assert_eq!(counts.cpu()?, [0; 8]);
+    /// assert_eq!(counts.gpu_on(&stream)?.as_host_slice(), Some(&[0; 8][..]));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn zero(&mut self, stream: &Stream) -> Result<()> {
+        self.storage.zero(stream)
+    }
+
+    /// Gives the buffer another shape, with both sides zeroed. Memory is kept where the new shape fits:
+    /// then this waits for pending copies of the host side only, and the device address stays.
+    /// Otherwise both sides are made anew, after everything that the buffer has pending.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new) and [`cpu`](Self::cpu). The buffer is as it was.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<u8>::new([4, 4], Device::Cpu)?;
+    /// buffer.resize([2, 3, 5])?;
+    /// assert_eq!(buffer.shape(), [2, 3, 5]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn resize(&mut self, shape: impl Into<Shape>) -> Result<()> {
+        let side_layout = Self::side_layout(shape.into())?;
+        if side_layout.layout.size() <= self.storage.capacity() {
+            return self.storage.reshape_zeroed(side_layout);
+        }
+        self.storage.wait_for_consumers(&BOTH)?;
+        let larger = StorageHandle::own(side_layout, self.device(), self.storage.options())?;
+        self.storage.wait_for_all()?;
+        // With it may go the owner of a foreign stream, which may panic.
+        drop(mem::replace(&mut self.storage, larger));
+        Ok(())
+    }
+
+    // ---- the device side ----
+
+    /// The device side, for kernels and libraries on `stream`: orders the stream after everything that
+    /// this buffer has pending, and remembers that it may use the memory from now on. Whatever the
+    /// buffer does next, on any stream, waits for what `stream` was sent by then.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<f32>::new([16, 16], stream.device())?;
+    /// let view = buffer.gpu_on(&stream)?;
+    /// // Launch kernels on `stream.as_raw()` with `view.as_mut_ptr()` here, while the view lives.
+    /// assert_eq!(view.len(), 256);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn gpu_on(&mut self, stream: &Stream) -> Result<GpuView<'_, T>> {
+        self.storage.use_on(stream)?;
+        Ok(GpuView::new(self.device_ptr(), *self.storage.shape(), self.numel(), self.device()))
+    }
+
+    /// The address of the device side, ordered with nothing, not even with its first zeroing: for
+    /// graph capture, where [`gpu_on`](Self::gpu_on) was called before, and for logging. It changes
+    /// only with a [`resize`](Self::resize) beyond all earlier sizes. It is null if the buffer
+    /// never had bytes; a buffer that was resized to none keeps its memory and the address.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let mut buffer = CpuGpuBuffer::<f32>::new(256, Device::auto())?;
+    /// let captured = buffer.device_ptr();
+    /// buffer.resize(64)?;
+    /// buffer.resize([16, 16])?; // as large as it was
+    /// assert_eq!(buffer.device_ptr(), captured); // a graph that was captured with it is still good
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn device_ptr(&self) -> *mut T {
+        self.storage.gpu_ptr().cast()
+    }
+
+    // ---- what it is ----
+
+    /// The dimensions, outermost first.
+    ///
+    /// ```
+    /// let mut buffer = cpu_gpu_buffer::CpuGpuBuffer::<u8>::new([2, 3], cpu_gpu_buffer::Device::Cpu)?;
+    /// assert_eq!(buffer.shape(), [2, 3]);
+    /// buffer.resize(7)?;
+    /// assert_eq!(buffer.shape(), [7]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn shape(&self) -> &[usize] {
+        self.storage.shape().dims()
+    }
+
+    /// The number of elements of one side.
+    ///
+    /// ```
+    /// let buffer = cpu_gpu_buffer::CpuGpuBuffer::<[f32; 2]>::new([4, 5], cpu_gpu_buffer::Device::Cpu)?;
+    /// assert_eq!(buffer.numel(), 20); // of two numbers each
+    /// assert_eq!(buffer.cpu()?.len(), buffer.numel());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn numel(&self) -> usize {
+        self.storage.numel()
+    }
+
+    /// The bytes of one side.
+    ///
+    /// ```
+    /// let buffer = cpu_gpu_buffer::CpuGpuBuffer::<f64>::new([4, 5], cpu_gpu_buffer::Device::Cpu)?;
+    /// assert_eq!(buffer.nbytes(), 4 * 5 * 8); // pinned, and as many on the device
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn nbytes(&self) -> usize {
+        self.storage.bytes()
+    }
+
+    /// The device of the device side.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let buffer = CpuGpuBuffer::<u8>::new(16, Device::auto())?;
+    /// let stream = Stream::new(buffer.device())?; // one that the buffer takes
+    /// assert_eq!(stream.device(), buffer.device());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn device(&self) -> Device {
+        self.storage.device()
+    }
+
+    /// Whether the host side is pinned.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<u8>::new(1 << 20, Device::auto())?;
+    /// if buffer.device() != Device::Cpu && !buffer.is_pinned() {
+    ///     eprintln!("copies go by way of the driver's own pinned memory, and may make the caller wait");
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn is_pinned(&self) -> bool {
+        self.storage.is_pinned()
+    }
+
+    /// Why the host side is pageable although [`Pinning::Preferred`] asked for pinned memory.
+    /// `None` if it is pinned, if [`Pinning::Never`] was asked for, if it has no bytes, and on
+    /// [`Device::Cpu`].
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<u8>::new(1 << 20, Device::auto())?;
+    /// if let Some(reason) = buffer.pinning_error() {
+    ///     eprintln!("copies may make the caller wait: {reason}");
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn pinning_error(&self) -> Option<&Error> {
+        self.storage.pinning_error()
+    }
+
+    /// The element type.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, DType, Device};
+    ///
+    /// let buffer = CpuGpuBuffer::<i64>::new(16, Device::Cpu)?;
+    /// assert_eq!(buffer.dtype(), DType::I64);
+    /// assert_eq!(format!("{buffer:?}"), "CpuGpuBuffer(shape=[16], dtype=i64, device=cpu, pinned=false)");
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn dtype(&self) -> DType
+    where
+        T: Element,
+    {
+        T::DTYPE
+    }
+
+    /// The bytes of a range of rows.
+    #[inline]
+    fn bytes_of(&self, rows: &impl RangeBounds<usize>) -> Result<Range<usize>> {
+        let all = self.storage.shape().rows();
+        let rows = select(rows, all, None)?;
+        let row = self.nbytes().checked_div(all).unwrap_or(0);
+        Ok(rows.start * row..rows.end * row)
+    }
+
+    /// # Safety
+    ///
+    /// No copy writes the host side while the slice lives.
+    #[inline]
+    unsafe fn host_slice(&self) -> &[T] {
+        // SAFETY: the host side holds `numel` elements, aligned and initialised (it began as zeroes, and
+        // any bytes are a `Pod`); it is borrowed with `self`.
+        unsafe { slice::from_raw_parts(self.storage.host_ptr().cast(), self.numel()) }
+    }
+
+    /// # Safety
+    ///
+    /// No copy touches the host side while the slice lives.
+    #[inline]
+    unsafe fn host_slice_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `host_slice`, and borrowed exclusively.
+        unsafe { slice::from_raw_parts_mut(self.storage.host_ptr().cast(), self.numel()) }
+    }
+}
+
+/// Sets every element. Elements of no size may be `usize::MAX`, and there is nothing to set.
+fn set<T: Pod>(elements: &mut [T], value: T) {
+    if size_of::<T>() > 0 {
+        elements.fill(value);
+    }
+}
+
+impl<T: Pod> fmt::Debug for CpuGpuBuffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dtype = DType::of::<T>().map_or(type_name::<T>(), DType::name);
+        write!(
+            f,
+            "CpuGpuBuffer(shape={:?}, dtype={dtype}, device={}, pinned={})",
+            self.storage.shape(),
+            self.device(),
+            self.is_pinned()
+        )
+    }
+}

@@ -1,0 +1,4 @@
+#[allow(clippy::module_inception)] // The room has the name of its main type.
+pub(crate) mod buffer;
+pub(crate) mod storage;
+pub(crate) mod view;

@@ -1,0 +1,349 @@
+//! Devices: their names, and the context that stands behind a CUDA device.
+//!
+//! The first use of a CUDA device retains its primary context, the one that the runtime and every other
+//! library in the process share, and loads the fill kernels into it. Both happen then and not at the
+//! first fill, because loading waits for the whole device, which may be held up by work that depends on
+//! the caller. A context stays for the life of the process.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
+
+use crate::cuda::fork;
+use crate::cuda::kernels::Kernels;
+use crate::cuda::raw;
+use crate::error::{Error, Result};
+use crate::memory::host_limit::host_memory;
+use crate::sys;
+
+/// A device: the CPU, or a CUDA device by its ordinal.
+///
+/// A value names a device, which need not exist: that is checked where it is used.
+///
+/// ```
+/// use cpu_gpu_buffer::Device;
+///
+/// assert_eq!("cuda:1".parse(), Ok(Device::Cuda(1)));
+/// assert_eq!("cuda".parse(), Ok(Device::Cuda(0)));
+/// assert_eq!(Device::Cpu.to_string(), "cpu");
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Device {
+    /// Ordinary memory: every operation has the meaning it has on a GPU, and is done when it returns.
+    Cpu,
+    /// The CUDA device of this ordinal, in the order that `CUDA_VISIBLE_DEVICES` leaves.
+    Cuda(u32),
+}
+
+/// Memory of a device, in bytes.
+///
+/// ```
+/// # #[cfg(target_os = "linux")] {
+/// let memory = cpu_gpu_buffer::Device::Cpu.memory()?;
+/// let pieces = memory.free / 2 / (64 << 20);
+/// println!("half of what is free: {pieces} pieces of 64 MB, of {} GB in all", memory.total >> 30);
+/// # }
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct MemoryInfo {
+    /// What could be allocated now.
+    pub free: usize,
+    /// All there is.
+    pub total: usize,
+}
+
+impl Device {
+    /// The first CUDA device that can be used, or else [`Device::Cpu`]. Never fails and never panics.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::Device;
+    ///
+    /// println!("running on {}", Device::auto());
+    /// ```
+    pub fn auto() -> Device {
+        (0..Device::cuda_count() as u32)
+            .find(|ordinal| context(*ordinal).is_ok())
+            .map_or(Device::Cpu, Device::Cuda)
+    }
+
+    /// The CUDA device of this ordinal.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unavailable`] says why it cannot be used: no library, no driver, no such device.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::Device;
+    ///
+    /// match Device::cuda(0) {
+    ///     Ok(device) => println!("{device}"),
+    ///     Err(error) => println!("{error}"),
+    /// }
+    /// ```
+    pub fn cuda(ordinal: u32) -> Result<Device> {
+        context(ordinal).map(|_| Device::Cuda(ordinal))
+    }
+
+    /// The number of CUDA devices; 0 where CUDA cannot be used.
+    ///
+    /// ```
+    /// println!("{} CUDA devices", cpu_gpu_buffer::Device::cuda_count());
+    /// ```
+    pub fn cuda_count() -> usize {
+        count().unwrap_or(0)
+    }
+
+    /// Free and total memory, in bytes: of the CUDA device, or of this machine.
+    ///
+    /// In a container the host's memory is no more than the limits of its control groups leave.
+    /// Page cache that the kernel can take back counts as free. Swap space does not count.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unavailable`] for a CUDA device that cannot be used, and for the CPU on a system that
+    /// does not tell.
+    ///
+    /// ```
+    /// # #[cfg(target_os = "linux")] {
+    /// let memory = cpu_gpu_buffer::Device::Cpu.memory()?;
+    /// assert!(memory.free <= memory.total);
+    /// # }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn memory(self) -> Result<MemoryInfo> {
+        match self {
+            Device::Cpu => host_memory().ok_or_else(|| Error::Unavailable {
+                reason: "this system does not say how much memory it has".into(),
+            }),
+            Device::Cuda(ordinal) => {
+                let _current = context(ordinal)?.enter()?;
+                let (free, total) = raw::memory_info()?;
+                Ok(MemoryInfo { free, total })
+            }
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl FromStr for Device {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Device> {
+        let device = match text {
+            "cpu" => Some(Device::Cpu),
+            "cuda" => Some(Device::Cuda(0)),
+            _ => text
+                .strip_prefix("cuda:")
+                .filter(|ordinal| ordinal.bytes().all(|byte| byte.is_ascii_digit()))
+                .and_then(|ordinal| ordinal.parse().ok())
+                .map(Device::Cuda),
+        };
+        device.ok_or_else(|| Error::InvalidDevice { text: text.into() })
+    }
+}
+
+/// A CUDA device in use: its primary context, and the kernels loaded into it.
+pub(crate) struct Context {
+    handle: sys::CUcontext,
+    pub(crate) kernels: Kernels,
+    keeps_memory: AtomicBool,
+}
+
+// SAFETY: a context may be used from any thread, and by several at once ("CUDA Driver API, Context
+// Management"); the handles are never changed.
+unsafe impl Send for Context {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Makes the context this thread's current one while the answer lives.
+    #[inline]
+    pub(crate) fn enter(&self) -> Result<raw::Entered> {
+        fork::refuse_child()?;
+        // SAFETY: the primary context was retained and is never released.
+        unsafe { raw::enter(self.handle) }
+    }
+
+    /// Makes the context current where it is not: enough where nothing makes another one current meanwhile.
+    #[inline]
+    pub(crate) fn ensure_current(&self) -> Result<Option<raw::Entered>> {
+        fork::refuse_child()?;
+        match raw::current_context()? == self.handle {
+            true => Ok(None),
+            false => self.enter().map(Some),
+        }
+    }
+}
+
+impl Context {
+    /// Keeps the driver's chunk of device memory, from which it cuts small allocations, by one that
+    /// is never freed. Without it, a lone small allocation makes and releases a chunk. The context
+    /// is current.
+    pub(crate) fn keep_memory(&self) {
+        // Most calls find it set, and write nothing.
+        if self.keeps_memory.load(Ordering::Relaxed)
+            || self.keeps_memory.swap(true, Ordering::Relaxed)
+        {
+            return;
+        }
+        if raw::malloc(1).is_err() {
+            self.keeps_memory.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The context of a device, made by the first call that succeeds.
+pub(crate) fn context(ordinal: u32) -> Result<&'static Context> {
+    fork::refuse_heir()?;
+    let cell = context_cell(ordinal)?;
+    if let Some(context) = cell.made.get() {
+        return Ok(context);
+    }
+    // Making a context may wait for its device, and for no other.
+    let _making = cell.making.lock().unwrap_or_else(|poison| poison.into_inner());
+    if let Some(context) = cell.made.get() {
+        return Ok(context);
+    }
+    let made = make(ordinal).map_err(|error| match error {
+        Error::Cuda { .. } => {
+            Error::Unavailable { reason: format!("{}: {error}", Device::Cuda(ordinal)) }
+        }
+        error => error,
+    })?;
+    Ok(cell.made.get_or_init(|| made))
+}
+
+/// Waits for everything that was sent to any device of this process, by whomever: pinned memory serves them all. Devices
+/// that nobody uses have no primary context, and get none. Ends captures: see [`raw::context_synchronize`].
+#[cfg(feature = "dlpack")]
+pub(crate) fn synchronize_all() -> Result<()> {
+    for ordinal in 0..count()? as u32 {
+        if raw::has_primary(ordinal)? {
+            let handle = raw::retain_primary(ordinal)?;
+            // SAFETY: retained above, and released below.
+            let waited =
+                unsafe { raw::enter(handle) }.and_then(|_current| raw::context_synchronize());
+            let released = raw::release_primary(ordinal);
+            waited.and(released)?;
+        }
+    }
+    Ok(())
+}
+
+/// Where a device's context is kept.
+#[derive(Default)]
+struct ContextCell {
+    made: OnceLock<Context>,
+    making: Mutex<()>,
+}
+
+fn context_cell(ordinal: u32) -> Result<&'static ContextCell> {
+    static CELLS: Mutex<Vec<&'static ContextCell>> = Mutex::new(Vec::new());
+    let cells = || CELLS.lock().unwrap_or_else(|poison| poison.into_inner());
+    let index = ordinal as usize;
+    if let Some(cell) = cells().get(index) {
+        return Ok(cell);
+    }
+    // Not under the lock, which a child that is forked meanwhile would find held.
+    let devices = count()?;
+    if index >= devices {
+        return Err(Error::Unavailable {
+            reason: format!(
+                "there is no device cuda:{ordinal}: this machine has {devices}{}",
+                visible_devices()
+            ),
+        });
+    }
+    let mut cells = cells();
+    while cells.len() < devices {
+        cells.push(Box::leak(Box::default()));
+    }
+    Ok(cells[index])
+}
+
+fn make(ordinal: u32) -> Result<Context> {
+    let handle = raw::retain_primary(ordinal)?;
+    // SAFETY: the line above retained it.
+    let kernels = unsafe { raw::enter(handle) }.and_then(|_current| Kernels::load());
+    match kernels {
+        Ok(kernels) => Ok(Context { handle, kernels, keeps_memory: AtomicBool::new(false) }),
+        Err(error) => {
+            // What went wrong first is what the caller should hear.
+            let _ = raw::release_primary(ordinal);
+            Err(error)
+        }
+    }
+}
+
+/// The number of CUDA devices, or why there is none.
+fn count() -> Result<usize> {
+    let call = "cudaGetDeviceCount";
+    let counted = || match raw::device_count()? {
+        0 => Err(Error::Cuda { code: sys::cudaError::cudaErrorNoDevice, call }),
+        count => Ok(count),
+    };
+    fork::ask(|| {
+        counted().map_err(|error| match error {
+            Error::Cuda { code, .. } => match reason(code, &error) {
+                Ok(reason) => Error::Unavailable { reason },
+                Err(error) => error,
+            },
+            error => error,
+        })
+    })
+}
+
+/// Why there is no device, by the status that says so.
+fn reason(code: sys::cudaError_t, error: &Error) -> Result<String> {
+    match code {
+        sys::cudaError::cudaErrorNoDevice => {
+            Ok(format!("this machine has no CUDA device: {error}{}", visible_devices()))
+        }
+        sys::cudaError::cudaErrorInsufficientDriver => insufficient_driver(),
+        _ => Ok(error.to_string()),
+    }
+}
+
+/// The variable that hides devices, if it is set: an empty one hides all.
+fn visible_devices() -> String {
+    let name = "CUDA_VISIBLE_DEVICES";
+    std::env::var_os(name).map_or_else(String::new, |value| format!("; {name} is {value:?}"))
+}
+
+/// Why the runtime returns `cudaErrorInsufficientDriver`, which it does without a driver, too.
+fn insufficient_driver() -> Result<String> {
+    let version = |version: i32| format!("CUDA {}.{}", version / 1000, version % 1000 / 10);
+    let (runtime, passed_over) = match sys::runtime() {
+        Ok(runtime) => (
+            format!("{} is {}", runtime.path().display(), version(runtime.version())),
+            runtime.passed_over(),
+        ),
+        Err(error) => (error.to_string(), &[][..]),
+    };
+    let driver = raw::driver_version()?;
+    if driver == 0 {
+        return Ok(format!("there is no CUDA driver on this machine; {runtime}"));
+    }
+    let cure = match cfg!(feature = "static") {
+        true => "a program that is built with an older one can use it",
+        false => "CUDART_LIBRARY may name an older one",
+    };
+    let mut text = format!(
+        "the driver is one of {}, too old for the runtime: {runtime}; {cure}",
+        version(driver)
+    );
+    if !passed_over.is_empty() {
+        text += &format!("; also tried: {}", passed_over.join("; "));
+    }
+    Ok(text)
+}

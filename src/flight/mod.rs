@@ -1,0 +1,3 @@
+#[cfg(feature = "dlpack")]
+pub(crate) mod exports;
+pub(crate) mod record;

@@ -1,0 +1,561 @@
+//! Groups: buffers of any types and shapes that share one slab for each side and are moved together.
+//!
+//! The ordering model is that of [`members`](crate::group::storage), where the in-flight rule stands. This file turns keys
+//! into elements.
+
+use std::fmt;
+use std::slice;
+
+use bytemuck::Pod;
+
+use crate::buffer::buffer::BufferOptions;
+use crate::buffer::view::GpuView;
+use crate::cuda::device::Device;
+use crate::error::Result;
+use crate::group::layout::{GroupLayout, MemberKey, MemberRows};
+use crate::group::storage::GroupStorage;
+use crate::stream::stream::Stream;
+
+/// Buffers that are moved together: members of one [`GroupLayout`], in one pinned slab and one device slab.
+///
+/// A call moves rows of any of the members, and not a byte of any other, at about the cost of a single copy. Each
+/// member remembers what is in flight of it: an accessor waits for copies that touched that member, and for nothing
+/// else. The device addresses never change.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+///
+/// let mut builder = GroupLayoutBuilder::new();
+/// let ids = builder.add::<i32>(1024);
+/// let positions = builder.add::<i64>(1024);
+/// let layout = builder.build();
+///
+/// let device = Device::auto();
+/// let stream = Stream::new(device)?;
+/// let mut group = BufferGroup::new(&layout, device)?;
+/// group.cpu_mut(ids)?[..3].copy_from_slice(&[11, 12, 13]);
+/// group.cpu_mut(positions)?[..3].copy_from_slice(&[0, 1, 2]);
+/// group.copy_to_gpu(&[ids.rows(..3), positions.rows(..3)], &stream)?; // returns at once
+///
+/// let view = group.gpu_on(&stream)?; // for kernels: addresses, ordered after the copy
+/// assert_eq!(view.member(positions)?.shape(), [1024]);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+pub struct BufferGroup(GroupStorage);
+
+impl BufferGroup {
+    /// A group with both sides of every member zeroed, its host side pinned if that works.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a layout without members,
+    /// [`Error::InvalidShape`](crate::Error::InvalidShape) if a member's shape is invalid, or if
+    /// all together overflow `isize`, [`Error::OutOfMemory`](crate::Error::OutOfMemory) also if the
+    /// layout's builder had too little memory; otherwise as for
+    /// [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let lengths = builder.add::<i32>(64);
+    /// let layout = builder.build();
+    /// // Two groups of one layout, for two models say: a key serves both.
+    /// let (mut first, second) = (BufferGroup::new(&layout, Device::Cpu)?, BufferGroup::new(&layout, Device::Cpu)?);
+    /// first.cpu_mut(lengths)?.fill(1);
+    /// assert_eq!(second.cpu(lengths)?, [0; 64]);
+    ///
+    /// let nothing = BufferGroup::new(&GroupLayoutBuilder::new().build(), Device::Cpu);
+    /// assert!(matches!(nothing, Err(Error::InvalidGroup { .. })));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn new(layout: &GroupLayout, device: Device) -> Result<BufferGroup> {
+        BufferGroup::with_options(layout, device, BufferOptions::default())
+    }
+
+    /// A group made as `options` say.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning
+    /// is required.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, BufferOptions, Device, GroupLayoutBuilder, Pinning};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let table = builder.add::<i32>([256, 128]);
+    /// let options = BufferOptions { pinning: Pinning::Never, ..Default::default() };
+    /// let group = BufferGroup::with_options(&builder.build(), Device::auto(), options)?;
+    /// assert!(!group.is_pinned()); // one slab: all members are, or none
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn with_options(
+        layout: &GroupLayout,
+        device: Device,
+        options: BufferOptions,
+    ) -> Result<BufferGroup> {
+        GroupStorage::new(layout, device, 1, options).map(BufferGroup)
+    }
+
+    // ---- host sides ----
+
+    /// A member's host side, to read. Waits for a pending copy *into* it, and for nothing else.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout, or an error of the driver's,
+    /// which may be that of earlier work on the stream.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (sampled, finished) = (builder.add::<u32>(4), builder.add::<u8>(4));
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// group.copy_to_cpu(&[sampled.rows(..), finished.rows(..)], &stream)?;
+    /// let ids = group.cpu(sampled)?; // waits for that copy
+    /// assert_eq!(ids.len(), group.cpu(finished)?.len()); // both can be looked at
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn cpu<T: Pod>(&self, key: MemberKey<T>) -> Result<&[T]> {
+        host(&self.0, key)
+    }
+
+    /// A member's host side, to write. Waits for any pending copy into or out of it, and for nothing else: not for
+    /// copies of other members.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (ids, positions) = (builder.add::<i32>(8), builder.add::<i64>(8));
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// group.cpu_mut(positions)?.fill(3); // waits for nothing
+    /// group.cpu_mut(ids)?.fill(4); // waits for the copy
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<&mut [T]> {
+        host_mut(&mut self.0, key)
+    }
+
+    /// Several members' host sides at once, to write, by several threads if need be.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let temperatures = builder.add::<f32>(8);
+    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    ///
+    /// let mut members = group.members_mut();
+    /// let (ids, temperatures) = (members.cpu_mut(ids)?, members.cpu_mut(temperatures)?);
+    /// std::thread::scope(|scope| {
+    ///     scope.spawn(|| ids.fill(7));
+    ///     scope.spawn(|| temperatures.fill(0.8));
+    /// });
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn members_mut(&mut self) -> MembersMut<'_> {
+        MembersMut::new(&mut self.0)
+    }
+
+    // ---- transfers ----
+
+    /// Copies rows of members from the host side to the device side on `stream`, after everything
+    /// that those members have pending on any stream, and moves nothing else; only of members that
+    /// the host owns ([`add_mirrored`](crate::GroupLayoutBuilder::add_mirrored)) more rows may
+    /// be carried along. Returns as soon as the copy is enqueued. A copy of no members does
+    /// nothing.
+    ///
+    /// Neighbours go as one copy where nothing lies between their rows. What remains goes by one kernel that reads the
+    /// pinned slab, or by copies where the rows are many; a kernel waits for room on the device like any other.
+    ///
+    /// # Errors
+    ///
+    /// With nothing changed: [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another
+    /// layout, [`Error::OutOfRange`](crate::Error::OutOfRange), which names the member,
+    /// [`Error::DuplicateMember`](crate::Error::DuplicateMember),
+    /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
+    /// [`Error::StreamCapturing`](crate::Error::StreamCapturing),
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory). After an error of the driver's the copy
+    /// counts as in flight, until the driver says otherwise.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let table = builder.add::<i32>([4, 2]);
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// group.cpu_mut(ids)?.fill(5);
+    /// group.cpu_mut(table)?.fill(6);
+    /// group.copy_to_gpu(&[ids.rows(..2), table.rows(3..)], &stream)?;
+    /// group.copy_to_gpu(&[], &stream)?; // a step in which nothing has changed
+    /// let view = group.gpu_on(&stream)?;
+    /// assert_eq!(view.member(ids)?.as_host_slice(), Some(&[5, 5, 0, 0][..]));
+    /// assert_eq!(view.member(table)?.as_host_slice(), Some(&[0, 0, 0, 0, 0, 0, 6, 6][..]));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn copy_to_gpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
+        self.0.copy_to_gpu(members, stream)
+    }
+
+    /// Copies rows of members from the device side to the host side, as [`copy_to_gpu`](Self::copy_to_gpu) does the
+    /// other way, and never more than was asked for.
+    ///
+    /// # Errors
+    ///
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let sampled = builder.add::<u32>(4);
+    /// let scores = builder.add::<f32>([4, 2]);
+    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// group.copy_to_cpu(&[sampled.rows(..3), scores.rows(1..2)], &stream)?;
+    /// assert_eq!(group.cpu(sampled)?, [0; 4]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn copy_to_cpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
+        self.0.copy_to_cpu(members, stream)
+    }
+
+    /// Whether nothing that this group was used for is still running.
+    ///
+    /// # Errors
+    ///
+    /// As for [`CpuGpuBuffer::is_idle`](crate::CpuGpuBuffer::is_idle).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// if !group.is_idle()? {
+    ///     println!("{ids:?} is on its way");
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn is_idle(&self) -> Result<bool> {
+        self.0.is_idle()
+    }
+
+    /// Waits until [`is_idle`](Self::is_idle), and for nothing else.
+    ///
+    /// # Errors
+    ///
+    /// As for [`is_idle`](Self::is_idle).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
+    /// group.synchronize()?; // dropping it now waits for no work of its own
+    /// assert!(group.is_idle()?);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn synchronize(&self) -> Result<()> {
+        self.0.wait_for_all()
+    }
+
+    // ---- the device side ----
+
+    /// The device sides of all members, for kernels and libraries on `stream`: orders the stream, once, after
+    /// everything that the group has pending, and remembers that it may use the memory from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
+    /// [`Error::StreamCapturing`](crate::Error::StreamCapturing), or an error of the driver's.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (ids, logits) = (builder.add::<i32>(8), builder.add::<f32>([8, 100]));
+    /// let (copies, kernels) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
+    /// let mut group = BufferGroup::new(&builder.build(), copies.device())?;
+    /// group.copy_to_gpu(&[ids.rows(..)], &copies)?;
+    /// let view = group.gpu_on(&kernels)?; // `kernels` comes after the copy, for every member
+    /// let (reads, writes) = (view.member(ids)?.as_ptr(), view.member(logits)?.as_mut_ptr());
+    /// // Launch on `kernels.as_raw()` here, while the view lives.
+    /// group.copy_to_cpu(&[logits.rows(..)], &copies)?; // comes after the kernel
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn gpu_on(&mut self, stream: &Stream) -> Result<GroupView<'_>> {
+        self.0.use_on(stream)?;
+        Ok(GroupView(&self.0))
+    }
+
+    /// The address of a member's device side, ordered with nothing, not even with its first zeroing: for graph capture,
+    /// where [`gpu_on`](Self::gpu_on) was called before, and for logging. It never changes. Null where the group has
+    /// no bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`](crate::Error::InvalidKey).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (ids, positions) = (builder.add::<i32>(8), builder.add::<i64>(8));
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let captured = group.device_ptr(positions)?; // what a graph is captured with
+    /// assert_eq!(captured.addr(), group.device_ptr(ids)?.addr() + 256); // each at a bound of 256 bytes
+    /// assert_eq!(group.gpu_on(&stream)?.member(positions)?.as_mut_ptr(), captured);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn device_ptr<T: Pod>(&self, key: MemberKey<T>) -> Result<*mut T> {
+        let (_, member) = self.0.layout().find(key)?;
+        Ok(self.0.gpu_of(member).cast())
+    }
+
+    // ---- what it is ----
+
+    /// The dimensions of a member.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`](crate::Error::InvalidKey).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let table = builder.add::<i32>([256, 128]);
+    /// let group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let [requests, blocks] = group.shape(table)? else { unreachable!() };
+    /// assert_eq!(group.cpu(table)?.len(), requests * blocks);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn shape<T: Pod>(&self, key: MemberKey<T>) -> Result<&[usize]> {
+        Ok(self.0.layout().find(key)?.1.shape.dims())
+    }
+
+    /// The layout it was made of.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, GroupRing};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let ring = GroupRing::new(group.layout(), Device::Cpu, 2)?; // of the same members
+    /// assert_eq!(ring.cpu(ids)?, group.cpu(ids)?);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn layout(&self) -> &GroupLayout {
+        self.0.layout()
+    }
+
+    /// The device of the device side.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let mut group = BufferGroup::new(&builder.build(), Device::auto())?;
+    /// let stream = Stream::new(group.device())?; // of another device it would be refused
+    /// assert_eq!(group.copy_to_gpu(&[ids.rows(..)], &stream), Ok(()));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn device(&self) -> Device {
+        self.0.device()
+    }
+
+    /// Whether the host side is pinned.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// builder.add::<i32>(8);
+    /// let group = BufferGroup::new(&builder.build(), Device::auto())?;
+    /// if !group.is_pinned() {
+    ///     println!("members are moved by copies; the kernel that gathers them reads pinned memory only");
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn is_pinned(&self) -> bool {
+        self.0.is_pinned()
+    }
+}
+
+impl fmt::Debug for BufferGroup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BufferGroup")
+            .field("device", &self.device())
+            .field("pinned", &self.is_pinned())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A member's current host slot, to read, once no copy writes it.
+pub(crate) fn host<T: Pod>(members: &GroupStorage, key: MemberKey<T>) -> Result<&[T]> {
+    let (address, len) = members.wait_to_read(key)?;
+    // SAFETY: the member has `len` elements of `T`, as the key said and the layout checked, aligned and initialised (it
+    // began as zeroes, and any bytes are a `Pod`); no copy writes them, and none can be enqueued while this borrow lives.
+    Ok(unsafe { slice::from_raw_parts(address.cast(), len) })
+}
+
+/// A member's current host slot, to write, once no copy touches it.
+pub(crate) fn host_mut<T: Pod>(members: &mut GroupStorage, key: MemberKey<T>) -> Result<&mut [T]> {
+    let (address, len) = members.wait_to_write(key)?;
+    // SAFETY: so many elements, aligned and initialised as in `host`; no copy touches them since the wait, and the group
+    // is borrowed exclusively.
+    Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
+}
+
+/// Hands out the host sides of several members at once: [`BufferGroup::members_mut`].
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+///
+/// let mut builder = GroupLayoutBuilder::new();
+/// let (starts, lengths) = (builder.add::<i32>(4), builder.add::<i32>(3));
+/// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+/// group.cpu_mut(lengths)?.copy_from_slice(&[5, 0, 2]);
+///
+/// let mut members = group.members_mut();
+/// let (starts, lengths) = (members.cpu_mut(starts)?, members.cpu_mut(lengths)?);
+/// for (i, length) in lengths.iter().enumerate() {
+///     starts[i + 1] = starts[i] + length;
+/// }
+/// assert_eq!(*starts, [0, 5, 5, 7]);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+pub struct MembersMut<'g>(&'g mut GroupStorage);
+
+impl<'g> MembersMut<'g> {
+    pub(crate) fn new(members: &'g mut GroupStorage) -> MembersMut<'g> {
+        members.name_none();
+        MembersMut(members)
+    }
+
+    /// A member's host side, to write, as [`BufferGroup::cpu_mut`] gives it; each once.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::DuplicateMember`](crate::Error::DuplicateMember) the second time; otherwise as for
+    /// [`BufferGroup::cpu`].
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let mut members = group.members_mut();
+    /// let first = members.cpu_mut(ids)?;
+    /// assert_eq!(members.cpu_mut(ids).err(), Some(Error::DuplicateMember { index: 0 }));
+    /// first.fill(1); // still the only way to it
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<&'g mut [T]> {
+        let (address, len) = self.0.wait_and_name(key)?;
+        // SAFETY: so many elements, aligned and initialised as in `host`. No copy touches the member since the wait, and none can be enqueued while the group is borrowed for
+        // `'g`; members do not overlap, and this one was not handed out before, as `wait_and_name` checked.
+        Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
+    }
+}
+
+impl fmt::Debug for MembersMut<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MembersMut").finish_non_exhaustive()
+    }
+}
+
+/// The device sides of a group's members, for work on the stream that `gpu_on` was called with: what a
+/// [`GpuView`] is for a single buffer.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, GroupView, MemberKey, Stream};
+///
+/// /// What a kernel of the model's is launched with.
+/// fn arguments(view: GroupView<'_>, ids: MemberKey<i32>, positions: MemberKey<i64>) -> cpu_gpu_buffer::Result<(*const i32, *const i64)> {
+///     Ok((view.member(ids)?.as_ptr(), view.member(positions)?.as_ptr()))
+/// }
+/// let mut builder = GroupLayoutBuilder::new();
+/// let (ids, positions) = (builder.add(8), builder.add(8));
+/// let stream = Stream::new(Device::auto())?;
+/// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+/// let (ids, positions) = arguments(group.gpu_on(&stream)?, ids, positions)?;
+/// assert!(ids.addr() < positions.addr()); // in the order in which they were added
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Clone, Copy)]
+pub struct GroupView<'a>(pub(crate) &'a GroupStorage);
+
+impl<'a> GroupView<'a> {
+    /// The device side of a member.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let table = builder.add::<i32>([16, 4]);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let view = group.gpu_on(&stream)?;
+    /// assert_eq!(view.member(table)?.rows(2..4)?.shape(), [2, 4]);
+    /// let foreign = GroupLayoutBuilder::new().add::<i32>(8);
+    /// assert_eq!(view.member(foreign).err(), Some(Error::InvalidKey));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn member<T: Pod>(&self, key: MemberKey<T>) -> Result<GpuView<'a, T>> {
+        let (_, member) = self.0.layout().find(key)?;
+        let address = self.0.gpu_of(member).cast();
+        Ok(GpuView::new(address, member.shape, member.numel, self.0.device()))
+    }
+
+    /// The device whose memory it is.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let view = group.gpu_on(&stream)?;
+    /// // Where this is the CPU, members can be looked at.
+    /// assert_eq!(view.device() == Device::Cpu, view.member(ids)?.as_host_slice().is_some());
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn device(&self) -> Device {
+        self.0.device()
+    }
+}
+
+impl fmt::Debug for GroupView<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GroupView").field("device", &self.device()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,370 @@
+//! What is in a group of buffers: members of any types and shapes, each at a place of its own in one slab.
+//!
+//! ```text
+//!  offset    0        256      512                                   640      768
+//!            | ids    | lens   | table                             | pad    | temps
+//! ```
+//!
+//! A layout is made once and then frozen. Its keys name its members, and serve all groups of that layout.
+
+use std::alloc::Layout;
+use std::any::{TypeId, type_name};
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::{Bound, Range, RangeBounds};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytemuck::Pod;
+
+use crate::cuda::device::Device;
+use crate::error::{Error, Result, reserve};
+use crate::memory::device_memory::DeviceMemory;
+use crate::shape::{Shape, select};
+
+/// Collects the members of a [`GroupLayout`].
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+///
+/// let mut builder = GroupLayoutBuilder::new();
+/// let ids = builder.add::<i32>(1024);
+/// let table = builder.add::<i32>([256, 128]);
+/// let layout = builder.build();
+///
+/// let group = BufferGroup::new(&layout, Device::auto())?;
+/// assert_eq!(group.cpu(ids)?.len(), 1024);
+/// assert_eq!(group.shape(table)?, [256, 128]);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct GroupLayoutBuilder {
+    id: u64,
+    // Or the error of the group's constructor: there was not as much memory.
+    members: Result<Vec<Requested>>,
+}
+
+/// A member that was asked for.
+#[derive(Debug)]
+struct Requested {
+    shape: Shape,
+    /// Of one element.
+    element: Layout,
+    kind: TypeId,
+    mirrored: bool,
+}
+
+impl GroupLayoutBuilder {
+    /// A layout without members.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
+    ///
+    /// let (mut one, mut other) = (GroupLayoutBuilder::new(), GroupLayoutBuilder::new());
+    /// let (ids, same_on_paper) = (one.add::<i32>(8), other.add::<i32>(8));
+    /// let group = BufferGroup::new(&one.build(), Device::Cpu)?;
+    /// assert!(group.cpu(ids).is_ok());
+    /// assert_eq!(group.cpu(same_on_paper).err(), Some(Error::InvalidKey));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    #[allow(clippy::new_without_default)] // Two of them are never equal.
+    pub fn new() -> GroupLayoutBuilder {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        GroupLayoutBuilder { id: NEXT.fetch_add(1, Ordering::Relaxed), members: Ok(Vec::new()) }
+    }
+
+    /// Adds a member, and gives the key that names it. The group's constructor checks the shape, as
+    /// a buffer's constructor checks a [`Shape`], and returns the error if there was too little
+    /// memory for the member here.
+    ///
+    /// # Panics
+    ///
+    /// Beyond 2^32 members.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{GroupLayoutBuilder, MemberKey};
+    ///
+    /// /// The arrays of a step, as one value that is cheap to copy.
+    /// #[derive(Clone, Copy)]
+    /// struct Inputs {
+    ///     ids: MemberKey<i32>,
+    ///     temperatures: MemberKey<f32>,
+    ///     table: MemberKey<i32>,
+    /// }
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let inputs = Inputs {
+    ///     ids: builder.add(1024),
+    ///     temperatures: builder.add(64),
+    ///     table: builder.add([64, 256]),
+    /// };
+    /// ```
+    pub fn add<T: Pod + Send + Sync>(&mut self, shape: impl Into<Shape>) -> MemberKey<T> {
+        self.add_member(shape.into(), false)
+    }
+
+    /// Adds a member that the host owns: its device side only ever mirrors its host side, and
+    /// nothing on the device writes it.
+    ///
+    /// An upload may carry rows of this member that were not asked for, from the host side as it is
+    /// then, if that makes one copy of several. It may also carry a mirrored member that the call
+    /// does not name, if that lies between two named ones. Carried rows count as being uploaded:
+    /// [`cpu_mut`](crate::BufferGroup::cpu_mut) of the member waits for the copy, too. The rows of
+    /// other members are never carried along. A ring of several host slots carries nothing along:
+    /// the contents of another slot are some steps old. [`Device::Cpu`] carries the same rows as a
+    /// GPU, so that a member which is not the host's alone is found there, too.
+    ///
+    /// # Panics
+    ///
+    /// As for [`add`](Self::add).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (ids, positions) = (builder.add_mirrored::<i32>(1024), builder.add_mirrored::<i32>(1024));
+    /// let sampled = builder.add::<u32>(64); // a kernel writes it
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// // One copy: what lies between the two ranges goes along, a few KB.
+    /// group.copy_to_gpu(&[ids.rows(..9), positions.rows(..9)], &stream)?;
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn add_mirrored<T: Pod + Send + Sync>(&mut self, shape: impl Into<Shape>) -> MemberKey<T> {
+        self.add_member(shape.into(), true)
+    }
+
+    fn add_member<T: Pod>(&mut self, shape: Shape, mirrored: bool) -> MemberKey<T> {
+        // Of a layout that will be an error, a key names no member.
+        let mut index = 0;
+        if let Ok(members) = &mut self.members {
+            index = u32::try_from(members.len()).expect("more members than can be told apart");
+            match reserve(members, 1, Device::Cpu) {
+                Ok(()) => members.push(Requested {
+                    shape,
+                    element: Layout::new::<T>(),
+                    kind: TypeId::of::<T>(),
+                    mirrored,
+                }),
+                Err(error) => self.members = Err(error),
+            }
+        }
+        MemberKey { layout: self.id, index, element: PhantomData }
+    }
+
+    /// The layout, which does not change any more.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// builder.add::<u8>([1; 9]);
+    /// let layout = builder.build(); // no error yet
+    /// assert!(matches!(BufferGroup::new(&layout, Device::Cpu), Err(Error::InvalidShape { .. })));
+    /// ```
+    pub fn build(self) -> GroupLayout {
+        let table = self.members.and_then(|members| lay_out(&members));
+        GroupLayout(Arc::new(Inner { id: self.id, table }))
+    }
+}
+
+/// Gives each member its place.
+fn lay_out(requested: &[Requested]) -> Result<GroupTable> {
+    if requested.is_empty() {
+        return Err(Error::InvalidGroup { reason: "it has no members" });
+    }
+    let too_large = || Error::InvalidShape {
+        reason: format!("the {} members of a group overflow isize", requested.len()),
+    };
+    let mut members = Vec::new();
+    reserve(&mut members, requested.len(), Device::Cpu)?;
+    let mut whole = Layout::from_size_align(0, DeviceMemory::ALIGN).map_err(|_| too_large())?;
+    for Requested { shape, element, kind, mirrored } in requested {
+        let numel = shape.numel(element.size())?;
+        let align = element.align().max(DeviceMemory::ALIGN);
+        let bytes = numel * element.size();
+        let member = Layout::from_size_align(bytes, align).map_err(|_| too_large())?;
+        let (with, offset) = whole.extend(member).map_err(|_| too_large())?;
+        members.push(Member {
+            bytes: offset..offset + bytes,
+            row: bytes.checked_div(shape.rows()).unwrap_or(0),
+            shape: *shape,
+            numel,
+            kind: *kind,
+            mirrored: *mirrored,
+        });
+        whole = with;
+    }
+    Ok(GroupTable { members, layout: whole })
+}
+
+/// The members of a group, and where each of them lies. Cheap to clone.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+///
+/// let mut builder = GroupLayoutBuilder::new();
+/// let ids = builder.add::<i32>(1024);
+/// let layout = builder.build();
+/// let of_a_worker = layout.clone(); // of the same members, not a copy of them
+/// let worker = std::thread::spawn(move || BufferGroup::new(&of_a_worker, Device::auto()));
+/// let group = worker.join().unwrap()?;
+/// assert_eq!(group.cpu(ids)?.len(), 1024);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct GroupLayout(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    id: u64,
+    // An invalid layout is the error of the group's constructor.
+    table: Result<GroupTable>,
+}
+
+/// Where the members of a valid layout lie.
+#[derive(Debug)]
+pub(crate) struct GroupTable {
+    /// In the order of their places.
+    pub(crate) members: Vec<Member>,
+    /// Of all of them together.
+    pub(crate) layout: Layout,
+}
+
+#[derive(Debug)]
+pub(crate) struct Member {
+    /// Its place in either slab.
+    pub(crate) bytes: Range<usize>,
+    /// The bytes of one row.
+    row: usize,
+    pub(crate) shape: Shape,
+    pub(crate) numel: usize,
+    kind: TypeId,
+    pub(crate) mirrored: bool,
+}
+
+impl GroupLayout {
+    /// The members, if they are valid.
+    pub(crate) fn table(&self) -> Result<&GroupTable> {
+        self.0.table.as_ref().map_err(Error::clone)
+    }
+
+    /// [`table`](Self::table) for a group of `device`, which an error of memory names: a layout is of
+    /// no device.
+    pub(crate) fn table_for(&self, device: Device) -> Result<&GroupTable> {
+        self.table().map_err(|error| match error {
+            Error::OutOfMemory { side, bytes, .. } => Error::OutOfMemory { side, bytes, device },
+            error => error,
+        })
+    }
+
+    /// The member that a key names.
+    pub(crate) fn find<T: Pod>(&self, key: MemberKey<T>) -> Result<(usize, &Member)> {
+        let (index, member) = self.at(key.layout, key.index)?;
+        match member.kind == TypeId::of::<T>() {
+            true => Ok((index, member)),
+            false => Err(Error::InvalidKey),
+        }
+    }
+
+    /// The member and the bytes in the slab that rows are of.
+    pub(crate) fn locate(&self, rows: &MemberRows) -> Result<(usize, Range<usize>)> {
+        let (index, member) = self.at(rows.layout, rows.index)?;
+        let selected = select(&rows.bounds, member.shape.rows(), Some(index))?;
+        let start = member.bytes.start;
+        Ok((index, start + selected.start * member.row..start + selected.end * member.row))
+    }
+
+    fn at(&self, layout: u64, index: u32) -> Result<(usize, &Member)> {
+        let index = index as usize;
+        match &self.0.table {
+            Ok(table) if layout == self.0.id => {
+                table.members.get(index).map(|member| (index, member))
+            }
+            _ => None,
+        }
+        .ok_or(Error::InvalidKey)
+    }
+}
+
+/// Names a member of a [`GroupLayout`], with elements of `T`.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, MemberKey};
+///
+/// fn count(group: &BufferGroup, ids: MemberKey<i32>, wanted: i32) -> cpu_gpu_buffer::Result<usize> {
+///     Ok(group.cpu(ids)?.iter().filter(|id| **id == wanted).count())
+/// }
+/// let mut builder = GroupLayoutBuilder::new();
+/// let (prompt, output) = (builder.add(8), builder.add(4));
+/// let group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+/// assert_eq!(count(&group, prompt, 0)? + count(&group, output, 0)?, 12);
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+pub struct MemberKey<T> {
+    layout: u64,
+    index: u32,
+    element: PhantomData<fn() -> T>,
+}
+
+impl<T> Clone for MemberKey<T> {
+    fn clone(&self) -> MemberKey<T> {
+        *self
+    }
+}
+
+impl<T> Copy for MemberKey<T> {}
+
+impl<T> fmt::Debug for MemberKey<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MemberKey<{}>({} of layout {})", type_name::<T>(), self.index, self.layout)
+    }
+}
+
+impl<T> MemberKey<T> {
+    /// Rows of the member, to be copied: `..`, `..n`, `a..b`. Whether they are within its shape is checked by
+    /// the copy.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// group.copy_to_gpu(&[ids.rows(2..=5)], &stream)?;
+    /// let beyond = group.copy_to_gpu(&[ids.rows(..9)], &stream);
+    /// assert_eq!(beyond, Err(Error::OutOfRange { start: 0, end: 9, rows: 8, member: Some(0) }));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn rows(self, rows: impl RangeBounds<usize>) -> MemberRows {
+        // Each bound is read once: `RangeBounds` is a safe trait, and may answer differently the second time.
+        let bounds = (rows.start_bound().cloned(), rows.end_bound().cloned());
+        MemberRows { layout: self.layout, index: self.index, bounds }
+    }
+}
+
+/// Rows of a member of a group, made by [`MemberKey::rows`].
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, MemberRows, Stream};
+///
+/// let mut builder = GroupLayoutBuilder::new();
+/// let (ids, positions, table) = (builder.add::<i32>(8), builder.add::<i64>(8), builder.add::<i32>([8, 4]));
+/// let stream = Stream::new(Device::auto())?;
+/// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+/// // Members of any types in one list, which may be made anew for each step.
+/// let mut moved: Vec<MemberRows> = vec![ids.rows(..3), positions.rows(..3)];
+/// let table_changed = true;
+/// if table_changed {
+///     moved.push(table.rows(1..2));
+/// }
+/// group.copy_to_gpu(&moved, &stream)?;
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct MemberRows {
+    layout: u64,
+    index: u32,
+    bounds: (Bound<usize>, Bound<usize>),
+}

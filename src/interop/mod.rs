@@ -1,0 +1,4 @@
+#[cfg(feature = "dlpack")]
+pub mod dlpack;
+#[cfg(feature = "ndarray")]
+pub(crate) mod ndarray;

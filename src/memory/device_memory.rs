@@ -1,0 +1,91 @@
+//! Device memory: from `cudaMalloc`, or, on the CPU, zeroed memory like any other.
+
+use std::alloc::Layout;
+use std::mem;
+
+use crate::cuda::device::{Context, Device};
+use crate::cuda::fork;
+use crate::cuda::raw;
+use crate::error::{Error, Result, Side};
+use crate::memory::host::{HostFlags, HostMemory, Pinning};
+use crate::sys::cudaError;
+
+/// An owned piece of device memory. On CUDA its contents are whatever was there before.
+pub(crate) enum DeviceMemory {
+    Cpu(HostMemory),
+    Cuda {
+        address: *mut u8,
+        /// What `cudaMalloc` gave, which may lie before the aligned address.
+        base: *mut u8,
+        context: &'static Context,
+    },
+    /// No bytes.
+    Empty,
+}
+
+// SAFETY: the memory belongs to the value alone, and can be released on any thread.
+unsafe impl Send for DeviceMemory {}
+// SAFETY: through a shared reference only the address can be read.
+unsafe impl Sync for DeviceMemory {}
+
+impl DeviceMemory {
+    /// What `cudaMalloc` aligns to at least ("CUDA C++ Programming Guide, Device Memory Accesses").
+    pub(crate) const ALIGN: usize = 256;
+
+    pub(crate) fn new(
+        layout: Layout,
+        context: Option<&'static Context>,
+        device: Device,
+    ) -> Result<DeviceMemory> {
+        if layout.size() == 0 {
+            return Ok(DeviceMemory::Empty);
+        }
+        let out_of_memory = Error::OutOfMemory { side: Side::Device, bytes: layout.size(), device };
+        let Some(context) = context else {
+            return HostMemory::new(layout, Pinning::Never, HostFlags::empty(), None, device)
+                .map(DeviceMemory::Cpu)
+                .map_err(|_| out_of_memory);
+        };
+        let _current = context.enter()?;
+        let room = layout.size().saturating_add(layout.align().saturating_sub(Self::ALIGN));
+        let base = match raw::malloc(room) {
+            Err(Error::Cuda { code: cudaError::cudaErrorMemoryAllocation, .. }) => {
+                return Err(out_of_memory);
+            }
+            other => other?,
+        };
+        context.keep_memory();
+        let aligned = base.addr().next_multiple_of(layout.align());
+        Ok(DeviceMemory::Cuda { address: base.with_addr(aligned), base, context })
+    }
+
+    /// The address; null where there are no bytes.
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        match self {
+            DeviceMemory::Cpu(memory) => memory.as_ptr(),
+            DeviceMemory::Cuda { address, .. } => *address,
+            DeviceMemory::Empty => std::ptr::null_mut(),
+        }
+    }
+
+    /// Never gives the memory back: something may still be using it.
+    pub(crate) fn leak(&mut self) {
+        mem::forget(mem::replace(self, DeviceMemory::Empty));
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        if let DeviceMemory::Cuda { base, context, .. } = self {
+            if fork::forked() {
+                return;
+            }
+            // The address says enough, should the context not be had.
+            let _current = context.enter();
+            // SAFETY: allocated by this value; whoever drops it saw its uses finish.
+            let released = unsafe { raw::free(*base) };
+            // With the context broken, there is nothing that could be done.
+            let _ = released;
+        }
+    }
+}

@@ -1,0 +1,408 @@
+//! Host memory, pinned if there is a CUDA device: zeroed, aligned, and given back as it was made.
+//!
+//! Pinned memory is [pages](crate::memory::pages) of this process, [registered](crate::memory::registered) with the
+//! runtime; small memory is cut from [chunks] of them. If CUDA refuses to register
+//! memory, `cudaHostAlloc` stands in. The runtime shares that memory with forked children, so a
+//! child's store is seen by the parent and by its copies; registered pages read as zeroes in a
+//! child.
+
+use std::alloc::{self, Layout};
+use std::iter;
+use std::mem;
+use std::ops::Range;
+use std::ptr::{self, NonNull};
+#[cfg(unix)]
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bitflags::bitflags;
+
+use crate::cuda::device::{Context, Device};
+use crate::cuda::fork;
+use crate::cuda::raw;
+use crate::error::{Error, Result, Side};
+#[cfg(unix)]
+use crate::memory::chunks::{self, Piece};
+#[cfg(unix)]
+use crate::memory::host_limit::room_in_groups;
+#[cfg(unix)]
+use crate::memory::registered::Registered;
+use crate::switches;
+use crate::sys;
+#[cfg(unix)]
+use crate::sys::cudaError as Status;
+
+bitflags! {
+    /// How pinned host memory is made: `cudaHostRegister`, `cudaHostAlloc`. Write-combined memory is not
+    /// to be had: reading it is slow, and on current hardware copies from it are no faster.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, HostFlags};
+    ///
+    /// // Pinned, and nothing more asked for.
+    /// let options = BufferOptions { host_flags: HostFlags::empty(), ..Default::default() };
+    /// let buffer = CpuGpuBuffer::<u8>::with_options(100, Device::auto(), options)?;
+    /// assert_eq!(BufferOptions::default().host_flags, HostFlags::PORTABLE | HostFlags::MAPPED);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct HostFlags: u32 {
+        /// Pinned for every device, not only the buffer's.
+        const PORTABLE = sys::cudaHostAllocPortable;
+        /// Kernels can read and write it.
+        const MAPPED = sys::cudaHostAllocMapped;
+    }
+}
+
+// The flags serve both functions.
+const _: () = assert!(
+    sys::cudaHostAllocPortable == sys::cudaHostRegisterPortable
+        && sys::cudaHostAllocMapped == sys::cudaHostRegisterMapped
+);
+
+/// Whether host memory is pinned, which is what lets a copy run beside the program.
+///
+/// ```
+/// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Pinning};
+///
+/// for pinning in [Pinning::Never, Pinning::Preferred, Pinning::Required] {
+///     let options = BufferOptions { pinning, ..Default::default() };
+///     match CpuGpuBuffer::<u8>::with_options(100, Device::Cpu, options) {
+///         Ok(buffer) => assert!(!buffer.is_pinned()),
+///         Err(error) => assert_eq!((pinning, error.to_string().contains("the CPU")), (Pinning::Required, true)),
+///     }
+/// }
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Pinning {
+    /// Pinned, or an error. A buffer without bytes has nothing to pin: it is made, and
+    /// [`is_pinned`](crate::CpuGpuBuffer::is_pinned) is `false`.
+    Required,
+    /// Pinned if that works, otherwise pageable. Always pageable on [`Device::Cpu`]. On a CUDA
+    /// device [`pinning_error`](crate::CpuGpuBuffer::pinning_error) says why.
+    #[default]
+    Preferred,
+    /// Pageable. Copies of pageable memory are staged by the driver and may make the caller wait.
+    Never,
+}
+
+/// An owned piece of host memory.
+pub(crate) struct HostMemory {
+    address: NonNull<u8>,
+    /// The bytes that one registration covers, from the first byte on. `usize::MAX` if one covers
+    /// all, or none is needed.
+    registration_size: usize,
+    kind: Kind,
+    /// Why memory is pageable that was to be pinned if that works.
+    pinning_error: Option<Box<Error>>,
+}
+
+enum Kind {
+    /// No bytes.
+    Empty,
+    /// From the allocator, at an address that may lie before the aligned one.
+    Pageable { base: *mut u8, room: Layout },
+    /// Pages that go with it.
+    #[cfg(unix)]
+    Registered { _pages: Registered },
+    /// A piece of registered pages that outlive it.
+    #[cfg(unix)]
+    Piece { _piece: Piece },
+    /// From `cudaHostAlloc`, at an address that may lie before the aligned one.
+    Allocated { base: *mut u8, context: &'static Context },
+}
+
+// SAFETY: the memory belongs to the value alone, and can be released on any thread.
+unsafe impl Send for HostMemory {}
+// SAFETY: through a shared reference only the address can be read.
+unsafe impl Sync for HostMemory {}
+
+impl HostMemory {
+    /// Zeroed memory; pinned for `context`'s device as `pinning` says.
+    pub(crate) fn new(
+        layout: Layout,
+        pinning: Pinning,
+        flags: HostFlags,
+        context: Option<&'static Context>,
+        device: Device,
+    ) -> Result<HostMemory> {
+        if layout.size() == 0 {
+            return Ok(HostMemory::empty(layout));
+        }
+        let out_of_memory =
+            || Error::OutOfMemory { side: Side::Host, bytes: layout.size(), device };
+        let refused = match (pinning, context) {
+            (Pinning::Never, _) => None,
+            (Pinning::Preferred, None) => None,
+            (Pinning::Required, None) => Some("the device is the CPU".to_string()),
+            _ if switches::is_pinning_off() => Some("CPU_GPU_BUFFER_PINNING=never".to_string()),
+            (_, Some(context)) => match HostMemory::pinned(layout, flags, context) {
+                Ok(Some(memory)) => return Ok(memory),
+                // As much pageable memory would not fit, either.
+                Ok(None) => return Err(out_of_memory()),
+                Err(error) => Some(error.to_string()),
+            },
+        };
+        let error =
+            refused.map(|reason| Error::PinningUnavailable { bytes: layout.size(), reason });
+        match error {
+            Some(error) if pinning == Pinning::Required => Err(error),
+            error => {
+                let mut memory = HostMemory::pageable(layout).ok_or_else(out_of_memory)?;
+                memory.pinning_error = error.map(Box::new);
+                Ok(memory)
+            }
+        }
+    }
+
+    fn empty(layout: Layout) -> HostMemory {
+        let aligned = ptr::without_provenance_mut(layout.align());
+        HostMemory::whole(NonNull::new(aligned).expect("an alignment is not 0"), Kind::Empty)
+    }
+
+    fn whole(address: NonNull<u8>, kind: Kind) -> HostMemory {
+        HostMemory { address, registration_size: usize::MAX, kind, pinning_error: None }
+    }
+
+    /// Zeroed pageable memory of a layout that is not empty.
+    ///
+    /// The allocator gives large memory as fresh pages, untouched, unless it is asked for more than
+    /// its usual alignment: then it writes every byte. So the alignment is made here.
+    fn pageable(layout: Layout) -> Option<HostMemory> {
+        let room = Layout::from_size_align(layout.size().checked_add(layout.align())?, 1).ok()?;
+        // SAFETY: the room has a size.
+        let base = unsafe { alloc::alloc_zeroed(room) };
+        if base.is_null() {
+            return None;
+        }
+        // SAFETY: `room` leaves `align` bytes before what is asked for, and the offset is smaller.
+        let address = unsafe { base.add(base.align_offset(layout.align())) };
+        Some(HostMemory::whole(NonNull::new(address)?, Kind::Pageable { base, room }))
+    }
+
+    /// Zeroed pinned memory of a layout that is not empty. If neither way works, the error is
+    /// `cudaHostAlloc`'s. `None` if it does not fit into the limits of this process's control
+    /// groups.
+    fn pinned(
+        layout: Layout,
+        flags: HostFlags,
+        context: &'static Context,
+    ) -> Result<Option<HostMemory>> {
+        let _current = context.enter()?;
+        // No bits but those that have a name: others mean other things to the two functions.
+        let flags = flags & HostFlags::all();
+        #[cfg(unix)]
+        return HostMemory::registered_or_allocated(layout, flags, context);
+        #[cfg(not(unix))]
+        HostMemory::allocated(layout, flags, context).map(Some)
+    }
+
+    #[cfg(unix)]
+    fn registered_or_allocated(
+        layout: Layout,
+        flags: HostFlags,
+        context: &'static Context,
+    ) -> Result<Option<HostMemory>> {
+        let (device, is_small) = (chunks::of_device(context), chunks::fits(layout));
+        if is_small && let Some(piece) = device.piece(layout, flags) {
+            return Ok(Some(HostMemory::piece(piece)));
+        }
+        // Either way touches the pages, and a process that touches more than its groups may have is
+        // killed.
+        if lacks_room(if is_small { chunks::CHUNK } else { layout.size() }) {
+            return Ok(None);
+        }
+        let mut refusal = None;
+        if !device.refuses_registering(flags) {
+            let registered = match is_small {
+                true => device.piece_of_new_chunk(layout, flags).map(HostMemory::piece),
+                false => Registered::new(layout, flags.bits(), context).map(|pages| {
+                    let (address, registration_size) = (pages.address(), pages.registration_size());
+                    let kind = Kind::Registered { _pages: pages };
+                    HostMemory { address, registration_size, kind, pinning_error: None }
+                }),
+            };
+            match registered {
+                Ok(memory) => return Ok(Some(memory)),
+                Err(error) => refusal = Some(error),
+            }
+        }
+        let memory = HostMemory::allocated(layout, flags, context)?;
+        // `cudaHostAlloc` works, so the device is sound and refuses this alone.
+        if refusal.is_some_and(|refusal| is_for_good(&refusal)) {
+            device.remember_refusal(flags);
+        }
+        Ok(Some(memory))
+    }
+
+    #[cfg(unix)]
+    fn piece(piece: Piece) -> HostMemory {
+        HostMemory::whole(piece.address(), Kind::Piece { _piece: piece })
+    }
+
+    fn allocated(
+        layout: Layout,
+        flags: HostFlags,
+        context: &'static Context,
+    ) -> Result<HostMemory> {
+        // `cudaHostAlloc` aligns to pages; more than that takes room to move in.
+        let room = layout.size().saturating_add(layout.align() - 1);
+        let base = raw::host_alloc(room, flags.bits())?;
+        let offset = base.align_offset(layout.align());
+        // SAFETY: `room` leaves `align - 1` bytes before what is asked for.
+        let address = unsafe { base.add(offset) };
+        // SAFETY: `size` bytes are left behind the offset, and nobody else knows of them.
+        unsafe { ptr::write_bytes(address, 0, layout.size()) };
+        let address = NonNull::new(address).expect("cudaHostAlloc gives an address");
+        Ok(HostMemory::whole(address, Kind::Allocated { base, context }))
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        self.address.as_ptr()
+    }
+
+    pub(crate) fn is_pinned(&self) -> bool {
+        match &self.kind {
+            Kind::Empty | Kind::Pageable { .. } => false,
+            #[cfg(unix)]
+            Kind::Registered { .. } | Kind::Piece { .. } => true,
+            Kind::Allocated { .. } => true,
+        }
+    }
+
+    /// Why it is pageable, if it was to be pinned and that did not work.
+    pub(crate) fn pinning_error(&self) -> Option<&Error> {
+        self.pinning_error.as_deref()
+    }
+
+    /// Whether kernels of the current device reach all `bytes` of the memory, under the addresses that it has here.
+    pub(crate) fn is_mapped(&self, bytes: usize) -> bool {
+        let reached = |at| {
+            let range = self.as_ptr().wrapping_add(at);
+            raw::host_device_ptr(range).is_ok_and(|address| address == range)
+        };
+        self.is_pinned()
+            && split_by(0..bytes, self.registration_size).all(|range| reached(range.start))
+    }
+
+    /// Cuts the `bytes` at `from`, which lie in the memory, where registrations meet, and hands each part to `copy`, as
+    /// its offset from `from` and its length, until that fails. CUDA refuses a copy that spans two registrations.
+    #[inline]
+    pub(crate) fn for_each_registration(
+        &self,
+        from: *const u8,
+        bytes: usize,
+        mut copy: impl FnMut(usize, usize) -> Result<()>,
+    ) -> Result<()> {
+        match self.registration_size {
+            usize::MAX => copy(0, bytes),
+            size => {
+                let start = from.addr() - self.address.addr().get();
+                split_by(start..start + bytes, size)
+                    .try_for_each(|range| copy(range.start - start, range.len()))
+            }
+        }
+    }
+
+    /// Never gives the memory back: something may still be reading or writing it.
+    pub(crate) fn leak(&mut self) {
+        mem::forget(mem::replace(self, HostMemory::empty(Layout::new::<()>())));
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        match &mut self.kind {
+            Kind::Empty => {}
+            Kind::Pageable { base, room } => {
+                // SAFETY: allocated with this layout, and given back once.
+                unsafe { alloc::dealloc(*base, *room) };
+            }
+            #[cfg(unix)]
+            Kind::Registered { .. } | Kind::Piece { .. } => {}
+            Kind::Allocated { base, context } => {
+                if fork::forked() {
+                    return;
+                }
+                let _current = context.enter();
+                // SAFETY: allocated by this value; whoever drops it saw its transfers finish.
+                let released = unsafe { raw::free_host(*base) };
+                // With the context broken, there is nothing that could be done.
+                let _ = released;
+            }
+        }
+    }
+}
+
+/// Cuts a range at the multiples of `size`.
+pub(crate) fn split_by(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut rest = range;
+    iter::from_fn(move || {
+        let start = rest.start;
+        rest.start = rest.end.min((start / size + 1).saturating_mul(size));
+        (start < rest.start).then_some(start..rest.start)
+    })
+}
+
+/// Whether a failed registration says that this device refuses all of them, as it does under
+/// confidential computing. A shortage passes, and other errors may be those of earlier work.
+#[cfg(unix)]
+fn is_for_good(refusal: &Error) -> bool {
+    let refusals = [Status::cudaErrorNotSupported, Status::cudaErrorNotPermitted];
+    matches!(refusal, Error::Cuda { code, .. } if refusals.contains(code))
+}
+
+/// Whether this process's control groups leave less room than these bytes. Asking them costs 0.2
+/// ms, so they are asked again only when half of the room that they had is used up.
+#[cfg(unix)]
+fn lacks_room(bytes: usize) -> bool {
+    /// Bytes that may be touched before the groups are asked again.
+    static CREDIT: AtomicUsize = AtomicUsize::new(0);
+    /// Groups may get a limit at any time.
+    const MOST: usize = 256 << 20;
+    /// Page tables are counted, too, and the process goes on to need some.
+    const MARGIN: usize = 2 << 20;
+    let pay = |credit: usize| credit.checked_sub(bytes);
+    if CREDIT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay).is_ok() {
+        return false;
+    }
+    let room = room_in_groups().map_or(usize::MAX, |room| room.saturating_sub(MARGIN));
+    CREDIT.store((room.saturating_sub(bytes) / 2).min(MOST), Ordering::Relaxed);
+    room < bytes
+}
+
+/// Whether buffers of a CUDA device can be pinned: there is a device, and
+/// `CPU_GPU_BUFFER_PINNING=never` is not set. Creates no context and pins nothing. Asking is a use
+/// of CUDA: a child that is forked later cannot use it.
+///
+/// ```
+/// println!("pinned memory: {}", cpu_gpu_buffer::is_pinned_memory_available());
+/// ```
+pub fn is_pinned_memory_available() -> bool {
+    Device::cuda_count() > 0 && !switches::is_pinning_off()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAX: usize = usize::MAX;
+
+    #[test]
+    fn a_range_is_cut_where_registrations_meet_and_nowhere_else() {
+        for (range, expected) in [
+            (0..1, &[0, 1][..]),
+            (0..10, &[0, 10]),
+            (9..10, &[9, 10]),
+            (10..20, &[10, 20]),
+            (9..11, &[9, 10, 10, 11]),
+            (0..30, &[0, 10, 10, 20, 20, 30]),
+            (7..33, &[7, 10, 10, 20, 20, 30, 30, 33]),
+            (5..5, &[]),
+            (MAX - 7..MAX, &[MAX - 7, MAX - 5, MAX - 5, MAX]),
+        ] {
+            let bounds = split_by(range, 10).flat_map(|range| [range.start, range.end]);
+            assert_eq!(bounds.collect::<Vec<_>>(), expected);
+        }
+        assert!(split_by(3..MAX, MAX).eq(iter::once(3..MAX)));
+    }
+}

@@ -1,0 +1,334 @@
+//! How much memory this process could use: of the machine, within the limits of its control groups.
+//!
+//! A process beyond its group's limit is killed, and the kernel's table of the whole machine says
+//! nothing of that. So each group from the process's own up to the root that this process sees is
+//! asked for its limit and its use, in either version of control groups ("Control Group v2" and
+//! "Memory Resource Controller" in the kernel's documentation). `memory.high` is left aside, since
+//! a group beyond it is slowed down and not killed.
+//!
+//! The page cache and reclaimable slabs count as used. The kernel takes them back before it kills,
+//! so they are subtracted, as the kernel does for `MemAvailable`.
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use crate::cuda::device::MemoryInfo;
+
+/// The memory that this process could use now, and at most; `None` on a system that does not tell.
+/// It reads about ten small files of the kernel's.
+pub(crate) fn host_memory() -> Option<MemoryInfo> {
+    memory_under(Path::new("/"))
+}
+
+/// The bytes that this process could use before it is killed for a limit of its groups; `None` if
+/// they have none.
+pub(crate) fn room_in_groups() -> Option<usize> {
+    let root = Path::new("/");
+    let machine = MemoryInfo { free: usize::MAX, ..of_machine(root)? };
+    limits(root, machine).map(|limit| limit.free).min()
+}
+
+/// The same as [`host_memory`], of the files under a root.
+fn memory_under(root: &Path) -> Option<MemoryInfo> {
+    let machine = of_machine(root)?;
+    Some(limits(root, machine).fold(machine, |memory, limit| MemoryInfo {
+        free: memory.free.min(limit.free),
+        total: memory.total.min(limit.total),
+    }))
+}
+
+/// The limits of the groups that this process is in.
+fn limits(root: &Path, machine: MemoryInfo) -> impl Iterator<Item = MemoryInfo> {
+    group(root).into_iter().flat_map(move |group| {
+        let levels: Vec<_> = group.path.ancestors().map(|level| group.mount.join(level)).collect();
+        levels.into_iter().filter_map(move |level| group.version.limit(&level, machine))
+    })
+}
+
+/// `MemAvailable` and `MemTotal`: the memory that could be used without swapping, and all.
+fn of_machine(root: &Path) -> Option<MemoryInfo> {
+    let table = fs::read_to_string(root.join("proc/meminfo")).ok()?;
+    let bytes = |name: &str| {
+        let line = table.lines().find_map(|line| line.strip_prefix(name))?;
+        let kilobytes: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        kilobytes.checked_mul(1024)
+    };
+    Some(MemoryInfo { free: bytes("MemAvailable:")?, total: bytes("MemTotal:")? })
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    One,
+    Two,
+}
+
+impl Version {
+    /// The room that the limit of one group leaves, and the limit; `None` if it has none that the
+    /// machine can reach.
+    fn limit(self, group: &Path, machine: MemoryInfo) -> Option<MemoryInfo> {
+        let (limit, used, prefix) = match self {
+            Version::One => ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+            Version::Two => ("memory.max", "memory.current", ""),
+        };
+        let read = |name: &str| fs::read_to_string(group.join(name)).ok();
+        // "max" is no number, and no limit. Version 1 has a number that no machine reaches.
+        let total: usize = read(limit)?.trim().parse().ok()?;
+        if total >= machine.total {
+            return None;
+        }
+        let used: usize = read(used)?.trim().parse().ok()?;
+        let free = total.saturating_sub(used);
+        // The kernel adds up the table of a group when it is read. With enough left, nobody needs
+        // it.
+        if free >= machine.free {
+            return Some(MemoryInfo { free, total });
+        }
+        let table = read("memory.stat").unwrap_or_default();
+        let cached = |name: &str| -> usize {
+            let value = table
+                .lines()
+                .find_map(|line| line.strip_prefix(prefix)?.strip_prefix(name)?.strip_prefix(' '));
+            value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+        };
+        let cached = ["inactive_file", "active_file", "slab_reclaimable"]
+            .into_iter()
+            .fold(0, |sum: usize, name| sum.saturating_add(cached(name)));
+        Some(MemoryInfo { free: total.saturating_sub(used.saturating_sub(cached)), total })
+    }
+}
+
+/// The group of this process whose memory is limited.
+#[derive(Debug, PartialEq, Eq)]
+struct Group {
+    version: Version,
+    /// The folder of the topmost group that this process sees.
+    mount: PathBuf,
+    /// The group's own folder, from there.
+    path: PathBuf,
+}
+
+fn group(root: &Path) -> Option<Group> {
+    let groups = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
+    let mounts = fs::read_to_string(root.join("proc/self/mountinfo")).ok()?;
+    // On a machine with both, memory is limited by the version that has the controller.
+    [Version::One, Version::Two].into_iter().find_map(|version| {
+        let path = path_of(&groups, version)?;
+        let (inner, mount) = mount_of(&mounts, version, path)?;
+        // The mount may begin below the root of all groups. A path that leads out of it is of
+        // groups that this process does not see.
+        let path = Path::new(path).strip_prefix(&inner).unwrap_or(Path::new(""));
+        let inside = path.components().all(|part| matches!(part, Component::Normal(_)));
+        let path = if inside { path } else { Path::new("") };
+        let mount = root.join(mount.strip_prefix("/").ok()?);
+        Some(Group { version, mount, path: path.into() })
+    })
+}
+
+/// The path of this process's group, from `/proc/self/cgroup`: lines of `number:controllers:path`.
+fn path_of(groups: &str, version: Version) -> Option<&str> {
+    groups.lines().find_map(|line| {
+        let mut fields = line.splitn(3, ':');
+        let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        let found = match version {
+            Version::One => controllers.split(',').any(|name| name == "memory"),
+            Version::Two => number == "0" && controllers.is_empty(),
+        };
+        found.then(|| path.strip_prefix('/')).flatten()
+    })
+}
+
+/// Where the groups are mounted, from `/proc/self/mountinfo`: the group that is the mount's root,
+/// without its first slash, and the mount point. Of several mounts, the first that the path is in
+/// comes first.
+fn mount_of(mounts: &str, version: Version, path: &str) -> Option<(PathBuf, PathBuf)> {
+    let found = mounts.lines().filter_map(|line| {
+        // Fields of the mount, some of them optional, then those of the file system.
+        let (mount, system) = line.split_once(" - ")?;
+        let (mut mount, mut system) = (mount.split(' '), system.split(' '));
+        let (inner, point) = (mount.nth(3)?, mount.next()?);
+        let (kind, _source, options) = (system.next()?, system.next()?, system.next()?);
+        let found = match version {
+            Version::One => kind == "cgroup" && options.split(',').any(|name| name == "memory"),
+            Version::Two => kind == "cgroup2",
+        };
+        let inner = unescaped(inner);
+        found.then(|| (inner.strip_prefix('/').unwrap_or(&inner).into(), unescaped(point).into()))
+    });
+    let mut found: Vec<(PathBuf, PathBuf)> = found.collect();
+    let fits = found.iter().position(|(inner, _)| Path::new(path).starts_with(inner));
+    (!found.is_empty()).then(|| found.swap_remove(fits.unwrap_or(0)))
+}
+
+/// A field of `mountinfo`, in which white space and backslashes stand as three octal digits.
+fn unescaped(field: &str) -> String {
+    let mut parts = field.split('\\');
+    let mut text = String::from(parts.next().unwrap_or_default());
+    for part in parts {
+        let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match code {
+            Some(code) => {
+                text.push(code.into());
+                text.push_str(&part[3..]);
+            }
+            None => {
+                text.push('\\');
+                text.push_str(part);
+            }
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GB: usize = 1 << 30;
+
+    /// A machine of 64 GB, of which 48 are free, as a folder of files.
+    struct Machine(PathBuf);
+
+    impl Machine {
+        fn new(test: &str) -> Machine {
+            let root = std::env::temp_dir().join(format!("cgb-{test}-{}", std::process::id()));
+            let machine = Machine(root);
+            let table = format!("MemTotal: {} kB\nMemAvailable:   {} kB\n", 64 << 20, 48 << 20);
+            machine.put("proc/meminfo", &table);
+            machine
+        }
+
+        fn put(&self, file: &str, text: &str) {
+            let path = self.0.join(file);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+
+        fn process(&self, groups: &str, mounts: &str) {
+            self.put("proc/self/cgroup", groups);
+            self.put("proc/self/mountinfo", mounts);
+        }
+
+        /// Version 2: a limit, or "max"; use, and page cache within it.
+        fn limit(&self, group: &str, limit: &str, used: usize, cache: usize) {
+            let group = format!("sys/fs/cgroup/{group}");
+            self.put(&format!("{group}/memory.max"), &format!("{limit}\n"));
+            self.put(&format!("{group}/memory.current"), &format!("{used}\n"));
+            let (one, other) = (cache / 4, cache - cache / 4);
+            let stat = format!("anon 7\nfile {cache}\ninactive_file {one}\nactive_file {other}\n");
+            self.put(&format!("{group}/memory.stat"), &stat);
+        }
+
+        /// Free and all, in GB.
+        #[track_caller]
+        fn has(&self, free: usize, total: usize) {
+            let memory = memory_under(&self.0).unwrap();
+            assert_eq!(memory, MemoryInfo { free: free * GB, total: total * GB });
+        }
+    }
+
+    impl Drop for Machine {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    const V2: &str =
+        "29 23 0:26 / /sys/fs/cgroup ro,nosuid shared:4 - cgroup2 cgroup rw,nsdelegate\n";
+
+    #[test]
+    fn without_groups_there_is_what_the_machine_has() {
+        let machine = Machine::new("no-groups");
+        machine.has(48, 64);
+        machine.process("", "");
+        machine.has(48, 64);
+        machine.process("0::/\n", V2);
+        machine.has(48, 64);
+        fs::remove_file(machine.0.join("proc/meminfo")).unwrap();
+        assert_eq!(memory_under(&machine.0), None);
+    }
+
+    #[test]
+    fn a_container_has_what_its_limit_leaves_and_page_cache_is_free() {
+        let machine = Machine::new("container");
+        // Its own group is all that it sees.
+        machine.process("0::/\n", V2);
+        machine.limit("", &(8 * GB).to_string(), 5 * GB, 0);
+        machine.has(3, 8);
+        machine.limit("", &(8 * GB).to_string(), 7 * GB, 4 * GB);
+        machine.has(5, 8);
+        // More than the limit is in use for a moment, when the limit was lowered.
+        machine.limit("", &(8 * GB).to_string(), 9 * GB, 0);
+        machine.has(0, 8);
+        machine.limit("", "max", 9 * GB, 0);
+        machine.has(48, 64);
+        // A limit beyond the machine is none.
+        machine.limit("", &(999 * GB).to_string(), 9 * GB, 0);
+        machine.has(48, 64);
+    }
+
+    #[test]
+    fn the_lowest_limit_on_the_way_to_the_root_counts() {
+        let machine = Machine::new("levels");
+        machine.process("0::/pod.slice/box.scope/own\n", V2);
+        machine.limit("pod.slice/box.scope/own", "max", GB, 0);
+        machine.limit("pod.slice/box.scope", &(16 * GB).to_string(), 2 * GB, 0);
+        machine.has(14, 16);
+        // Of the whole pod, which has other containers, less is left.
+        machine.limit("pod.slice", &(32 * GB).to_string(), 30 * GB, 0);
+        machine.has(2, 16);
+        machine.limit("pod.slice/box.scope/own", &(4 * GB).to_string(), GB, 0);
+        machine.has(2, 4);
+        // A limit beside the way is another's.
+        machine.limit("pod.slice/other", &GB.to_string(), 0, 0);
+        machine.has(2, 4);
+    }
+
+    #[test]
+    fn a_mount_may_begin_below_the_root_and_a_path_may_lead_out_of_it() {
+        let machine = Machine::new("below");
+        let below = V2.replace(" / /sys", " /docker/ab /sys");
+        machine.limit("own", &(2 * GB).to_string(), GB, 0);
+        machine.limit("", &(8 * GB).to_string(), 3 * GB, 0);
+        machine.process("0::/docker/ab/own\n", &below);
+        machine.has(1, 2);
+        for outside in ["0::/../other\n", "0::/docker/xy/own\n"] {
+            machine.process(outside, &below);
+            machine.has(5, 8);
+        }
+        // What lies beside the mount is no group.
+        machine.limit("../own", &GB.to_string(), 0, 0);
+        machine.process("0::/../own\n", V2);
+        machine.has(5, 8);
+    }
+
+    #[test]
+    fn version_one_is_read_where_it_has_the_controller() {
+        let machine = Machine::new("one");
+        let groups = "5:cpu,cpuacct:/a:b\n4:hugetlb,memory:/a:b\n1:name=memory:/x\n0::/y\n";
+        let mounts = "30 22 0:27 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
+            31 30 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu,cpuacct\n\
+            32 30 0:29 / /sys/fs/cgroup/me\\040mory rw shared:9 - cgroup cgroup rw,hugetlb,memory\n\
+            33 30 0:30 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
+        machine.process(groups, mounts);
+        let put = |group: &str, limit: usize, used: usize, cache: usize| {
+            let group = format!("sys/fs/cgroup/me mory/{group}");
+            machine.put(&format!("{group}/memory.limit_in_bytes"), &format!("{limit}\n"));
+            machine.put(&format!("{group}/memory.usage_in_bytes"), &format!("{used}\n"));
+            // Without the prefix it is the group's own, without those below it.
+            let stat =
+                format!("inactive_file 5\ntotal_inactive_file {cache}\ntotal_active_file 0\n");
+            machine.put(&format!("{group}/memory.stat"), &stat);
+        };
+        put("", 0x7fff_ffff_ffff_f000, 60 * GB, 0);
+        machine.has(48, 64);
+        put("a:b", 10 * GB, 9 * GB, 2 * GB);
+        machine.has(3, 10);
+    }
+
+    #[test]
+    fn escapes_are_read() {
+        assert_eq!(unescaped("/a\\040b\\134c"), "/a b\\c");
+        assert_eq!(unescaped("/a\\9b\\"), "/a\\9b\\");
+        assert_eq!(unescaped("/ä\\ä€"), "/ä\\ä€");
+    }
+}

@@ -1,0 +1,10 @@
+#[cfg(unix)]
+pub(crate) mod chunks;
+pub(crate) mod device_memory;
+pub(crate) mod host;
+pub(crate) mod host_limit;
+#[cfg(unix)]
+pub(crate) mod pages;
+#[cfg(unix)]
+pub(crate) mod registered;
+pub(crate) mod slab;

@@ -1,0 +1,2 @@
+#[allow(clippy::module_inception)] // The room has the name of its main type.
+pub(crate) mod pool;

@@ -1,0 +1,4 @@
+pub(crate) mod event;
+#[allow(clippy::module_inception)] // The room has the name of its main type.
+pub(crate) mod stream;
+pub(crate) mod ticket;

@@ -1,0 +1,3 @@
+pub(crate) mod fill;
+pub(crate) mod gather;
+pub(crate) mod plan;
