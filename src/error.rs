@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::cuda::device::Device;
+use crate::device::Device;
 use crate::sys;
 
 /// The result of this crate's operations.

@@ -94,6 +94,7 @@
 
 mod buffer;
 mod cuda;
+mod device;
 mod element;
 mod error;
 mod flight;
@@ -114,9 +115,9 @@ mod transfer;
 
 pub use cudart_sys as sys;
 
-pub use buffer::buffer::{BufferOptions, CpuGpuBuffer};
+pub use buffer::buffer::CpuGpuBuffer;
 pub use buffer::view::GpuView;
-pub use cuda::device::{Device, MemoryInfo};
+pub use device::{Device, MemoryInfo};
 pub use element::{DType, Element};
 pub use error::{Error, Result, Side};
 pub use group::group::{BufferGroup, GroupView, MembersMut};
@@ -124,7 +125,8 @@ pub use group::layout::{GroupLayout, GroupLayoutBuilder, MemberKey, MemberRows};
 pub use group::ring::{BufferRing, GroupRing};
 #[cfg(feature = "dlpack")]
 pub use interop::dlpack;
-pub use memory::host::{HostFlags, Pinning, is_pinned_memory_available};
+pub use memory::host::is_pinned_memory_available;
+pub use memory::options::{BufferOptions, HostFlags, Pinning};
 pub use pool::pool::{BufferPool, PoolGrowth, PoolOptions, PoolStats};
 pub use shape::Shape;
 pub use stream::event::Event;

@@ -17,37 +17,13 @@ use bytemuck::Pod;
 use crate::buffer::storage::Storage;
 use crate::buffer::storage::{BOTH, SideLayout, StorageHandle};
 use crate::buffer::view::GpuView;
-use crate::cuda::device::Device;
+use crate::device::Device;
 use crate::element::{DType, Element};
 use crate::error::{Error, Result, Side};
 use crate::memory::device_memory::DeviceMemory;
-use crate::memory::host::{HostFlags, Pinning};
+use crate::memory::options::BufferOptions;
 use crate::shape::{Shape, select};
 use crate::stream::stream::Stream;
-
-/// How a buffer is made.
-///
-/// ```
-/// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Pinning};
-///
-/// let options = BufferOptions { pinning: Pinning::Never, ..Default::default() };
-/// let buffer = CpuGpuBuffer::<f32>::with_options([8, 4], Device::auto(), options)?;
-/// assert!(!buffer.is_pinned());
-/// # Ok::<(), cpu_gpu_buffer::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct BufferOptions {
-    /// Whether the host side is pinned: [`Pinning::Preferred`] unless given.
-    pub pinning: Pinning,
-    /// How it is pinned: all flags unless given.
-    pub host_flags: HostFlags,
-}
-
-impl Default for BufferOptions {
-    fn default() -> BufferOptions {
-        BufferOptions { pinning: Pinning::Preferred, host_flags: HostFlags::all() }
-    }
-}
 
 /// Pinned host memory and device memory of one shape, with asynchronous copies between them that no
 /// safe program can race with.

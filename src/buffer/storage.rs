@@ -22,17 +22,19 @@ use std::alloc::Layout;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::buffer::buffer::BufferOptions;
-use crate::cuda::device::{Device, context};
+use crate::cuda::device::context;
 use crate::cuda::fork;
 use crate::cuda::raw::{self, Direction};
+use crate::device::Device;
 use crate::error::{Error, Result, Side};
 #[cfg(feature = "dlpack")]
 use crate::flight::exports::{Exports, Loan};
+use crate::flight::left_behind::{LeftBehindCount, reclaim_before_allocating};
 use crate::flight::record::Record;
+use crate::memory::options::BufferOptions;
 use crate::memory::slab::Slab;
 use crate::shape::Shape;
 use crate::slots::Lease;
@@ -43,9 +45,6 @@ use crate::transfer::fill;
 
 /// What most operations touch.
 pub(crate) const BOTH: [Side; 2] = [Side::Host, Side::Device];
-
-/// How many buffers of a pool tensors left behind, to be had back by a wait for the devices.
-pub(crate) type LeftBehindCount = Arc<AtomicUsize>;
 
 /// A buffer's storage, which goes where it came from.
 pub(crate) struct StorageHandle(ManuallyDrop<Origin>);
@@ -64,7 +63,8 @@ impl StorageHandle {
         device: Device,
         options: BufferOptions,
     ) -> Result<StorageHandle> {
-        let mut one = Storage::allocate_many(side_layout, 1, device, options, false, None)?;
+        reclaim_before_allocating(side_layout.layout.size(), device);
+        let mut one = Storage::allocate_many(side_layout, 1, device, options, None)?;
         Ok(StorageHandle::of(Origin::Own(Box::new(one.pop().expect("one was asked for")))))
     }
 
@@ -210,14 +210,13 @@ const _: () = {
 };
 
 impl Storage {
-    /// Storages of one form in one slab, both sides of each zeroed. `locked`: as for [`Slab::new`].
+    /// Storages of one form in one slab, both sides of each zeroed.
     /// A pool gives its count of buffers that were left behind.
     pub(crate) fn allocate_many(
         side_layout: SideLayout,
         count: usize,
         device: Device,
         options: BufferOptions,
-        locked: bool,
         left_behind_count: Option<&LeftBehindCount>,
     ) -> Result<Vec<Storage>> {
         let _ = left_behind_count;
@@ -247,7 +246,7 @@ impl Storage {
             Device::Cuda(_) if whole.size() == 0 => None,
             Device::Cuda(ordinal) => Some(context(ordinal)?),
         };
-        let slab = Arc::new(Slab::new(whole, whole, context, device, options, locked)?);
+        let slab = Arc::new(Slab::new(whole, whole, context, device, options)?);
         let storage = |number| Storage {
             device,
             host: slab.host().as_ptr().wrapping_add(number * stride),

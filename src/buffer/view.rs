@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::ops::RangeBounds;
 use std::slice;
 
-use crate::cuda::device::Device;
+use crate::device::Device;
 use crate::error::Result;
 use crate::shape::{Shape, select};
 

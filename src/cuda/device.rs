@@ -5,7 +5,6 @@
 //! first fill, because loading waits for the whole device, which may be held up by work that depends on
 //! the caller. A context stays for the life of the process.
 
-use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
@@ -13,46 +12,9 @@ use std::sync::{Mutex, OnceLock};
 use crate::cuda::fork;
 use crate::cuda::kernels::Kernels;
 use crate::cuda::raw;
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::memory::host_limit::host_memory;
 use crate::sys;
-
-/// A device: the CPU, or a CUDA device by its ordinal.
-///
-/// A value names a device, which need not exist: that is checked where it is used.
-///
-/// ```
-/// use cpu_gpu_buffer::Device;
-///
-/// assert_eq!("cuda:1".parse(), Ok(Device::Cuda(1)));
-/// assert_eq!("cuda".parse(), Ok(Device::Cuda(0)));
-/// assert_eq!(Device::Cpu.to_string(), "cpu");
-/// ```
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Device {
-    /// Ordinary memory: every operation has the meaning it has on a GPU, and is done when it returns.
-    Cpu,
-    /// The CUDA device of this ordinal, in the order that `CUDA_VISIBLE_DEVICES` leaves.
-    Cuda(u32),
-}
-
-/// Memory of a device, in bytes.
-///
-/// ```
-/// # #[cfg(target_os = "linux")] {
-/// let memory = cpu_gpu_buffer::Device::Cpu.memory()?;
-/// let pieces = memory.free / 2 / (64 << 20);
-/// println!("half of what is free: {pieces} pieces of 64 MB, of {} GB in all", memory.total >> 30);
-/// # }
-/// # Ok::<(), cpu_gpu_buffer::Error>(())
-/// ```
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct MemoryInfo {
-    /// What could be allocated now.
-    pub free: usize,
-    /// All there is.
-    pub total: usize,
-}
 
 impl Device {
     /// The first CUDA device that can be used, or else [`Device::Cpu`]. Never fails and never panics.
@@ -93,45 +55,6 @@ impl Device {
     /// ```
     pub fn cuda_count() -> usize {
         count().unwrap_or(0)
-    }
-
-    /// Free and total memory, in bytes: of the CUDA device, or of this machine.
-    ///
-    /// In a container the host's memory is no more than the limits of its control groups leave.
-    /// Page cache that the kernel can take back counts as free. Swap space does not count.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::Unavailable`] for a CUDA device that cannot be used, and for the CPU on a system that
-    /// does not tell.
-    ///
-    /// ```
-    /// # #[cfg(target_os = "linux")] {
-    /// let memory = cpu_gpu_buffer::Device::Cpu.memory()?;
-    /// assert!(memory.free <= memory.total);
-    /// # }
-    /// # Ok::<(), cpu_gpu_buffer::Error>(())
-    /// ```
-    pub fn memory(self) -> Result<MemoryInfo> {
-        match self {
-            Device::Cpu => host_memory().ok_or_else(|| Error::Unavailable {
-                reason: "this system does not say how much memory it has".into(),
-            }),
-            Device::Cuda(ordinal) => {
-                let _current = context(ordinal)?.enter()?;
-                let (free, total) = raw::memory_info()?;
-                Ok(MemoryInfo { free, total })
-            }
-        }
-    }
-}
-
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Device::Cpu => f.write_str("cpu"),
-            Device::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
-        }
     }
 }
 

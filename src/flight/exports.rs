@@ -30,8 +30,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::buffer::storage::StorageHandle;
-use crate::cuda::device::{self, Device};
+use crate::cuda::device;
 use crate::cuda::fork;
+use crate::device::Device;
 use crate::error::{Error, Result, Side};
 
 /// What a storage and the tensors of its sides share.

@@ -1,3 +1,4 @@
 #[cfg(feature = "dlpack")]
 pub(crate) mod exports;
+pub(crate) mod left_behind;
 pub(crate) mod record;

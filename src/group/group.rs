@@ -8,12 +8,12 @@ use std::slice;
 
 use bytemuck::Pod;
 
-use crate::buffer::buffer::BufferOptions;
 use crate::buffer::view::GpuView;
-use crate::cuda::device::Device;
+use crate::device::Device;
 use crate::error::Result;
 use crate::group::layout::{GroupLayout, MemberKey, MemberRows};
 use crate::group::storage::GroupStorage;
+use crate::memory::options::BufferOptions;
 use crate::stream::stream::Stream;
 
 /// Buffers that are moved together: members of one [`GroupLayout`], in one pinned slab and one device slab.

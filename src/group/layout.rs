@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytemuck::Pod;
 
-use crate::cuda::device::Device;
+use crate::device::Device;
 use crate::error::{Error, Result, reserve};
 use crate::memory::device_memory::DeviceMemory;
 use crate::shape::{Shape, select};

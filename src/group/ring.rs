@@ -10,13 +10,13 @@ use std::ops::RangeBounds;
 
 use bytemuck::Pod;
 
-use crate::buffer::buffer::BufferOptions;
 use crate::buffer::view::GpuView;
-use crate::cuda::device::Device;
+use crate::device::Device;
 use crate::error::Result;
 use crate::group::group::{GroupView, MembersMut, host, host_mut};
 use crate::group::layout::{GroupLayout, GroupLayoutBuilder, MemberKey, MemberRows};
 use crate::group::storage::GroupStorage;
+use crate::memory::options::BufferOptions;
 use crate::shape::{Shape, select};
 use crate::stream::stream::Stream;
 

@@ -22,14 +22,16 @@ use std::ptr;
 
 use bytemuck::Pod;
 
-use crate::buffer::buffer::BufferOptions;
-use crate::cuda::device::{Device, context};
+use crate::cuda::device::context;
 use crate::cuda::fork;
 use crate::cuda::raw::{self, Direction};
+use crate::device::Device;
 use crate::error::{Error, Result, reserve};
+use crate::flight::left_behind::reclaim_before_allocating;
 use crate::flight::record::Record;
 use crate::group::layout::{GroupLayout, GroupTable, Member, MemberKey, MemberRows};
-use crate::memory::host::HostFlags;
+use crate::memory::options::BufferOptions;
+use crate::memory::options::HostFlags;
 use crate::memory::slab::Slab;
 use crate::stream::stream::{EnteredStream, Stream};
 use crate::switches;
@@ -157,7 +159,8 @@ impl GroupStorage {
         slots.resize_with(depth, HostSlot::default);
         let latest = filled(None, count, device)?;
         let named = filled(false, count, device)?;
-        let slab = Slab::new(host, one, context, device, options, false)?;
+        reclaim_before_allocating(one.size(), device);
+        let slab = Slab::new(host, one, context, device, options)?;
         let mapped = match context {
             Some(context)
                 if options.host_flags.contains(HostFlags::MAPPED)

@@ -68,7 +68,7 @@ use std::fmt;
 use std::ptr;
 
 use crate::buffer::buffer::CpuGpuBuffer;
-use crate::cuda::device::Device;
+use crate::device::Device;
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::flight::exports::{self, Loan};

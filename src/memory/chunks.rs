@@ -18,7 +18,7 @@ use std::sync::{Mutex, MutexGuard};
 use crate::cuda::device::Context;
 use crate::cuda::fork;
 use crate::error::Result;
-use crate::memory::host::HostFlags;
+use crate::memory::options::HostFlags;
 use crate::memory::registered::Registered;
 
 /// The bytes of a chunk, which is one hugepage.

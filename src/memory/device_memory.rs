@@ -3,11 +3,13 @@
 use std::alloc::Layout;
 use std::mem;
 
-use crate::cuda::device::{Context, Device};
+use crate::cuda::device::Context;
 use crate::cuda::fork;
 use crate::cuda::raw;
+use crate::device::Device;
 use crate::error::{Error, Result, Side};
-use crate::memory::host::{HostFlags, HostMemory, Pinning};
+use crate::memory::host::HostMemory;
+use crate::memory::options::{HostFlags, Pinning};
 use crate::sys::cudaError;
 
 /// An owned piece of device memory. On CUDA its contents are whatever was there before.

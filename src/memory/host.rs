@@ -14,76 +14,21 @@ use std::ptr::{self, NonNull};
 #[cfg(unix)]
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bitflags::bitflags;
-
-use crate::cuda::device::{Context, Device};
+use crate::cuda::device::Context;
 use crate::cuda::fork;
 use crate::cuda::raw;
+use crate::device::Device;
 use crate::error::{Error, Result, Side};
 #[cfg(unix)]
 use crate::memory::chunks::{self, Piece};
 #[cfg(unix)]
 use crate::memory::host_limit::room_in_groups;
+use crate::memory::options::{HostFlags, Pinning};
 #[cfg(unix)]
 use crate::memory::registered::Registered;
 use crate::switches;
-use crate::sys;
 #[cfg(unix)]
 use crate::sys::cudaError as Status;
-
-bitflags! {
-    /// How pinned host memory is made: `cudaHostRegister`, `cudaHostAlloc`. Write-combined memory is not
-    /// to be had: reading it is slow, and on current hardware copies from it are no faster.
-    ///
-    /// ```
-    /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, HostFlags};
-    ///
-    /// // Pinned, and nothing more asked for.
-    /// let options = BufferOptions { host_flags: HostFlags::empty(), ..Default::default() };
-    /// let buffer = CpuGpuBuffer::<u8>::with_options(100, Device::auto(), options)?;
-    /// assert_eq!(BufferOptions::default().host_flags, HostFlags::PORTABLE | HostFlags::MAPPED);
-    /// # Ok::<(), cpu_gpu_buffer::Error>(())
-    /// ```
-    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-    pub struct HostFlags: u32 {
-        /// Pinned for every device, not only the buffer's.
-        const PORTABLE = sys::cudaHostAllocPortable;
-        /// Kernels can read and write it.
-        const MAPPED = sys::cudaHostAllocMapped;
-    }
-}
-
-// The flags serve both functions.
-const _: () = assert!(
-    sys::cudaHostAllocPortable == sys::cudaHostRegisterPortable
-        && sys::cudaHostAllocMapped == sys::cudaHostRegisterMapped
-);
-
-/// Whether host memory is pinned, which is what lets a copy run beside the program.
-///
-/// ```
-/// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Pinning};
-///
-/// for pinning in [Pinning::Never, Pinning::Preferred, Pinning::Required] {
-///     let options = BufferOptions { pinning, ..Default::default() };
-///     match CpuGpuBuffer::<u8>::with_options(100, Device::Cpu, options) {
-///         Ok(buffer) => assert!(!buffer.is_pinned()),
-///         Err(error) => assert_eq!((pinning, error.to_string().contains("the CPU")), (Pinning::Required, true)),
-///     }
-/// }
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub enum Pinning {
-    /// Pinned, or an error. A buffer without bytes has nothing to pin: it is made, and
-    /// [`is_pinned`](crate::CpuGpuBuffer::is_pinned) is `false`.
-    Required,
-    /// Pinned if that works, otherwise pageable. Always pageable on [`Device::Cpu`]. On a CUDA
-    /// device [`pinning_error`](crate::CpuGpuBuffer::pinning_error) says why.
-    #[default]
-    Preferred,
-    /// Pageable. Copies of pageable memory are staged by the driver and may make the caller wait.
-    Never,
-}
 
 /// An owned piece of host memory.
 pub(crate) struct HostMemory {

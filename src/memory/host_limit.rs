@@ -12,7 +12,42 @@
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-use crate::cuda::device::MemoryInfo;
+use crate::cuda::device::context;
+use crate::cuda::raw;
+use crate::device::{Device, MemoryInfo};
+use crate::error::{Error, Result};
+
+impl Device {
+    /// Free and total memory, in bytes: of the CUDA device, or of this machine.
+    ///
+    /// In a container the host's memory is no more than the limits of its control groups leave.
+    /// Page cache that the kernel can take back counts as free. Swap space does not count.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unavailable`] for a CUDA device that cannot be used, and for the CPU on a system that
+    /// does not tell.
+    ///
+    /// ```
+    /// # #[cfg(target_os = "linux")] {
+    /// let memory = cpu_gpu_buffer::Device::Cpu.memory()?;
+    /// assert!(memory.free <= memory.total);
+    /// # }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn memory(self) -> Result<MemoryInfo> {
+        match self {
+            Device::Cpu => host_memory().ok_or_else(|| Error::Unavailable {
+                reason: "this system does not say how much memory it has".into(),
+            }),
+            Device::Cuda(ordinal) => {
+                let _current = context(ordinal)?.enter()?;
+                let (free, total) = raw::memory_info()?;
+                Ok(MemoryInfo { free, total })
+            }
+        }
+    }
+}
 
 /// The memory that this process could use now, and at most; `None` on a system that does not tell.
 /// It reads about ten small files of the kernel's.

@@ -3,6 +3,7 @@ pub(crate) mod chunks;
 pub(crate) mod device_memory;
 pub(crate) mod host;
 pub(crate) mod host_limit;
+pub(crate) mod options;
 #[cfg(unix)]
 pub(crate) mod pages;
 #[cfg(unix)]

@@ -6,11 +6,12 @@
 use std::alloc::Layout;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::buffer::buffer::BufferOptions;
-use crate::cuda::device::{Context, Device};
+use crate::cuda::device::Context;
+use crate::device::Device;
 use crate::error::Result;
 use crate::memory::device_memory::DeviceMemory;
 use crate::memory::host::HostMemory;
+use crate::memory::options::BufferOptions;
 
 pub(crate) struct Slab {
     host: HostMemory,
@@ -19,22 +20,14 @@ pub(crate) struct Slab {
 }
 
 impl Slab {
-    /// Sides of these sizes and alignments: the host side zeroed, the device side on the CPU too. Has back first what
-    /// tensors left behind, unless the caller holds a lock.
+    /// Sides of these sizes and alignments. The host side is zeroed; the device side is zeroed on the CPU.
     pub(crate) fn new(
         host: Layout,
         gpu: Layout,
         context: Option<&'static Context>,
         device: Device,
         options: BufferOptions,
-        locked: bool,
     ) -> Result<Slab> {
-        #[cfg(feature = "dlpack")]
-        if context.is_some() && !locked {
-            // What cannot be had now is there the next time.
-            let _ = crate::flight::exports::reclaim();
-        }
-        let _ = locked;
         // The device first: it has less memory, and what it lacks need not be pinned in vain.
         let gpu = DeviceMemory::new(gpu, context, device)?;
         let host = HostMemory::new(host, options.pinning, options.host_flags, context, device)?;

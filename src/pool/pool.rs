@@ -18,13 +18,15 @@ use std::thread;
 
 use bytemuck::Pod;
 
-use crate::buffer::buffer::{BufferOptions, CpuGpuBuffer};
-use crate::buffer::storage::{LeftBehindCount, SideLayout, Storage, StorageHandle};
-use crate::cuda::device::Device;
+use crate::buffer::buffer::CpuGpuBuffer;
+use crate::buffer::storage::{SideLayout, Storage, StorageHandle};
 use crate::cuda::fork;
+use crate::device::Device;
 use crate::element::DType;
 use crate::error::{Error, Result, Side};
-use crate::memory::host::{HostFlags, Pinning};
+use crate::flight::left_behind::{LeftBehindCount, reclaim_before_allocating};
+use crate::memory::options::BufferOptions;
+use crate::memory::options::{HostFlags, Pinning};
 use crate::shape::Shape;
 use crate::slots::{Lease, Segment, Slots};
 
@@ -283,7 +285,8 @@ impl<T: Pod> BufferPool<T> {
             left_behind_count: LeftBehindCount::default(),
         };
         if buffers > 0 {
-            inner.slots.append(inner.segment(buffers, false)?);
+            reclaim_before_allocating(inner.side_layout.layout.size(), device);
+            inner.slots.append(inner.segment(buffers)?);
         }
         Ok(BufferPool { inner: Arc::new(inner), elements: PhantomData })
     }
@@ -466,18 +469,12 @@ impl<T: Pod> BufferPool<T> {
 }
 
 impl Inner {
-    fn segment(&self, count: usize, locked: bool) -> Result<Segment<Storage>> {
+    fn segment(&self, count: usize) -> Result<Segment<Storage>> {
         let PoolOptions { pinning, host_flags, .. } = self.options;
         let options = BufferOptions { pinning, host_flags };
         let left_behind = Some(&self.left_behind_count);
-        let storages = Storage::allocate_many(
-            self.side_layout,
-            count,
-            self.device,
-            options,
-            locked,
-            left_behind,
-        )?;
+        let storages =
+            Storage::allocate_many(self.side_layout, count, self.device, options, left_behind)?;
         // One slab: all of them are, or none.
         let are_pinned = storages.first().is_some_and(Storage::is_pinned);
         let segment = self.slots.prepare(storages).ok_or(Error::OutOfMemory {
@@ -532,7 +529,7 @@ impl Inner {
         let (bytes, steps) = (self.side_layout.layout.pad_to_align().size(), self.slots.growths());
         let mut count = self.options.growth.step(total, bytes, steps).min(room);
         loop {
-            match self.segment(count, true) {
+            match self.segment(count) {
                 Err(
                     Error::OutOfMemory { .. }
                     | Error::PinningUnavailable { .. }

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use bitflags::bitflags;
 
-use crate::cuda::device::{Context, Device};
+use crate::cuda::device::Context;
 use crate::cuda::fork;
 use crate::cuda::raw;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::stream::stream::{EnteredStream, Stream, WaitPolicy};
 use crate::sys;

@@ -13,10 +13,11 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use bitflags::bitflags;
 
-use crate::cuda::device::{Context, Device, context};
+use crate::cuda::device::{Context, context};
 use crate::cuda::fork;
 use crate::cuda::kernel_graph::StreamGraph;
 use crate::cuda::raw;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::stream::event::{Event, EventFlags, EventHandle};
 use crate::stream::ticket::Tickets;

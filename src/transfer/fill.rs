@@ -264,8 +264,8 @@ unsafe fn launch_repeat<const WIDTH: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::device::Device;
     use crate::cuda::kernels::{IMAGE, PTX};
+    use crate::device::Device;
     use crate::runtime;
     use crate::stream::stream::Stream;
 
