@@ -13,13 +13,15 @@ use std::slice;
 
 use bytemuck::Pod;
 
+use crate::buffer::handle::StorageHandle;
 #[cfg(feature = "dlpack")]
 use crate::buffer::storage::Storage;
-use crate::buffer::storage::{BOTH, SideLayout, StorageHandle};
+use crate::buffer::storage::{BOTH, Peer, SideLayout};
 use crate::buffer::view::GpuView;
+use crate::cuda::raw::Direction;
 use crate::device::Device;
 use crate::element::{DType, Element};
-use crate::error::{Error, Result, Side};
+use crate::error::{Error, Result};
 use crate::memory::device_memory::DeviceMemory;
 use crate::memory::options::BufferOptions;
 use crate::shape::{Shape, select};
@@ -263,7 +265,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// ```
     pub fn copy_to_gpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
         let range = self.bytes_of(&rows)?;
-        self.storage.copy_to_gpu(range, stream)
+        // SAFETY: no memory of others takes part.
+        unsafe { self.storage.copy(Direction::Up, range, Peer::DeviceSide, stream) }
     }
 
     /// Copies rows of the device side to the same rows of the host side, on `stream`, after everything
@@ -286,7 +289,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// ```
     pub fn copy_to_cpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
         let range = self.bytes_of(&rows)?;
-        self.storage.copy_to_cpu(range, stream)
+        // SAFETY: no memory of others takes part.
+        unsafe { self.storage.copy(Direction::Down, range, Peer::DeviceSide, stream) }
     }
 
     /// [`copy_to_gpu`](Self::copy_to_gpu) into device memory that somebody else owns. `to` is the
@@ -334,9 +338,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
         stream: &Stream,
     ) -> Result<()> {
         let range = self.bytes_of(&rows)?;
-        let to = to.cast::<u8>().wrapping_add(range.start);
+        let peer = Peer::Foreign(to.cast::<u8>().wrapping_add(range.start));
         // SAFETY: the caller vouches for the selected rows of `to`, which are these bytes.
-        unsafe { self.storage.copy_to_device_ptr(range, to, stream) }
+        unsafe { self.storage.copy(Direction::Up, range, peer, stream) }
     }
 
     /// [`copy_to_cpu`](Self::copy_to_cpu) out of device memory that somebody else owns. `from` is
@@ -382,9 +386,10 @@ impl<T: Pod> CpuGpuBuffer<T> {
         stream: &Stream,
     ) -> Result<()> {
         let range = self.bytes_of(&rows)?;
-        let from = from.cast::<u8>().wrapping_add(range.start);
+        // Only read: the direction says so.
+        let peer = Peer::Foreign(from.cast_mut().cast::<u8>().wrapping_add(range.start));
         // SAFETY: the caller vouches for the selected rows of `from`, which are these bytes.
-        unsafe { self.storage.copy_from_device_ptr(range, from, stream) }
+        unsafe { self.storage.copy(Direction::Down, range, peer, stream) }
     }
 
     /// Whether nothing that this buffer was used for is still running: transfers, fills, and what the
@@ -445,10 +450,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn fill(&mut self, value: T, stream: &Stream) -> Result<()> {
-        self.storage.enter_for_work(&BOTH, stream)?;
-        self.storage.wait_to_write()?;
-        self.fill_gpu(value, stream)?;
-        // SAFETY: no copy touches the host side since the wait: a fill enqueues none.
+        let element = bytemuck::bytes_of(&value);
+        self.storage.fill_gpu_and_wait_to_write(element, stream)?;
+        // SAFETY: no copy uses the host side since the wait: a fill enqueues none.
         set(unsafe { self.host_slice_mut() }, value);
         Ok(())
     }
@@ -493,17 +497,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn fill_gpu(&mut self, value: T, stream: &Stream) -> Result<()> {
-        if self.device() != Device::Cpu {
-            return self.storage.fill_gpu(bytemuck::bytes_of(&value), stream);
-        }
-        self.storage.enter_for_work(&[Side::Device], stream)?;
-        if self.nbytes() > 0 {
-            let address = self.storage.gpu_ptr().cast::<T>();
-            // SAFETY: on the CPU the device side is ordinary memory of this many elements, and has
-            // no work in flight.
-            set(unsafe { slice::from_raw_parts_mut(address, self.numel()) }, value);
-        }
-        Ok(())
+        self.storage.fill_gpu(bytemuck::bytes_of(&value), stream)
     }
 
     /// Sets every byte of both sides to zero, in the order of [`fill`](Self::fill). No element is

@@ -1,4 +1,7 @@
 #[allow(clippy::module_inception)] // The room has the name of its main type.
 pub(crate) mod buffer;
+pub(crate) mod handle;
+#[cfg(feature = "dlpack")]
+mod lending;
 pub(crate) mod storage;
 pub(crate) mod view;

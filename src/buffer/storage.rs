@@ -1,217 +1,129 @@
-//! Both sides of a buffer as bytes, with the records of what is in flight: the in-flight rule.
+//! The bytes of a buffer, and the in-flight rule.
 //!
-//! The owner of the memory holds the state, never a guard, so that there is nothing whose forgetting
-//! could make a race. Three records answer three questions:
+//! The owner of the memory keeps the records of pending work. There are no guards, so forgetting a
+//! value can make no race. Three records answer three questions:
 //!
-//! | record | set by | consulted by |
+//! | record | set by | waited for by |
 //! |---|---|---|
-//! | `upload`: reads the host side | `copy_to_gpu` | writers of the host side, and all below |
-//! | `download`: writes the host side | `copy_to_cpu` | readers and writers of the host side, and all below |
-//! | `device_use`, lazy | `gpu_on`, `fill_gpu`, the first zeroing | other streams, release, `synchronize`, `is_idle` |
+//! | `upload`: reads the host side | `copy_to_gpu` | writers of the host side, and the last row |
+//! | `download`: writes the host side | `copy_to_cpu` | readers and writers of the host side, and the last row |
+//! | `device_use`, open | `gpu_on`, `fill_gpu`, the first zeroing | other streams, release, `synchronize`, `is_idle` |
 //!
-//! Whatever is enqueued waits, in stream order, for everything that stands on other streams; so the
-//! newest use is ordered after all before it, and a transfer covers the device uses before it.
+//! Enqueued work comes, in stream order, after all pending work on other streams. The newest use is
+//! therefore ordered after all earlier ones, and a copy supersedes the device uses before it.
 //!
-//! What is lent to tensors of other libraries is looked after by `src/flight/exports.rs`: whatever touches a side
-//! settles that first.
+//! Sides that are lent to tensors have rules of their own: see
+//! [`exports`](crate::flight::exports). Every operation on a side follows them first.
 //!
-//! An operation checks its arguments and the stream first, and changes nothing where they are refused.
-//! From the moment it tries to enqueue, its record stands, whatever CUDA answers.
+//! An operation checks its arguments and the stream before it changes anything. Once it tries to
+//! enqueue, its record is pending, whatever CUDA returns.
 
 use std::alloc::Layout;
-use std::mem::ManuallyDrop;
-use std::ops::{Deref, DerefMut, Range};
+use std::ops::Range;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::cuda::device::context;
-use crate::cuda::fork;
 use crate::cuda::raw::{self, Direction};
 use crate::device::Device;
 use crate::error::{Error, Result, Side};
+use crate::flight::device_side::DeviceSide;
 #[cfg(feature = "dlpack")]
-use crate::flight::exports::{Exports, Loan};
-use crate::flight::left_behind::{LeftBehindCount, reclaim_before_allocating};
+use crate::flight::exports::Exports;
+use crate::flight::left_behind::LeftBehindCount;
 use crate::flight::record::Record;
 use crate::memory::options::BufferOptions;
 use crate::memory::slab::Slab;
 use crate::shape::Shape;
-use crate::slots::Lease;
-#[cfg(feature = "dlpack")]
-use crate::slots::Segment;
 use crate::stream::stream::{EnteredStream, Stream};
-use crate::transfer::fill;
 
-/// What most operations touch.
+/// Both sides, which most operations touch.
 pub(crate) const BOTH: [Side; 2] = [Side::Host, Side::Device];
 
-/// A buffer's storage, which goes where it came from.
-pub(crate) struct StorageHandle(ManuallyDrop<Origin>);
-
-/// Where a storage is.
-enum Origin {
-    Own(Box<Storage>),
-    /// In a pool, which gets it back as it is.
-    Pool(Lease<Storage>),
-}
-
-impl StorageHandle {
-    /// Two zeroed sides of a form, in a slab of their own.
-    pub(crate) fn own(
-        side_layout: SideLayout,
-        device: Device,
-        options: BufferOptions,
-    ) -> Result<StorageHandle> {
-        reclaim_before_allocating(side_layout.layout.size(), device);
-        let mut one = Storage::allocate_many(side_layout, 1, device, options, None)?;
-        Ok(StorageHandle::of(Origin::Own(Box::new(one.pop().expect("one was asked for")))))
-    }
-
-    /// What a pool handed out.
-    #[inline]
-    pub(crate) fn pool(slot: Lease<Storage>) -> StorageHandle {
-        StorageHandle::of(Origin::Pool(slot))
-    }
-
-    #[inline]
-    fn of(origin: Origin) -> StorageHandle {
-        StorageHandle(ManuallyDrop::new(origin))
-    }
-
-    /// Gives memory of its own up for lost where a use of it could not be [closed](Storage::close_with_event): its stream is in
-    /// capture, say. Whether that will ever have ended nobody can ask later, when the stream may be gone.
-    #[cfg(feature = "dlpack")]
-    pub(crate) fn abandon_if_open(&self) -> bool {
-        let records = [&self.upload, &self.download, &self.device_use];
-        let open = matches!(*self.0, Origin::Own(_)) && records.iter().any(|it| it.is_open());
-        if open {
-            self.slab.abandon();
-        }
-        open
-    }
-
-    /// Gives a slot of which nothing is in flight back to its pool, and calls nothing: the answer is what is to be dropped
-    /// when no lock is held.
-    #[cfg(feature = "dlpack")]
-    pub(crate) fn give_back(self) -> (Option<StorageHandle>, Option<Arc<Segment<Storage>>>) {
-        let mut handle = ManuallyDrop::new(self);
-        // SAFETY: the end of the value, which is not dropped.
-        match unsafe { ManuallyDrop::take(&mut handle.0) } {
-            own @ Origin::Own(_) => (Some(StorageHandle::of(own)), None),
-            Origin::Pool(slot) => {
-                let mut slot = ManuallyDrop::new(slot);
-                // The device was waited for.
-                slot.supersede_open();
-                // SAFETY: the end of the lease, which is not dropped.
-                (None, unsafe { slot.release() })
-            }
-        }
-    }
-}
-
-impl Drop for StorageHandle {
-    /// What is given back waits for nothing, but [stands for nothing more](Storage::close_with_event). What was lent goes when that
-    /// is over.
-    #[inline]
-    fn drop(&mut self) {
-        #[cfg(feature = "dlpack")]
-        if let Some(exports) = self.exports.take() {
-            // SAFETY: the end of the value, of which nobody looks at what is taken.
-            let origin = unsafe { ManuallyDrop::take(&mut self.0) };
-            return exports.buffer_dropped(StorageHandle::of(origin));
-        }
-        if let Origin::Pool(storage) = &*self.0 {
-            storage.close_with_event();
-        }
-        // SAFETY: the end of the value, which goes once.
-        unsafe { ManuallyDrop::drop(&mut self.0) };
-    }
-}
-
-impl Deref for StorageHandle {
-    type Target = Storage;
-
-    #[inline]
-    fn deref(&self) -> &Storage {
-        match &*self.0 {
-            Origin::Own(storage) => storage,
-            Origin::Pool(lease) => lease,
-        }
-    }
-}
-
-impl DerefMut for StorageHandle {
-    #[inline]
-    fn deref_mut(&mut self) -> &mut Storage {
-        match &mut *self.0 {
-            Origin::Own(storage) => storage,
-            Origin::Pool(lease) => lease,
-        }
-    }
-}
-
-/// What is to be stored in either side.
+/// The shape of a side, and its bytes.
 #[derive(Clone, Copy)]
 pub(crate) struct SideLayout {
     pub(crate) shape: Shape,
-    /// The elements of the shape.
+    /// The number of elements of the shape.
     pub(crate) numel: usize,
-    /// All of them.
+    /// The bytes of all elements.
     pub(crate) layout: Layout,
 }
 
+/// The other end of a copy from or to the host side.
+#[derive(Clone, Copy)]
+pub(crate) enum Peer {
+    /// The same range of the device side.
+    DeviceSide,
+    /// Device memory that somebody else owns.
+    Foreign(*mut u8),
+}
+
+/// Both sides of a buffer as bytes, with the records of pending work.
 pub(crate) struct Storage {
-    device: Device,
-    // Addresses in the slab.
+    pub(super) device_side: DeviceSide,
+    // An address in the slab.
     host: *mut u8,
-    gpu: *mut u8,
-    /// Of either side.
+    /// The bytes that a side has room for.
     capacity: usize,
-    /// Of either side, of those that are in use.
-    bytes: usize,
     shape: Shape,
     numel: usize,
-    /// Not of the shape and size that it was made with.
+    /// The shape or the size is not the original one.
     reshaped: bool,
     options: BufferOptions,
-    /// So many bytes of the device side are defined, in stream order. The others in use still have to be
-    /// zeroed, before the first use.
-    initialized_bytes: usize,
-    /// The host side still has to be zeroed, once no transfer of the holder before uses it.
+    /// The host side is still to be zeroed, after the transfers of its last holder.
     unzeroed: AtomicBool,
     zeroing: Mutex<()>,
-    /// Nothing has to be waited for before the host side is written: seen once, and true until the next transfer.
-    host_is_writable: bool,
+    /// A write of the host side needs no wait. True until the next transfer.
+    pub(super) host_is_writable: bool,
     upload: Record,
     download: Record,
-    device_use: Record,
-    /// Where sides were lent to tensors.
+    /// The state that is shared with tensors, once a side was lent.
     #[cfg(feature = "dlpack")]
-    exports: Option<Arc<Exports>>,
-    /// How many buffers of its pool tensors left behind, if it is in one.
+    pub(super) exports: Option<Arc<Exports>>,
+    /// The count of the pool that owns this storage.
     #[cfg(feature = "dlpack")]
     left_behind_count: Option<LeftBehindCount>,
-    /// Last: the events go before the memory, as they were made after it.
+    /// The last field: events are destroyed before the memory is released.
     slab: Arc<Slab>,
 }
 
-// SAFETY: the bytes behind the addresses are this value's alone, and the slab that it keeps owns them.
+// SAFETY: the bytes behind the address belong to this value alone, and the slab that it keeps owns
+// them.
 unsafe impl Send for Storage {}
-// SAFETY: through a shared reference the addresses can be read, and the host side zeroed once, under a lock.
+// SAFETY: a shared reference reads the host side, and zeroes it once, under a lock.
 unsafe impl Sync for Storage {}
 
-// The other parts must not rely on the promises above.
+// The other fields must not rely on these promises.
 const _: () = {
     const fn send_and_sync<P: Send + Sync>() {}
-    send_and_sync::<(Record, Arc<Slab>, AtomicBool, Mutex<()>)>();
+    send_and_sync::<(DeviceSide, Record, Arc<Slab>, AtomicBool, Mutex<()>)>();
     #[cfg(feature = "dlpack")]
     send_and_sync::<Arc<Exports>>();
 };
 
+/// The memory of `count` sides of one layout, each aligned, and the distance between two of them.
+fn many(side: Layout, count: usize) -> Result<(Layout, usize)> {
+    u32::try_from(count).map_err(|_| Error::InvalidShape {
+        reason: format!("{count} buffers are more than can be told apart"),
+    })?;
+    let stride = side.pad_to_align().size();
+    // The last one needs no padding.
+    let whole = match count.checked_sub(1) {
+        None => Some(0),
+        Some(before) => stride.checked_mul(before).and_then(|start| start.checked_add(side.size())),
+    };
+    let whole = whole.and_then(|whole| Layout::from_size_align(whole, side.align()).ok());
+    let whole = whole.ok_or_else(|| Error::InvalidShape {
+        reason: format!("{count} buffers of {} bytes overflow isize", side.size()),
+    })?;
+    Ok((whole, stride))
+}
+
 impl Storage {
-    /// Storages of one form in one slab, both sides of each zeroed.
-    /// A pool gives its count of buffers that were left behind.
+    /// `count` storages of one layout in one slab, both sides of each zeroed. A pool passes its
+    /// count of buffers that are left behind.
     pub(crate) fn allocate_many(
         side_layout: SideLayout,
         count: usize,
@@ -221,19 +133,8 @@ impl Storage {
     ) -> Result<Vec<Storage>> {
         let _ = left_behind_count;
         let SideLayout { shape, numel, layout } = side_layout;
-        u32::try_from(count).map_err(|_| Error::InvalidShape {
-            reason: format!("{count} buffers are more than can be told apart"),
-        })?;
         let bytes = layout.size();
-        let stride = layout.pad_to_align().size();
-        // The last one needs no padding.
-        let whole = count
-            .checked_sub(1)
-            .map_or(Some(0), |before| stride.checked_mul(before)?.checked_add(bytes));
-        let whole = whole.and_then(|whole| Layout::from_size_align(whole, layout.align()).ok());
-        let whole = whole.ok_or_else(|| Error::InvalidShape {
-            reason: format!("{count} buffers of {bytes} bytes overflow isize"),
-        })?;
+        let (whole, stride) = many(layout, count)?;
         let mut storages = Vec::new();
         storages.try_reserve_exact(count).map_err(|_| Error::OutOfMemory {
             side: Side::Host,
@@ -242,28 +143,28 @@ impl Storage {
         })?;
         let context = match device {
             Device::Cpu => None,
-            // Nothing to allocate, nothing to ask.
+            // Nothing is allocated, so no device is needed.
             Device::Cuda(_) if whole.size() == 0 => None,
             Device::Cuda(ordinal) => Some(context(ordinal)?),
         };
         let slab = Arc::new(Slab::new(whole, whole, context, device, options)?);
         let storage = |number| Storage {
-            device,
+            device_side: DeviceSide::new(
+                device,
+                slab.gpu_ptr().wrapping_add(number * stride),
+                bytes,
+            ),
             host: slab.host().as_ptr().wrapping_add(number * stride),
-            gpu: slab.gpu_ptr().wrapping_add(number * stride),
             capacity: bytes,
-            bytes,
             shape,
             numel,
             reshaped: false,
             options,
-            initialized_bytes: if context.is_some() { 0 } else { bytes },
             unzeroed: AtomicBool::new(false),
             zeroing: Mutex::new(()),
             host_is_writable: true,
             upload: Record::idle(),
             download: Record::idle(),
-            device_use: Record::idle(),
             #[cfg(feature = "dlpack")]
             exports: None,
             #[cfg(feature = "dlpack")]
@@ -275,12 +176,7 @@ impl Storage {
     }
 
     pub(crate) fn device(&self) -> Device {
-        self.device
-    }
-
-    #[cfg(feature = "dlpack")]
-    pub(crate) fn left_behind_count(&self) -> Option<&LeftBehindCount> {
-        self.left_behind_count.as_ref()
+        self.device_side.device()
     }
 
     #[inline]
@@ -293,16 +189,17 @@ impl Storage {
         self.numel
     }
 
-    /// Of either side, of those that are in use.
+    /// The bytes in use of either side.
     #[inline]
     pub(crate) fn bytes(&self) -> usize {
-        self.bytes
+        self.device_side.bytes()
     }
 
     pub(crate) fn options(&self) -> BufferOptions {
         self.options
     }
 
+    /// The bytes that a side has room for.
     pub(crate) fn capacity(&self) -> usize {
         self.capacity
     }
@@ -322,54 +219,45 @@ impl Storage {
 
     #[inline]
     pub(crate) fn gpu_ptr(&self) -> *mut u8 {
-        self.gpu
+        self.device_side.address()
     }
 
-    /// Is of this form from now on, in the same memory, and zeroed.
+    /// Takes another shape in the same memory, and zeroes both sides.
     pub(crate) fn reshape_zeroed(&mut self, side_layout: SideLayout) -> Result<()> {
         let bytes = side_layout.layout.size();
         assert!(bytes <= self.capacity);
         self.wait_for_consumers(&BOTH)?;
         self.wait_to_write()?;
-        // SAFETY: within the host side, which no transfer reads or writes any more.
+        // SAFETY: the range lies in the host side, and no transfer uses it after the wait.
         unsafe { ptr::write_bytes(self.host, 0, bytes) };
-        self.mark_uninitialized(bytes);
-        (self.shape, self.numel, self.bytes) = (side_layout.shape, side_layout.numel, bytes);
+        self.device_side.set_bytes(bytes);
+        self.device_side.reset();
+        (self.shape, self.numel) = (side_layout.shape, side_layout.numel);
         self.reshaped = true;
         Ok(())
     }
 
-    /// Is of the form that it was made with from now on, with what the holder before left there, or zeroes in both
-    /// sides. Waits for nothing.
+    /// Restores the pool's shape, and zeroes lazily if `zeroed`. Never blocks.
     #[inline]
     pub(crate) fn reset_for_reuse(&mut self, side_layout: &SideLayout, zeroed: bool) {
         if self.reshaped {
-            (self.shape, self.numel, self.bytes) =
-                (side_layout.shape, side_layout.numel, self.capacity);
+            (self.shape, self.numel) = (side_layout.shape, side_layout.numel);
+            self.device_side.set_bytes(self.capacity);
             self.reshaped = false;
         }
         if zeroed {
             *self.unzeroed.get_mut() = true;
             self.host_is_writable = false;
-            self.mark_uninitialized(self.bytes);
+            self.device_side.reset();
         }
     }
 
-    /// The first `bytes` of the device side are to be zeroed; on the CPU they are, at once.
-    fn mark_uninitialized(&mut self, bytes: usize) {
-        match self.device {
-            // SAFETY: within the device side, which on the CPU has no work in flight.
-            Device::Cpu => unsafe { ptr::write_bytes(self.gpu, 0, bytes) },
-            Device::Cuda(_) => self.initialized_bytes = 0,
-        }
-    }
-
-    // ---- what the host waits for ----
+    // ---- the host side ----
 
     /// Waits until the host side may be read.
     #[inline]
     pub(crate) fn wait_to_read(&self) -> Result<()> {
-        self.refuse_child()?;
+        self.device_side.refuse_child()?;
         self.wait_for_consumers(&[Side::Host])?;
         self.download.wait()?;
         self.zero_if_pending()
@@ -378,14 +266,14 @@ impl Storage {
     /// Waits until the host side may be written.
     #[inline]
     pub(crate) fn wait_to_write(&mut self) -> Result<()> {
-        self.refuse_child()?;
+        self.device_side.refuse_child()?;
         match self.host_is_writable {
             true => Ok(()),
             false => self.wait_for_host_transfers(),
         }
     }
 
-    /// Waits for the transfers of the host side, and zeroes it if it has to be.
+    /// Waits for the transfers of the host side, and zeroes it if that is pending.
     #[inline(never)]
     fn wait_for_host_transfers(&mut self) -> Result<()> {
         self.wait_for_consumers(&[Side::Host])?;
@@ -398,7 +286,7 @@ impl Storage {
 
     /// Whether the host side may be read now.
     pub(crate) fn may_read(&self) -> Result<bool> {
-        self.refuse_child()?;
+        self.device_side.refuse_child()?;
         #[cfg(feature = "dlpack")]
         if let Some(exports) = &self.exports
             && !exports.are_consumers_done(&[Side::Host])?
@@ -422,31 +310,44 @@ impl Storage {
         Ok(self.may_read()? && self.upload.is_finished()?)
     }
 
-    /// Zeroes the host side, once, after the transfers of the holder before.
+    /// Zeroes the host side if that is pending. This waits for the transfers of its last holder.
+    #[inline]
+    fn zero_if_pending(&self) -> Result<()> {
+        match self.unzeroed.load(Ordering::Acquire) {
+            false => Ok(()),
+            true => self.zero_host(),
+        }
+    }
+
+    /// Zeroes the host side, once, after the transfers of its last holder.
     #[cold]
     fn zero_host(&self) -> Result<()> {
         self.download.wait()?;
         self.upload.wait()?;
         let _zeroing = self.zeroing.lock().unwrap_or_else(|poison| poison.into_inner());
         if self.unzeroed.load(Ordering::Relaxed) {
-            // SAFETY: within the host side. No transfer uses it, and nobody else looks at it: whoever wants to
-            // comes through here first, and waits for the lock or sees the flag.
-            unsafe { ptr::write_bytes(self.host, 0, self.bytes) };
+            // SAFETY: the range lies in the host side. No transfer uses it, and no other thread
+            // reads it: each reader comes through here first, and waits for the lock or sees the
+            // flag.
+            unsafe { ptr::write_bytes(self.host, 0, self.bytes()) };
             self.unzeroed.store(false, Ordering::Release);
         }
         Ok(())
     }
 
-    /// Whether the host side is known to be free to write, without asking anybody, and no stream may be about to
-    /// use the device side.
+    // ---- pending work ----
+
+    /// Whether the host side is known to be writable, and no record of the device side is open.
+    /// Calls no CUDA.
     #[inline]
     pub(crate) fn is_known_ready(&self) -> bool {
         self.upload.is_known_finished()
             && self.download.is_known_finished()
-            && !self.device_use.is_open()
+            && !self.device_side.device_use().is_open()
     }
 
-    /// Asks the driver once for what may keep the host side from being [known ready](Self::is_known_ready).
+    /// Queries, once, the event that may keep the host side from being
+    /// [known ready](Self::is_known_ready).
     pub(crate) fn poll(&self) -> Result<()> {
         let pending = match self.download.is_known_finished() {
             true => &self.upload,
@@ -457,334 +358,182 @@ impl Storage {
 
     /// Waits until nothing uses either side.
     pub(crate) fn wait_for_all(&self) -> Result<()> {
-        self.refuse_child()?;
+        self.device_side.refuse_child()?;
         self.wait_for_consumers(&BOTH)?;
         self.download.wait()?;
         self.upload.wait()?;
-        self.device_use.wait()
+        self.device_side.device_use().wait()
     }
 
     /// Whether nothing uses either side.
     pub(crate) fn is_idle(&self) -> Result<bool> {
-        self.refuse_child()?;
+        self.device_side.refuse_child()?;
         #[cfg(feature = "dlpack")]
         if self.exports.as_ref().is_some_and(|exports| !exports.is_idle()) {
             return Ok(false);
         }
         Ok(self.download.is_finished()?
             && self.upload.is_finished()?
-            && self.device_use.is_finished()?)
+            && self.device_side.device_use().is_finished()?)
     }
 
-    /// What could not be [closed](Self::close_with_event) is over: somebody has waited for all that its stream was sent. (If that was
-    /// captured, nothing of the graph may use this memory: it belongs to a view that is gone.)
-    #[cfg(feature = "dlpack")]
-    fn supersede_open(&mut self) {
-        for record in [&mut self.upload, &mut self.download, &mut self.device_use] {
-            if record.is_open() {
-                record.supersede();
-            }
-        }
+    fn records(&self) -> [&Record; 3] {
+        [&self.upload, &self.download, self.device_side.device_use()]
     }
 
-    /// No longer stands for what streams are sent from now on: they have nothing to do with the next holder, and may be
-    /// captured, or destroyed.
+    /// Ends open use. Later work of these streams belongs to other holders, and the streams may be
+    /// captured or destroyed.
     #[inline]
     pub(crate) fn close_with_event(&self) {
-        for record in [&self.upload, &self.download, &self.device_use] {
-            record.close_with_event();
-        }
+        self.records().into_iter().for_each(Record::close_with_event);
     }
 
-    // ---- what streams do ----
+    // ---- work on streams ----
 
-    /// Copies a range of the host side to the same range of the device side.
-    pub(crate) fn copy_to_gpu(&mut self, range: Range<usize>, stream: &Stream) -> Result<()> {
-        let entered = self.enter_for_work(&BOTH, stream)?;
+    /// Copies a range between the host side and its peer.
+    ///
+    /// # Safety
+    ///
+    /// If the peer is foreign, these hold from the call until the copy has finished in stream order,
+    /// for as many bytes at its address as the range has:
+    ///
+    /// - They are allocated, and memory of `stream`'s device (on the CPU, of the program).
+    /// - For an upload they are valid for writes, and nothing else reads or writes them.
+    /// - For a download they are valid for reads and initialized, and nothing writes them.
+    pub(crate) unsafe fn copy(
+        &mut self,
+        direction: Direction,
+        range: Range<usize>,
+        peer: Peer,
+        stream: &Stream,
+    ) -> Result<()> {
+        let (sides, device): (&[Side], _) = match peer {
+            Peer::DeviceSide => (&BOTH, self.device_side.at(range.start)),
+            Peer::Foreign(address) => (&[Side::Host], address),
+        };
+        let entered = self.enter_for_work(sides, stream)?;
         if range.is_empty() {
             return Ok(());
         }
         self.zero_if_pending()?;
+        let is_own = matches!(peer, Peer::DeviceSide);
         if let Some(entered) = &entered {
             self.order(entered)?;
-            if range.len() < self.bytes {
-                self.initialize(entered)?;
+            // An upload of everything initializes the device side itself.
+            if is_own && (direction == Direction::Down || range.len() < self.bytes()) {
+                self.device_side.initialize(entered)?;
             }
         }
-        let (to, from) = (self.gpu_at(range.start), self.host_at(range.start));
-        // SAFETY: the range lies in both sides.
-        unsafe { self.transfer(Direction::Up, to, from, range.len(), entered.as_ref()) }?;
-        self.initialized_bytes = self.bytes;
-        Ok(())
-    }
-
-    /// Copies a range of the host side to device memory of somebody else's.
-    ///
-    /// # Safety
-    ///
-    /// From the call until the copy has finished in stream order, as many bytes at `to` as the
-    /// range has
-    ///
-    /// - are allocated, valid for writes, and memory of `stream`'s device (on the CPU, of the
-    ///   program);
-    /// - are read and written by nothing else.
-    pub(crate) unsafe fn copy_to_device_ptr(
-        &mut self,
-        range: Range<usize>,
-        to: *mut u8,
-        stream: &Stream,
-    ) -> Result<()> {
-        let entered = self.enter_for_work(&[Side::Host], stream)?;
-        if range.is_empty() {
-            return Ok(());
-        }
-        self.zero_if_pending()?;
-        if let Some(entered) = &entered {
-            self.order(entered)?;
-        }
-        let from = self.host_at(range.start);
-        // SAFETY: the caller vouches for `to`.
-        unsafe { self.transfer(Direction::Up, to, from, range.len(), entered.as_ref()) }
-    }
-
-    /// Copies a range of the device side to the same range of the host side.
-    pub(crate) fn copy_to_cpu(&mut self, range: Range<usize>, stream: &Stream) -> Result<()> {
-        let entered = self.enter_for_work(&BOTH, stream)?;
-        if range.is_empty() {
-            return Ok(());
-        }
-        self.zero_if_pending()?;
-        if let Some(entered) = &entered {
-            self.order(entered)?;
-            self.initialize(entered)?;
-        }
-        let (to, from) = (self.host_at(range.start), self.gpu_at(range.start));
-        // SAFETY: the range lies in both sides.
-        unsafe { self.transfer(Direction::Down, to, from, range.len(), entered.as_ref()) }
-    }
-
-    /// Copies device memory of somebody else's to a range of the host side.
-    ///
-    /// # Safety
-    ///
-    /// From the call until the copy has finished in stream order, as many bytes at `from` as the
-    /// range has
-    ///
-    /// - are allocated, valid for reads, initialised, and memory of `stream`'s device (on the CPU,
-    ///   of the program);
-    /// - are written by nothing.
-    pub(crate) unsafe fn copy_from_device_ptr(
-        &mut self,
-        range: Range<usize>,
-        from: *const u8,
-        stream: &Stream,
-    ) -> Result<()> {
-        let entered = self.enter_for_work(&[Side::Host], stream)?;
-        if range.is_empty() {
-            return Ok(());
-        }
-        self.zero_if_pending()?;
-        if let Some(entered) = &entered {
-            self.order(entered)?;
-        }
-        let to = self.host_at(range.start);
-        // SAFETY: the caller vouches for `from`.
-        unsafe { self.transfer(Direction::Down, to, from, range.len(), entered.as_ref()) }
-    }
-
-    /// Fills the used part of a CUDA device side with `element`, whose length divides it.
-    pub(crate) fn fill_gpu(&mut self, element: &[u8], stream: &Stream) -> Result<()> {
-        let Some(entered) = &self.enter_for_work(&[Side::Device], stream)? else {
-            return Ok(());
+        let host = self.host.wrapping_add(range.start);
+        let (to, from) = match direction {
+            Direction::Up => (device, host),
+            Direction::Down => (host, device),
         };
-        self.order(entered)?;
-        self.device_use.open_on(entered)?;
-        // SAFETY: the device side is this value's, and `device_use` and `order` keep others from it.
-        unsafe { fill::enqueue(self.gpu, self.bytes, element, entered) }?;
-        self.initialized_bytes = self.bytes;
-        Ok(())
-    }
-
-    /// Zeroes the used part of both sides: of the host side at once, after pending copies, and of
-    /// the device side on `stream`.
-    pub(crate) fn zero(&mut self, stream: &Stream) -> Result<()> {
-        self.enter_for_work(&BOTH, stream)?;
-        self.wait_to_write()?;
-        match self.device {
-            Device::Cpu => self.mark_uninitialized(self.bytes),
-            Device::Cuda(_) => self.fill_gpu(&[0], stream)?,
+        // SAFETY: the range lies in the host side. The peer is the same range of the device side, or
+        // the caller vouches for it.
+        unsafe { self.transfer(direction, to, from, range.len(), entered.as_ref()) }?;
+        if is_own {
+            self.device_side.mark_initialized();
         }
-        // SAFETY: within the host side, which no copy touches since the wait: a fill enqueues none.
-        unsafe { ptr::write_bytes(self.host, 0, self.bytes) };
         Ok(())
     }
 
-    /// Orders `stream` after everything, and remembers that it may use the device side from now on.
+    /// Fills the device side with `element`, whose length divides the bytes in use.
+    pub(crate) fn fill_gpu(&mut self, element: &[u8], stream: &Stream) -> Result<()> {
+        let entered = self.enter_for_work(&[Side::Device], stream)?;
+        self.fill_device_side(element, entered.as_ref())
+    }
+
+    /// Fills the device side as [`fill_gpu`](Self::fill_gpu), and waits until the host side may be
+    /// written.
+    pub(crate) fn fill_gpu_and_wait_to_write(
+        &mut self,
+        element: &[u8],
+        stream: &Stream,
+    ) -> Result<()> {
+        let entered = self.enter_for_work(&BOTH, stream)?;
+        self.wait_to_write()?;
+        self.fill_device_side(element, entered.as_ref())
+    }
+
+    fn fill_device_side(
+        &mut self,
+        element: &[u8],
+        entered: Option<&EnteredStream<'_>>,
+    ) -> Result<()> {
+        if let Some(entered) = entered {
+            self.order(entered)?;
+        }
+        if self.bytes() == 0 {
+            return Ok(());
+        }
+        self.device_side.fill(element, entered)
+    }
+
+    /// Zeroes the used part of both sides: the host side at once, after pending copies, and the
+    /// device side on `stream`.
+    pub(crate) fn zero(&mut self, stream: &Stream) -> Result<()> {
+        self.fill_gpu_and_wait_to_write(&[0], stream)?;
+        // SAFETY: the range lies in the host side, and no copy uses it: a fill enqueues none.
+        unsafe { ptr::write_bytes(self.host, 0, self.bytes()) };
+        Ok(())
+    }
+
+    /// Orders `stream` after all pending work, and lets it use the device side from now on.
     pub(crate) fn use_on(&mut self, stream: &Stream) -> Result<()> {
         let Some(entered) = &self.enter_for_work(&[Side::Device], stream)? else {
             return Ok(());
         };
         self.order(entered)?;
-        self.initialize(entered)?;
-        self.device_use.open_on(entered)
+        self.device_side.use_on(entered)
     }
 
-    // ---- what is lent to tensors ----
-
-    /// Lends the device side to a tensor whose consumer uses it on `stream`, first. The answer is its address, too; where
-    /// there are no bytes, null.
-    #[cfg(feature = "dlpack")]
-    pub(crate) fn lend_gpu(&mut self, stream: &Stream) -> Result<(*mut u8, Option<Loan>)> {
-        let entered = self.enter_for_work(&[], stream)?;
-        if self.bytes == 0 {
-            return Ok((ptr::null_mut(), None));
-        }
-        // A consumer before may still use it, and knows nothing of the next.
-        if !self.is_lent(Side::Device) {
-            self.wait_for_consumers(&[Side::Device])?;
-        }
-        if let Some(entered) = &entered {
-            self.order(entered)?;
-            let initialized = self.initialize(entered);
-            // The stream may be destroyed before the record is asked about.
-            self.device_use.close_with_event();
-            if self.device_use.is_open() {
-                // The next use of the device side waits for the devices instead of the record.
-                self.exports().mark_unknown(Side::Device);
-                self.device_use.supersede();
-            }
-            initialized?;
-        }
-        // Last: a refused export leaves the buffer as it was.
-        let loan = self.exports().lend(Side::Device);
-        Ok((self.gpu, Some(loan)))
-    }
-
-    /// Lends the device side, guarded and ordered with nothing. As for [`lend_gpu`](Self::lend_gpu).
-    #[cfg(feature = "dlpack")]
-    pub(crate) fn lend_gpu_unordered(&mut self) -> Result<(*mut u8, Option<Loan>)> {
-        self.refuse_child()?;
-        if self.bytes == 0 {
-            return Ok((ptr::null_mut(), None));
-        }
-        let loan = self.exports().lend(Side::Device);
-        Ok((self.gpu, Some(loan)))
-    }
-
-    /// Lends the memory of the device side, which nothing else knows of. As for [`lend_gpu`](Self::lend_gpu).
-    #[cfg(feature = "dlpack")]
-    pub(crate) fn lend_gpu_unguarded(&mut self) -> Result<(*mut u8, Option<Loan>)> {
-        self.refuse_child()?;
-        if self.bytes == 0 {
-            return Ok((ptr::null_mut(), None));
-        }
-        let loan = self.exports().lend_unguarded();
-        Ok((self.gpu, Some(loan)))
-    }
-
-    /// Lends the host side to a tensor, with nothing of this storage's in flight. As for [`lend_gpu`](Self::lend_gpu).
-    #[cfg(feature = "dlpack")]
-    pub(crate) fn lend_cpu(&mut self) -> Result<(*mut u8, Option<Loan>)> {
-        self.refuse_child()?;
-        if self.bytes == 0 {
-            return Ok((ptr::null_mut(), None));
-        }
-        // While it is lent, nothing comes to be in flight.
-        if !self.is_lent(Side::Host) {
-            self.wait_to_write()?;
-        }
-        let loan = self.exports().lend(Side::Host);
-        self.host_is_writable = false;
-        Ok((self.host, Some(loan)))
-    }
-
-    #[cfg(feature = "dlpack")]
-    fn is_lent(&self, side: Side) -> bool {
-        self.exports.as_ref().is_some_and(|exports| exports.is_lent(side))
-    }
-
-    #[cfg(feature = "dlpack")]
-    fn exports(&mut self) -> &Arc<Exports> {
-        self.exports.get_or_insert_with(|| Arc::new(Exports::new(self.device)))
-    }
-
-    /// Checks that `stream` can be given work of this storage that touches these sides, and enters it. `None` where
-    /// CUDA has nothing to do with it: on the CPU, and where there are no bytes.
+    /// Checks that `stream` may be given work on these sides, and enters it. Returns `None` if CUDA
+    /// is not involved: on the CPU, and if there are no bytes.
     #[inline]
-    pub(crate) fn enter_for_work<'s>(
+    pub(super) fn enter_for_work<'s>(
         &self,
-        touches: &[Side],
+        sides: &[Side],
         stream: &'s Stream,
     ) -> Result<Option<EnteredStream<'s>>> {
-        if stream.device() != self.device {
-            return Err(Error::DeviceMismatch { expected: self.device, actual: stream.device() });
+        let entered = self.device_side.enter_for_work(stream)?;
+        // After the question for a capture: a wait for the device would end it.
+        if self.bytes() > 0 {
+            self.wait_for_consumers(sides)?;
         }
-        if self.bytes == 0 {
-            return Ok(None);
-        }
-        let entered = stream.enter()?;
-        if let Some(entered) = &entered {
-            entered.refuse_capture()?;
-        }
-        // After that: it may wait for the device, which ends captures.
-        self.wait_for_consumers(touches)?;
         Ok(entered)
     }
 
-    /// Sees to it that no tensor's consumer uses these sides: an error where a tensor lives; otherwise waits for
-    /// the devices, if nobody has since the last one went.
+    /// Waits until no consumer of a tensor uses these sides. Returns an error if a tensor of one of
+    /// them lives.
     #[inline]
-    pub(crate) fn wait_for_consumers(&self, touches: &[Side]) -> Result<()> {
+    pub(crate) fn wait_for_consumers(&self, sides: &[Side]) -> Result<()> {
         #[cfg(feature = "dlpack")]
         if let Some(exports) = &self.exports {
-            return exports.wait_for_consumers(touches);
+            return exports.wait_for_consumers(sides);
         }
-        let _ = touches;
+        let _ = sides;
         Ok(())
     }
 
-    /// Makes what is sent to the stream from now on wait for what stands on other streams.
+    /// Orders everything that the stream is given from now on after pending work of other streams.
     #[inline]
-    fn order(&self, entered: &EnteredStream<'_>) -> Result<()> {
+    pub(super) fn order(&self, entered: &EnteredStream<'_>) -> Result<()> {
         self.upload.order_before(entered)?;
         self.download.order_before(entered)?;
-        self.device_use.order_before(entered)
+        self.device_side.device_use().order_before(entered)
     }
 
-    /// Zeroes what is in use of the device side and not defined.
-    #[inline]
-    fn initialize(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
-        if self.initialized_bytes >= self.bytes {
-            return Ok(());
-        }
-        self.device_use.open_on(entered)?;
-        let (from, bytes) =
-            (self.gpu_at(self.initialized_bytes), self.bytes - self.initialized_bytes);
-        // SAFETY: the device side is this value's, and `device_use` and `order` keep others from it.
-        unsafe { fill::enqueue(from, bytes, &[0], entered) }?;
-        self.initialized_bytes = self.bytes;
-        Ok(())
-    }
-
-    /// Before a transfer of the host side: zeroes it if it has to be, which waits.
-    #[inline]
-    fn zero_if_pending(&self) -> Result<()> {
-        match self.unzeroed.load(Ordering::Acquire) {
-            false => Ok(()),
-            true => self.zero_host(),
-        }
-    }
-
-    /// Copies on the stream, which was ordered after everything; at once, where there is none. The record of
-    /// the `direction` stands for the copy.
+    /// Copies on the stream, or at once if there is none. The record of `direction` stands for the
+    /// copy. The stream comes after all pending work.
     ///
     /// # Safety
     ///
     /// - One range lies in the host side, as `direction` says.
-    /// - The other is of as many bytes of the stream's device, valid for the copy and initialised
-    ///   if they are read.
-    /// - Until the copy has finished in stream order, these stay allocated, nothing writes them,
-    ///   and nothing reads them if the copy writes them.
+    /// - The other is as many bytes of the stream's device, valid for the copy, and initialized if
+    ///   the copy reads them.
+    /// - Until the copy has finished in stream order, both stay allocated, nothing else writes
+    ///   them, and nothing reads the bytes that the copy writes.
     #[inline]
     unsafe fn transfer(
         &mut self,
@@ -795,7 +544,7 @@ impl Storage {
         entered: Option<&EnteredStream<'_>>,
     ) -> Result<()> {
         let Some(entered) = entered else {
-            // SAFETY: the caller vouches for both ranges; on the CPU nothing is in flight.
+            // SAFETY: the caller vouches for both ranges, and on the CPU nothing is in flight.
             unsafe { ptr::copy(from, to, bytes) };
             return Ok(());
         };
@@ -805,42 +554,58 @@ impl Storage {
             Direction::Down => (&mut self.download, to.cast_const()),
         };
         let memory = self.slab.host();
-        // One ticket and one event answer for all parts.
+        // One ticket and one event stand for all parts.
         record.submit(entered, || {
             memory.for_each_registration(host, bytes, |at, bytes| {
                 let (to, from) = (to.wrapping_add(at), from.wrapping_add(at));
-                // SAFETY: the caller vouches for the ranges. The record keeps the host side from being written
-                // (and, for a download, read) and both sides from being released until the copy has finished.
+                // SAFETY: the caller vouches for the ranges. The record keeps the host side from being
+                // written (and, for a download, read), and both sides from being released, until the
+                // copy has finished.
                 unsafe { raw::memcpy(direction, to, from, bytes, entered.raw()) }
             })
         })?;
-        self.device_use.supersede();
+        self.device_side.device_use_mut().supersede();
         Ok(())
     }
+}
 
-    #[inline]
-    fn host_at(&self, offset: usize) -> *mut u8 {
-        self.host.wrapping_add(offset)
+/// The parts that only exported storage needs.
+#[cfg(feature = "dlpack")]
+impl Storage {
+    pub(super) fn left_behind_count(&self) -> Option<&LeftBehindCount> {
+        self.left_behind_count.as_ref()
     }
 
+    /// Takes the state that is shared with tensors.
     #[inline]
-    fn gpu_at(&self, offset: usize) -> *mut u8 {
-        self.gpu.wrapping_add(offset)
+    pub(super) fn take_exports(&mut self) -> Option<Arc<Exports>> {
+        self.exports.take()
     }
 
-    /// In a forked child the host side of a CUDA buffer is not there.
-    #[inline]
-    fn refuse_child(&self) -> Result<()> {
-        match self.device {
-            Device::Cpu => Ok(()),
-            Device::Cuda(_) => fork::refuse_child(),
+    pub(super) fn is_open(&self) -> bool {
+        self.records().into_iter().any(Record::is_open)
+    }
+
+    /// Never releases the memory, because work that uses it may never be known to be finished.
+    pub(super) fn leak(&self) {
+        self.slab.abandon();
+    }
+
+    /// Ends open use that could not be [closed](Self::close_with_event), after a wait for the
+    /// devices. If that use was captured, no launch of the graph may use this memory: it belonged to
+    /// a view that is gone.
+    pub(super) fn supersede_open(&mut self) {
+        for record in [&mut self.upload, &mut self.download, self.device_side.device_use_mut()] {
+            if record.is_open() {
+                record.supersede();
+            }
         }
     }
 }
 
 impl Drop for Storage {
-    /// Waits for what is in flight. If the driver cannot say that it is over, the memory is leaked:
-    /// something may still be using it. Memory that is leaked already need not be waited for.
+    /// Waits for pending work. If the driver cannot confirm that the memory is unused, it is leaked.
+    /// Leaked memory is not waited for again.
     fn drop(&mut self) {
         if !self.slab.is_abandoned() && self.wait_for_all().is_err() {
             self.slab.abandon();

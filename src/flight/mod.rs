@@ -1,3 +1,4 @@
+pub(crate) mod device_side;
 #[cfg(feature = "dlpack")]
 pub(crate) mod exports;
 pub(crate) mod left_behind;

@@ -1,26 +1,28 @@
-//! What a buffer remembers of one kind of use: the stream, the ticket, and the event that answers for it.
+//! The record of one kind of use: the stream, the ticket, and the event that answers for them.
 //!
-//! A record is *idle*, or it *stands* for work on a stream. Standing, it is finished once the stream's
-//! watermark has reached its ticket, which costs one load to see, or once its event has. A record whose
-//! event could not be recorded is lazy: the work may be queued, so it stands, and the event is recorded
-//! when somebody asks.
+//! A record is *idle*, or it is *pending*: it stands for work on a stream. Pending work is finished
+//! once the stream's watermark reaches its ticket, which is one load, or once its event completes.
+//! A record is *open* while it has no event. It then stands for everything that the stream is
+//! given, and the event is recorded when somebody asks. A record also stays open if recording its
+//! event failed, because the work may be queued.
 
 use crate::error::Result;
 use crate::stream::event::EventHandle;
 use crate::stream::stream::{EnteredStream, Stream, WaitPolicy};
 use crate::stream::ticket::TicketCell;
 
+/// The last use of one kind.
 pub(crate) struct Record {
     pending: bool,
-    // The stream of the last use, kept for the next one. It is there where the record stands, and
-    // so is the event of its wait policy, which answers for it.
+    // The stream of the last use, kept for the next one. A pending record has a stream, and the
+    // event of that stream's wait policy.
     stream: Option<Stream>,
     events: Events,
     ticket_cell: TicketCell,
 }
 
-/// An event for each wait policy, made when a stream of that policy is first used: a record whose
-/// streams alternate makes no event for each use.
+/// An event for each wait policy, made when a stream of that policy is first used. A record whose
+/// streams alternate reuses its events.
 #[derive(Default)]
 struct Events {
     device_default: Option<EventHandle>,
@@ -36,7 +38,7 @@ impl Events {
         }
     }
 
-    /// Makes sure that there is one for the stream.
+    /// Makes the event for the stream, if there is none.
     fn make(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         let stream = entered.stream();
         let event = match stream.wait_policy() {
@@ -60,7 +62,8 @@ impl Record {
         }
     }
 
-    /// The work that stands, unless it is known to have finished. Asks nobody.
+    /// The stream and the event of the pending work, or `None` if the work is known to be finished.
+    /// Calls no CUDA.
     #[inline]
     fn pending_work(&self) -> Option<(&Stream, &EventHandle)> {
         if !self.pending {
@@ -74,7 +77,7 @@ impl Record {
         }
     }
 
-    /// Makes sure that an event stands behind the work, and gives its ticket.
+    /// The ticket of the work. Records its event first if the record is open.
     fn ticket(&self, stream: &Stream, event: &EventHandle) -> Result<u64> {
         self.ticket_cell.resolve(stream.tickets(), || {
             let Some(entered) = stream.enter()? else {
@@ -85,13 +88,13 @@ impl Record {
         })
     }
 
-    /// Whether the work is known to have finished, without asking anybody.
+    /// Whether the work is known to be finished. Calls no CUDA.
     #[inline]
     pub(crate) fn is_known_finished(&self) -> bool {
         self.pending_work().is_none()
     }
 
-    /// Asks for the event, if there is one yet, so that what has finished is known to have.
+    /// Queries the event, if there is one, so that finished work is known to be finished.
     pub(crate) fn poll(&self) -> Result<()> {
         match self.pending_work() {
             Some(_) if self.ticket_cell.ticket().is_some() => self.is_finished().map(drop),
@@ -99,13 +102,13 @@ impl Record {
         }
     }
 
-    /// Whether it stands for all that the stream is sent from now on.
+    /// Whether the record stands for everything that the stream is given from now on.
     #[inline]
     pub(crate) fn is_open(&self) -> bool {
         self.pending && self.ticket_cell.ticket().is_none()
     }
 
-    /// Lazy work ends here: an event is recorded behind it now. Where it cannot be, the record stays lazy.
+    /// Ends open use by recording an event. If that fails, the record stays open.
     #[inline]
     pub(crate) fn close_with_event(&self) {
         if let Some((stream, event)) = self.pending_work()
@@ -115,7 +118,7 @@ impl Record {
         }
     }
 
-    /// Whether the work has finished.
+    /// Whether the work is finished. Queries the event.
     pub(crate) fn is_finished(&self) -> Result<bool> {
         let Some((stream, event)) = self.pending_work() else {
             return Ok(true);
@@ -128,7 +131,7 @@ impl Record {
         Ok(finished)
     }
 
-    /// Waits until the work has finished.
+    /// Waits until the work is finished.
     #[inline]
     pub(crate) fn wait(&self) -> Result<()> {
         match self.pending_work() {
@@ -145,7 +148,7 @@ impl Record {
         Ok(())
     }
 
-    /// Makes what is sent to the stream from now on wait for the work.
+    /// Orders everything that the stream is given from now on after the work.
     #[inline]
     pub(crate) fn order_before(&self, entered: &EnteredStream<'_>) -> Result<()> {
         match self.pending_work() {
@@ -157,23 +160,23 @@ impl Record {
         }
     }
 
-    /// The record stands, lazily, for all that is sent to the stream from now on, and no longer for what
-    /// it stood for: order that before first.
+    /// Stands for everything that the stream is given from now on, and no longer for earlier work.
+    /// The caller has ordered the stream after that work.
     pub(crate) fn open_on(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         let stream = entered.stream();
-        // Before anything changes, since this may fail.
+        // Before anything changes, because it can fail.
         self.events.make(entered)?;
         self.pending = true;
         self.ticket_cell.set_open();
         if self.stream.as_ref().is_none_or(|known| !known.is(stream)) {
-            // Dropped last: with the last handle of a borrowed stream goes its owner, which may panic.
+            // Dropped last: the last handle of a borrowed stream drops the owner, which may panic.
             let _before = self.stream.replace(stream.clone());
         }
         Ok(())
     }
 
-    /// Enqueues a transfer on the stream that the record then stands for. Whatever this answers after the
-    /// transfer was tried, it is treated as in flight.
+    /// Enqueues a copy on the stream, and stands for it. Once the copy was tried, it counts as in
+    /// flight, whatever this returns.
     #[inline]
     pub(crate) fn submit(
         &mut self,
@@ -184,7 +187,7 @@ impl Record {
         self.submit_open(entered, enqueue)
     }
 
-    /// [`submit`](Self::submit), where the record stands for the stream already.
+    /// As [`submit`](Self::submit), for a record that is open on the stream already.
     #[inline]
     pub(crate) fn submit_open(
         &mut self,
@@ -198,7 +201,8 @@ impl Record {
         Ok(())
     }
 
-    /// The record stands for nothing: another one, enqueued after it, answers for its work.
+    /// Becomes idle, because another record answers for the work: its own work comes later in
+    /// stream order.
     #[inline]
     pub(crate) fn supersede(&mut self) {
         self.pending = false;

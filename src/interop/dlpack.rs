@@ -71,7 +71,8 @@ use crate::buffer::buffer::CpuGpuBuffer;
 use crate::device::Device;
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
-use crate::flight::exports::{self, Loan};
+use crate::flight::exports::Loan;
+use crate::flight::left_behind;
 use crate::shape::Shape;
 use crate::stream::stream::Stream;
 
@@ -602,7 +603,7 @@ impl<T: Element> CpuGpuBuffer<T> {
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 pub fn reclaim() -> Result<()> {
-    exports::reclaim()
+    left_behind::reclaim()
 }
 
 #[cfg(all(test, target_pointer_width = "64"))]

@@ -19,7 +19,8 @@ use std::thread;
 use bytemuck::Pod;
 
 use crate::buffer::buffer::CpuGpuBuffer;
-use crate::buffer::storage::{SideLayout, Storage, StorageHandle};
+use crate::buffer::handle::StorageHandle;
+use crate::buffer::storage::{SideLayout, Storage};
 use crate::cuda::fork;
 use crate::device::Device;
 use crate::element::DType;
@@ -498,13 +499,13 @@ impl Inner {
             #[cfg(feature = "dlpack")]
             let left_behind = match left_behind {
                 0 => 0,
-                some => crate::flight::exports::reclaim().map_or(0, |()| some),
+                some => crate::flight::left_behind::reclaim().map_or(0, |()| some),
             };
             let slot = self.claim_or_append();
             #[cfg(feature = "dlpack")]
             if let Err(Error::OutOfMemory { .. } | Error::PinningUnavailable { .. }) = &slot
-                && crate::flight::exports::is_any_left_behind()
-                && crate::flight::exports::reclaim().is_ok()
+                && crate::flight::left_behind::is_any_left_behind()
+                && crate::flight::left_behind::reclaim().is_ok()
             {
                 // The memory of others came back.
                 return self.claim_or_append();

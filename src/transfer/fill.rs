@@ -6,6 +6,7 @@
 //! once, piece by piece, and then repeated from device memory.
 
 use std::ffi::c_void;
+use std::ptr;
 
 use crate::cuda::kernels::Kernels;
 use crate::cuda::raw;
@@ -80,6 +81,31 @@ pub(crate) unsafe fn enqueue(
         }
     };
     sent.and_then(|()| entered.refuse_capture())
+}
+
+/// Fills `bytes` bytes of the program's own memory at `to` with copies of `element`.
+///
+/// # Safety
+///
+/// - The range is valid for writes, and nothing else reads or writes it meanwhile.
+/// - `element` is not empty, lies outside of the range, and its length divides `bytes`.
+pub(crate) unsafe fn on_cpu(to: *mut u8, bytes: usize, element: &[u8]) {
+    /// A source that stays in the first cache.
+    const SOURCE: usize = 16 << 10;
+    if let [value] = *element {
+        // SAFETY: the caller vouches for the range.
+        return unsafe { ptr::write_bytes(to, value, bytes) };
+    }
+    // SAFETY: the range holds a first element, if it holds any.
+    unsafe { ptr::copy_nonoverlapping(element.as_ptr(), to, element.len().min(bytes)) };
+    let mut filled = element.len();
+    while filled < bytes {
+        let source = filled.min((SOURCE / element.len()).max(1) * element.len());
+        let count = source.min(bytes - filled);
+        // SAFETY: the source is filled, and the bytes behind it lie in the range.
+        unsafe { ptr::copy_nonoverlapping(to, to.add(filled), count) };
+        filled += count;
+    }
 }
 
 /// What writes a range.
