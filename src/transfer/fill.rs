@@ -102,8 +102,9 @@ pub(crate) unsafe fn on_cpu(to: *mut u8, bytes: usize, element: &[u8]) {
     while filled < bytes {
         let source = filled.min((SOURCE / element.len()).max(1) * element.len());
         let count = source.min(bytes - filled);
-        // SAFETY: the source is filled, and the bytes behind it lie in the range.
-        unsafe { ptr::copy_nonoverlapping(to, to.add(filled), count) };
+        let next = to.wrapping_add(filled);
+        // SAFETY: the source is filled, and the bytes at `next` lie behind it, in the range.
+        unsafe { ptr::copy_nonoverlapping(to, next, count) };
         filled += count;
     }
 }
