@@ -1,4 +1,4 @@
-//! Tells the program which compiler made it: where it runs there may be none.
+//! Passes the compiler's version to the program, which may run on a machine without a compiler.
 
 use std::env;
 use std::process::Command;

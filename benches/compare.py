@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""PyTorch's part of the benchmarks: the same batches, rounds and sizes as `benches/compare`, in the same file format.
+"""PyTorch's part of the benchmarks.
+
+Batches, rounds, sizes and the file format are those of `benches/compare`.
 
     benches/compare.py [--short] [--device cpu|cuda:0] [--only enqueue,fill,...] --json FILE
-    benches/compare.py --serve      # as the Rust program runs it: a subject a line in, its figures in a line out
+    benches/compare.py --serve      # for the Rust program: reads a subject per line, writes its figures as a line
 """
 
 import argparse
@@ -21,7 +23,7 @@ PINNED = [4 * KB, 64 * KB, MB, 64 * MB, GB, 4 * GB]
 
 
 class CpuGpuBuffer:
-    """Of the shape that vLLM's has."""
+    """Has the interface of vLLM's class."""
 
     def __init__(self, count, device):
         self.cpu = torch.zeros(count, dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -48,7 +50,7 @@ class Bench:
             torch.cuda.set_device(self.device)
         self.figures, self.left_out = [], []
 
-    # ---- what a device has ----
+    # ---- the device ----
 
     def stream(self):
         return torch.cuda.Stream() if self.cuda else None
@@ -61,7 +63,7 @@ class Bench:
             stream.synchronize()
 
     def device_seconds(self, stream, send):
-        """Seconds between two events around what is sent; on the CPU, of the call."""
+        """Seconds between two events around the work. On the CPU, seconds of the call."""
         if not self.cuda:
             return seconds(send)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -72,7 +74,7 @@ class Bench:
         return start.elapsed_time(end) * 1e-3
 
     def fits(self, what, of_device, of_host):
-        """Whether there is room, with a tenth to spare; what is left out is said."""
+        """Returns True if memory suffices, with a tenth to spare. Notes the measurement as left out if not."""
         with open("/proc/meminfo") as table:
             host = next(int(line.split()[1]) * KB for line in table if line.startswith("MemAvailable"))
         device = torch.cuda.mem_get_info()[0] if self.cuda else host
@@ -81,7 +83,7 @@ class Bench:
         self.left_out.append(f"PyTorch, {what}: {device // MB} MB are free on the device and {host // MB} MB here")
         return False
 
-    # ---- how it is timed ----
+    # ---- timing ----
 
     def rounds(self, whole):
         return min(max(whole // 50, 3), 5) if self.short else whole
@@ -90,7 +92,7 @@ class Bench:
         return [size for size in whole if size <= MB] if self.short else whole
 
     def turns(self, rounds, contenders):
-        """Lets (name, round) take turns, each time beginning with the next, after a warm-up that does not count."""
+        """Lets the pairs (name, round) take turns, after a warm-up. Each round starts with the next contender."""
         warm_up = rounds // 10 + 1
         samples = {name: [] for name, _ in contenders}
         for number in range(warm_up + rounds):
@@ -302,7 +304,7 @@ class Bench:
             samples.append((end - between) * 1e3)
             return (between - start) * 1e3
 
-        # From the driver and back to it; and what the cache gives again.
+        # Memory of the driver, and memory that PyTorch's cache reuses.
         ways = [("PyTorch pin_memory=True", first, empty_cache)]
         if pageable is not None:
             ways.append(("PyTorch .pin_memory()", pageable.pin_memory, empty_cache))
@@ -381,7 +383,7 @@ class Bench:
             for buffer, n in zip(buffers, prefixes):
                 self.verify(buffer, n, stream)
 
-    # ---- the end ----
+    # ---- results ----
 
     def verify(self, buffer, size, stream):
         randomise(buffer.np)
@@ -397,7 +399,7 @@ class Bench:
         return list(getattr(self, subject)())
 
     def taken(self):
-        """The run so far, and none of it is kept."""
+        """Returns the run so far and starts a new one."""
         versions = {"PyTorch": torch.__version__, "Python": sys.version.split()[0], "NumPy": np.__version__}
         run = {"machine": {}, "versions": versions, "method": {}, "left_out": self.left_out, "figures": self.figures}
         self.left_out, self.figures = [], []
@@ -413,7 +415,7 @@ def fresh():
 
 
 def randomise(array):
-    # Blocks, since the generator is slower than what is measured.
+    # Random blocks, since the generator is slower than the measured calls.
     block = np.random.randint(256, size=min(len(array), 16 * MB), dtype=np.uint8)
     for start in range(0, len(array), len(block)):
         piece = array[start:start + len(block)]
@@ -427,7 +429,7 @@ def seconds(work):
 
 
 def each(calls, call):
-    """Nanoseconds of each of several calls."""
+    """Nanoseconds of one of several calls, on average."""
     start = time.perf_counter_ns()
     for _ in range(calls):
         call()
@@ -454,7 +456,7 @@ def arguments():
 
 
 def serve(bench):
-    # All is loaded, and disturbs nobody any more.
+    # All imports are done, and no longer disturb other measurements.
     print(flush=True)
     for line in sys.stdin:
         for job in bench.jobs(line.strip()):
@@ -480,7 +482,7 @@ def main(given):
 
 if __name__ == "__main__":
     given = arguments()
-    # After the arguments: they are to be told without it, too.
+    # After the arguments, so that `--help` works without PyTorch.
     import numpy as np
     import torch
 

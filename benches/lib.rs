@@ -1,4 +1,4 @@
-//! What is written about cudarc is compiled with it. Nothing else is a library here.
+//! Compiles the page about cudarc together with cudarc. The library has no other content.
 
 /// The page's programs are tests.
 #[cfg(doctest)]

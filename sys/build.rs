@@ -1,8 +1,7 @@
-//! Regenerates the bindings when the feature `bindgen` asks for it, and links the static runtime when the
-//! feature `static` does; otherwise nothing happens here.
+//! Generates the bindings (feature `bindgen`) and links the static runtime (feature `static`).
 //!
-//! docs.rs has neither headers nor an archive, and links nothing: there the committed bindings serve, and the
-//! archive counts as one without functions.
+//! Without these features the script does nothing. docs.rs has neither headers nor an archive, and
+//! links nothing. There the script takes the committed bindings and an archive without functions.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -16,8 +15,8 @@ fn main() {
 }
 
 #[cfg(feature = "static")]
-#[path = "src/places.rs"]
-mod places;
+#[path = "src/search_paths.rs"]
+mod search_paths;
 
 #[cfg(feature = "static")]
 mod archive {
@@ -27,7 +26,7 @@ mod archive {
 
     const NAME: &str = "libcudart_static.a";
 
-    /// Has the runtime's archive linked, and writes down which of the bound functions it lacks.
+    /// Links the archive, and writes the macro that knows which bound functions it lacks.
     pub fn link() -> Result<(), String> {
         let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
         println!("cargo::rerun-if-changed=src/bindings.rs");
@@ -38,8 +37,8 @@ mod archive {
         let bindings = std::fs::read_to_string(bindings).expect("the bindings can be read");
         let mut absent = functions(&bindings);
         if env::var_os("DOCS_RS").is_none() {
-            let there = symbols_of_linked()?;
-            absent.retain(|name| !there.contains(*name));
+            let defined = link_archive()?;
+            absent.retain(|name| !defined.contains(*name));
         }
         let mut text = String::from("macro_rules! linked {\n");
         for name in absent {
@@ -63,9 +62,9 @@ mod archive {
         named.map(|rest| rest.split('(').next().expect("a name")).collect()
     }
 
-    /// Has the archive linked, and answers what it defines.
-    fn symbols_of_linked() -> Result<HashSet<String>, String> {
-        let target = |name| env::var(name).expect("cargo says what it builds for");
+    /// Finds and links the archive. Returns the symbols that it defines.
+    fn link_archive() -> Result<HashSet<String>, String> {
+        let target = |name| env::var(name).expect("cargo sets the target");
         let (os, architecture) = (target("CARGO_CFG_TARGET_OS"), target("CARGO_CFG_TARGET_ARCH"));
         if os != "linux" {
             return Err("the static runtime is linked on Linux only".into());
@@ -74,31 +73,32 @@ mod archive {
             println!("cargo::rerun-if-env-changed={name}");
             env::var_os(name)
         };
-        let (mut folders, mut refused) = (Vec::new(), Vec::new());
-        for place in crate::places::places(variable, (&os, &architecture)) {
-            match place {
-                Ok(place) => {
-                    folders.extend(place.folders.iter().map(|folder| place.root.join(folder)))
+        let (mut folders, mut skipped) = (Vec::new(), Vec::new());
+        for root in crate::search_paths::search_roots(variable, (&os, &architecture)) {
+            match root {
+                Ok(root) => {
+                    folders.extend(root.folders.iter().map(|folder| root.root.join(folder)))
                 }
-                Err(why) => refused.push(why),
+                Err(why) => skipped.push(why),
             }
         }
         let archive = folders.iter().map(|folder| folder.join(NAME)).find(|file| file.is_file());
         let archive = archive.ok_or_else(|| {
             let folders = folders.iter().map(|folder| folder.display().to_string());
-            let tried = folders.chain(refused).collect::<Vec<_>>().join(", ");
+            let tried = folders.chain(skipped).collect::<Vec<_>>().join(", ");
             format!(
-                "{NAME} is not to be found: {tried}; set CUDA_HOME, or build without the feature: \
-                 a runtime is then loaded when it is first needed"
+                "{NAME} was not found: {tried}; set CUDA_HOME, or build without the feature: \
+                 the program then loads a runtime when it first needs one"
             )
         })?;
         println!("cargo::rerun-if-changed={}", archive.display());
         let bytes = std::fs::read(&archive)
             .map_err(|error| format!("{} cannot be read: {error}", archive.display()))?;
-        let symbols =
-            symbols(&bytes)
-                .filter(|symbols| symbols.contains("cudaRuntimeGetVersion"))
-                .ok_or_else(|| format!("{} is no archive of a CUDA runtime", archive.display()))?;
+        let symbols = symbols(&bytes)
+            .filter(|symbols| symbols.contains("cudaRuntimeGetVersion"))
+            .ok_or_else(|| {
+            format!("{} is not an archive of the CUDA runtime", archive.display())
+        })?;
         let directory = archive.parent().expect("a file is in a directory");
         println!("cargo::rustc-link-search=native={}", directory.display());
         println!("cargo::rustc-link-lib=static=cudart_static");
@@ -108,7 +108,7 @@ mod archive {
         Ok(symbols)
     }
 
-    /// The names in an archive's index, which is its first member (GNU's format: "ar(5)").
+    /// The names in the index of an archive. GNU's index is the first member ("ar(5)").
     fn symbols(archive: &[u8]) -> Option<HashSet<String>> {
         let header = archive.strip_prefix(b"!<arch>\n/ ")?.get(..58)?;
         let size: usize = str::from_utf8(&header[46..56]).ok()?.trim().parse().ok()?;
@@ -129,7 +129,7 @@ mod generate {
     use std::env;
     use std::path::PathBuf;
 
-    /// Functions of the runtime: those whose signature is the same wherever they exist from 12.0 to 13.x.
+    /// Functions of the runtime whose signature is the same in all versions from 12.0 to 13.x.
     const FUNCTIONS: &str = "cuda(\
         DeviceGetAttribute|DeviceGetStreamPriorityRange|DeviceSynchronize|DriverGetVersion|\
         EventCreateWithFlags|EventDestroy|EventElapsedTime|EventQuery|EventRecord|EventSynchronize|\
@@ -143,15 +143,19 @@ mod generate {
         StreamEndCapture|StreamGetFlags|StreamGetPriority|StreamIsCapturing|StreamQuery|\
         StreamSynchronize|StreamWaitEvent|ThreadExchangeStreamCaptureMode)";
 
-    /// Types that no function above names: handles, and the signatures of the driver's own functions, which
-    /// come through `cudaGetDriverEntryPoint`.
-    const TYPES: &str = "cudaError_t|cudaStream_t|cudaEvent_t|cudaDeviceAttr|cudaMemcpyKind|cudaGetDriverEntryPointFlags|CUresult|\
+    /// Types that no function above names: handles, and the signatures of driver functions that
+    /// `cudaGetDriverEntryPoint` returns.
+    const TYPES: &str = "cudaError_t|cudaStream_t|cudaEvent_t|cudaDeviceAttr|cudaMemcpyKind|\
+        cudaGetDriverEntryPointFlags|CUresult|\
         PFN_(cuCtxGetCurrent_v4000|cuCtxPopCurrent_v4000|cuCtxPushCurrent_v4000|cuDeviceGet_v2000|\
         cuDevicePrimaryCtxGetState_v7000|\
-        cuDevicePrimaryCtxRelease_v11000|cuDevicePrimaryCtxRetain_v7000|cuLaunchKernel_v4000|cuMemsetD(16|32)Async_v3020|\
+        cuDevicePrimaryCtxRelease_v11000|cuDevicePrimaryCtxRetain_v7000|cuLaunchKernel_v4000|\
+        cuMemsetD(16|32)Async_v3020|\
         cuModuleGetFunction_v2000|cuModuleLoadData_v2000|cuModuleUnload_v2000|\
-        cuEvent(Query|Record|Synchronize)_v2000|cuMemcpy(DtoH|HtoD)Async_v3020|cuStreamIsCapturing_v10000|cuStreamQuery_v2000|\
-        cuGraph(AddKernelNode|ExecKernelNodeSetParams)_v12000|cuGraph(Create|Destroy|ExecDestroy|Launch)_v10000|\
+        cuEvent(Query|Record|Synchronize)_v2000|cuMemcpy(DtoH|HtoD)Async_v3020|\
+        cuStreamIsCapturing_v10000|cuStreamQuery_v2000|\
+        cuGraph(AddKernelNode|ExecKernelNodeSetParams)_v12000|\
+        cuGraph(Create|Destroy|ExecDestroy|Launch)_v10000|\
         cuGraphInstantiateWithFlags_v11040|\
         cuThreadExchangeStreamCaptureMode_v10010)";
 
@@ -159,7 +163,7 @@ mod generate {
         HostAlloc(Default|Mapped|Portable|WriteCombined)|\
         HostRegister(Default|Mapped|Portable)|Stream(Default|NonBlocking))|CUDART_VERSION";
 
-    /// Declared for the loader whatever the headers are: headers before 12.5 do not have it.
+    /// A function that is always declared. Headers before 12.5 do not have it.
     const NEWER: (&str, &str) = (
         "cudaGetDriverEntryPointByVersion",
         "pub fn cudaGetDriverEntryPointByVersion(symbol: *const ::std::os::raw::c_char, \
@@ -173,7 +177,8 @@ mod generate {
         let out = out.join("bindings.rs");
         if env::var_os("DOCS_RS").is_some() {
             println!("cargo::rerun-if-changed=src/bindings.rs");
-            let committed = std::fs::read("src/bindings.rs").expect("they are in the package");
+            let committed =
+                std::fs::read("src/bindings.rs").expect("the package contains the bindings");
             return std::fs::write(out, committed).expect("OUT_DIR is writable");
         }
         let include = include_dir();
@@ -209,13 +214,9 @@ mod generate {
             .generate()
             .expect("bindgen could not read the CUDA headers")
             .to_string();
-        // The declarations of functions become the table that the loader fills: see `runtime!`.
+        // The macro `runtime!` turns the declarations into the table that the loader fills.
         const EXTERN: &str = "unsafe extern \"C\" {";
-        assert_eq!(
-            generated.matches(EXTERN).count(),
-            1,
-            "bindgen is expected to write one block of functions"
-        );
+        assert_eq!(generated.matches(EXTERN).count(), 1, "bindgen writes one block of functions");
         let mut functions = String::from("runtime! {");
         if !generated.contains(NEWER.0) {
             functions.push_str(NEWER.1);
@@ -224,19 +225,20 @@ mod generate {
     }
 
     fn include_dir() -> PathBuf {
-        let mut places: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"]
+        let mut folders: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"]
             .iter()
             .filter_map(env::var_os)
             .map(|root| PathBuf::from(root).join("include"))
             .collect();
-        places.push("/usr/local/cuda/include".into());
-        places.push("/opt/cuda/include".into());
-        let found = places.iter().find(|place| place.join("cuda_runtime_api.h").is_file());
+        folders.push("/usr/local/cuda/include".into());
+        folders.push("/opt/cuda/include".into());
+        let found = folders.iter().find(|folder| folder.join("cuda_runtime_api.h").is_file());
         match found {
-            Some(place) => place.clone(),
+            Some(folder) => folder.clone(),
             None => panic!(
-                "feature `bindgen` needs cuda_runtime_api.h, which is in none of {places:?}; \
-                 set CUDA_HOME, or build without the feature: the committed bindings serve every CUDA 12 and 13"
+                "feature `bindgen` needs cuda_runtime_api.h, which is in none of {folders:?}; \
+                 set CUDA_HOME, or build without the feature: the committed bindings work with \
+                 every CUDA 12 and 13"
             ),
         }
     }

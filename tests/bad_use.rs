@@ -1,11 +1,11 @@
-//! Bad use gets a typed error, and changes nothing.
+//! Bad use returns a typed error and changes nothing.
 
 mod common;
 
 use std::cell::Cell;
 use std::ops::{Bound, RangeBounds};
 
-use common::Gate;
+use common::{Gate, test_name};
 use cpu_gpu_buffer::{
     BufferGroup, BufferOptions, BufferRing, CpuGpuBuffer, Device, Error, GroupLayoutBuilder,
     GroupRing, MemberKey, Pinning, Shape, Side, Stream, StreamOptions, sys,
@@ -73,7 +73,7 @@ fn a_stream_or_an_event_of_another_device_is_refused() {
     let (cpu, turn) = (Device::Cpu, common::turn());
     for (device, other) in match Device::auto() {
         Device::Cpu => {
-            common::left_out("a_stream_or_an_event_of_another_device_is_refused", "no CUDA device");
+            common::left_out(test_name!(), "no CUDA device");
             vec![]
         }
         cuda if Device::cuda_count() > 1 => {
@@ -222,7 +222,7 @@ fn events_in_the_wrong_order_are_an_error() {
 
 #[test]
 fn a_stream_in_capture_is_refused_and_its_capture_survives() {
-    let test = "a_stream_in_capture_is_refused_and_its_capture_survives";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let stream = Stream::new(device).unwrap();
     let other = Stream::new(device).unwrap();
@@ -255,7 +255,7 @@ fn a_stream_in_capture_is_refused_and_its_capture_survives() {
 
 #[test]
 fn the_legacy_stream_is_refused_while_a_stream_that_it_waits_for_is_in_capture() {
-    let test = "the_legacy_stream_is_refused_while_a_stream_that_it_waits_for_is_in_capture";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     // SAFETY: the legacy stream lives as long as its context.
     let legacy = unsafe { Stream::from_raw(std::ptr::null_mut(), device, None) }.unwrap();
@@ -304,7 +304,7 @@ fn everything(device: Device) -> cpu_gpu_buffer::Result<()> {
 
 #[test]
 fn another_threads_capture_survives_everything_a_buffer_does() {
-    let test = "another_threads_capture_survives_everything_a_buffer_does";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let captured = Stream::new(device).unwrap();
     let warm = Gate::close(&captured);
@@ -318,7 +318,7 @@ fn another_threads_capture_survives_everything_a_buffer_does() {
 
 #[test]
 fn a_threads_own_capture_mode_is_left_alone() {
-    let test = "a_threads_own_capture_mode_is_left_alone";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let exchange = |mut mode| {
         // SAFETY: a valid mode, and a place for the previous one.
@@ -339,7 +339,7 @@ fn a_threads_own_capture_mode_is_left_alone() {
 
 #[test]
 fn growing_a_buffer_of_which_nothing_can_be_known_is_refused_and_changes_nothing() {
-    let test = "growing_a_buffer_of_which_nothing_can_be_known_is_refused_and_changes_nothing";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     let mut buffer = CpuGpuBuffer::<u8>::new(4096, device).unwrap();
@@ -543,7 +543,7 @@ fn layouts_without_members_or_of_invalid_or_too_many_bytes_are_refused() {
 
 #[test]
 fn a_stream_of_another_device_is_refused_by_a_group() {
-    let test = "a_stream_of_another_device_is_refused_by_a_group";
+    let test = test_name!();
     let Some((cuda, _turn)) = common::cuda(test) else { return };
     for (device, other) in [(cuda, Device::Cpu), (Device::Cpu, cuda)] {
         let (stream, wrong) = (Stream::new(device).unwrap(), Stream::new(other).unwrap());
@@ -563,7 +563,7 @@ fn a_stream_of_another_device_is_refused_by_a_group() {
 
 #[test]
 fn a_stream_in_capture_is_refused_by_a_group_and_its_capture_survives() {
-    let test = "a_stream_in_capture_is_refused_by_a_group_and_its_capture_survives";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     let (mut group, one, two, _) = group(device, &stream);
@@ -630,7 +630,7 @@ fn an_error_says_in_words_what_is_wrong() {
 
 #[test]
 fn an_error_leaves_no_last_error_behind() {
-    let Some((device, _turn)) = common::cuda("an_error_leaves_no_last_error_behind") else {
+    let Some((device, _turn)) = common::cuda(test_name!()) else {
         return;
     };
     assert!(CpuGpuBuffer::<u8>::new(1usize << 46, device).is_err());

@@ -1,6 +1,8 @@
-//! Pinned memory that can only be registered in pieces serves like memory that is one: rows cross the bounds in both
-//! directions, each transfer is guarded as a whole, and all pieces go with it. Where that fails, nothing stays
-//! registered, and nothing that may be is unmapped.
+//! Pinned memory that can only be registered in chunks works like memory of one registration.
+//!
+//! Rows cross the boundaries in both directions, and each transfer is guarded as a whole. If a
+//! chunk cannot be registered, no chunk stays registered. Memory that may be registered is never
+//! unmapped.
 
 #![cfg(target_os = "linux")]
 
@@ -10,7 +12,7 @@ use std::ops::Range;
 use std::ptr;
 
 use common::sim::{self, Limits};
-use common::{Foreign, Gate, all, device_bytes};
+use common::{Foreign, Gate, all, device_bytes, test_name};
 use cpu_gpu_buffer::{
     BufferGroup, BufferOptions, BufferPool, CpuGpuBuffer, Device, Error, GroupLayoutBuilder,
     HostFlags, MemberKey, Pinning, Result, Stream, sys,
@@ -110,7 +112,7 @@ fn transfer(registrations: u64, action: impl FnOnce() -> Result<()>) {
 
 #[test]
 fn rows_arrive_across_the_bounds_of_registrations_in_both_directions() {
-    let test = "rows_arrive_across_the_bounds_of_registrations_in_both_directions";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     let stream = Stream::new(device).unwrap();
     let mut buffer = in_registrations(&limits, device);
@@ -141,7 +143,7 @@ fn rows_arrive_across_the_bounds_of_registrations_in_both_directions() {
 
 #[test]
 fn rows_arrive_in_and_from_the_memory_of_others_across_the_bounds_of_registrations() {
-    let test = "rows_arrive_in_and_from_the_memory_of_others_across_the_bounds_of_registrations";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     let stream = Stream::new(device).unwrap();
     let mut buffer = in_registrations(&limits, device);
@@ -174,7 +176,7 @@ const ACROSS: Range<usize> = REGISTRATION - 4000..REGISTRATION + 4000;
 
 #[test]
 fn a_transfer_in_registrations_is_in_flight_until_the_last_has_arrived() {
-    let test = "a_transfer_in_registrations_is_in_flight_until_the_last_has_arrived";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     let stream = Stream::new(device).unwrap();
     let mut buffer = in_registrations(&limits, device);
@@ -200,7 +202,7 @@ fn a_transfer_in_registrations_is_in_flight_until_the_last_has_arrived() {
 
 #[test]
 fn a_transfer_of_which_a_registration_is_refused_counts_as_in_flight() {
-    let test = "a_transfer_of_which_a_registration_is_refused_counts_as_in_flight";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     let stream = Stream::new(device).unwrap();
     let mut buffer = in_registrations(&limits, device);
@@ -227,7 +229,7 @@ fn a_transfer_of_which_a_registration_is_refused_counts_as_in_flight() {
 
 #[test]
 fn buffers_of_a_pool_may_lie_across_the_bounds_of_registrations() {
-    let test = "buffers_of_a_pool_may_lie_across_the_bounds_of_registrations";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     limits.register(REGISTRATION);
     const EACH: usize = 43 << 20;
@@ -256,7 +258,7 @@ fn buffers_of_a_pool_may_lie_across_the_bounds_of_registrations() {
 
 #[test]
 fn members_of_a_group_may_lie_across_the_bounds_of_registrations() {
-    let test = "members_of_a_group_may_lie_across_the_bounds_of_registrations";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     limits.register(REGISTRATION);
     let before = sim::live();
@@ -322,7 +324,7 @@ fn members_of_a_group_may_lie_across_the_bounds_of_registrations() {
 
 #[test]
 fn all_registrations_are_unregistered_and_then_unmapped() {
-    let test = "all_registrations_are_unregistered_and_then_unmapped";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     let before = (sim::live(), sim::pinned_bytes(), mapped());
     let buffer = in_registrations(&limits, device);
@@ -336,7 +338,7 @@ fn all_registrations_are_unregistered_and_then_unmapped() {
 
 #[test]
 fn whichever_registration_fails_nothing_stays_registered_and_the_other_way_stands_in() {
-    let test = "whichever_registration_fails_nothing_stays_registered_and_the_other_way_stands_in";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     limits.register(REGISTRATION);
     let before = (sim::live(), sim::pinned_bytes(), mapped());
@@ -362,7 +364,7 @@ fn whichever_registration_fails_nothing_stays_registered_and_the_other_way_stand
 
 #[test]
 fn where_the_registrations_together_are_too_much_nothing_stays_registered() {
-    let test = "where_the_registrations_together_are_too_much_nothing_stays_registered";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     for room in [0, REGISTRATION - 1, REGISTRATION, 2 * REGISTRATION, BYTES - 1] {
         // Also where a single registration may be of any size.
@@ -386,7 +388,7 @@ const ILLEGAL: u32 = 700;
 
 #[test]
 fn pages_that_may_still_be_registered_after_a_failed_attempt_are_never_unmapped() {
-    let test = "pages_that_may_still_be_registered_after_a_failed_attempt_are_never_unmapped";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     limits.register(REGISTRATION);
     // The call, what is asked for, and the pieces that stay. The first call is about the whole, the second about the
@@ -408,7 +410,7 @@ fn pages_that_may_still_be_registered_after_a_failed_attempt_are_never_unmapped(
 
 #[test]
 fn pages_that_may_still_be_registered_after_a_release_are_never_unmapped() {
-    let test = "pages_that_may_still_be_registered_after_a_release_are_never_unmapped";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     for number in 1..=3 {
         let before = (sim::live(), mapped());
@@ -435,7 +437,7 @@ fn pages_that_may_still_be_registered_after_a_release_are_never_unmapped() {
 
 #[test]
 fn cuda_refuses_a_copy_that_spans_registrations_or_is_registered_in_part() {
-    let test = "cuda_refuses_a_copy_that_spans_registrations_or_is_registered_in_part";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     const PART: usize = 2 << 20;
     let foreign = Foreign::new(PART / 4, 0);

@@ -1,6 +1,7 @@
-//! Small host sides are pieces of chunks that are registered once: they never overlap, come zeroed,
-//! and cost no call of CUDA's while a chunk has room. One chunk stays. A forked child disturbs no
-//! pinned memory, whatever its size.
+//! Small host sides are ranges of chunks, and each chunk is registered once.
+//!
+//! The ranges never overlap, begin as zeroes, and need no call of CUDA while a chunk has room. One
+//! chunk stays allocated. A forked child never changes pinned memory of its parent.
 
 #![cfg(target_os = "linux")]
 
@@ -9,7 +10,7 @@ mod common;
 use std::thread;
 
 use common::sim::{self, Held, Limits};
-use common::{in_child, in_subprocess, is_subprocess};
+use common::{in_child, in_subprocess, is_subprocess, test_name};
 use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, HostFlags, Pinning, Stream};
 
 const LARGEST: usize = 1 << 20;
@@ -27,7 +28,7 @@ fn live() -> [i64; 2] {
 
 #[test]
 fn a_lone_small_buffer_is_made_and_dropped_without_pinning_anything() {
-    let test = "a_lone_small_buffer_is_made_and_dropped_without_pinning_anything";
+    let test = test_name!();
     let Some((device, _limits)) = Limits::of(test) else { return };
     drop(buffer(1, device));
     let before = live();
@@ -44,7 +45,7 @@ fn a_lone_small_buffer_is_made_and_dropped_without_pinning_anything() {
 
 #[test]
 fn one_chunk_of_either_side_stays_with_its_device() {
-    let test = "one_chunk_of_either_side_stays_with_its_device";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "counting allocations needs the simulated runtime");
     }
@@ -70,7 +71,7 @@ fn one_chunk_of_either_side_stays_with_its_device() {
 
 #[test]
 fn memory_above_the_largest_piece_is_registered_by_itself() {
-    let test = "memory_above_the_largest_piece_is_registered_by_itself";
+    let test = test_name!();
     let Some((device, _limits)) = Limits::of(test) else { return };
     drop(buffer(1, device));
     for bytes in [LARGEST + 1, 5 << 20] {
@@ -143,7 +144,7 @@ fn threads_that_make_and_drop_small_buffers_at_once_never_share_a_byte() {
 
 #[test]
 fn a_thread_that_registers_a_chunk_holds_up_no_other_threads_pieces() {
-    let test = "a_thread_that_registers_a_chunk_holds_up_no_other_threads_pieces";
+    let test = test_name!();
     let Some((device, _limits)) = Limits::of(test) else { return };
     let mine = buffer(4096, device);
     // Until no chunk has room for the largest piece.
@@ -169,8 +170,7 @@ fn a_thread_that_registers_a_chunk_holds_up_no_other_threads_pieces() {
 
 #[test]
 fn a_chunk_that_cannot_be_registered_leaves_nothing_behind_and_the_other_way_stands_in() {
-    let test =
-        "a_chunk_that_cannot_be_registered_leaves_nothing_behind_and_the_other_way_stands_in";
+    let test = test_name!();
     let Some((device, _limits)) = Limits::of(test) else { return };
     drop(buffer(1, device));
     let before = live();
@@ -198,7 +198,7 @@ fn succeeded(test: &str) {
 
 #[test]
 fn a_slice_that_lives_across_fork_reads_zeroes_in_the_child_and_aliases_nothing() {
-    let test = "a_slice_that_lives_across_fork_reads_zeroes_in_the_child_and_aliases_nothing";
+    let test = test_name!();
     if !is_subprocess() {
         return succeeded(test);
     }

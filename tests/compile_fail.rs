@@ -1,6 +1,7 @@
-//! What the types refuse: each program in `tests/compile_fail` fails to compile with the error that its
-//! first line names, and the control compiles. Only the error's code is compared, so that this holds for
-//! every compiler.
+//! The types refuse misuse at compile time.
+//!
+//! Each program in `tests/compile_fail` fails with the error code in its first line. The control
+//! program compiles. Only the code is compared, so every compiler version passes.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! A side that is lent to a tensor is neither touched nor let go while its consumer, or what that queued, may use it.
+//! Nothing touches or releases an exported side while its consumer, or queued work of the consumer,
+//! may use it.
 
 #![cfg(feature = "dlpack")]
 
@@ -9,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Foreign, Gate, all, device_words};
+use common::{Foreign, Gate, all, device_words, test_name};
 use cpu_gpu_buffer::dlpack::{
     self, DLDataType, DLDevice, DLDeviceType, DLManagedTensor, DLManagedTensorVersioned,
     DLPackVersion, DLTensor, Tensor,
@@ -236,7 +237,7 @@ fn a_tensor_of_no_bytes_has_no_address_and_lends_nothing() {
 
 #[test]
 fn the_consumers_stream_comes_after_everything_that_is_pending() {
-    cuda("the_consumers_stream_comes_after_everything_that_is_pending", |device| {
+    cuda(test_name!(), |device| {
         let (mut buffer, stream) = buffer(device);
         let (theirs, seen) = (Stream::new(device).unwrap(), Foreign::new(WORDS, 0));
         buffer.fill_cpu(NEW).unwrap();
@@ -265,7 +266,7 @@ fn the_consumers_stream_comes_after_everything_that_is_pending() {
 
 #[test]
 fn a_consumer_finds_zeroes_where_nothing_was_written_yet() {
-    cuda("a_consumer_finds_zeroes_where_nothing_was_written_yet", |device| {
+    cuda(test_name!(), |device| {
         let (one, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
         let (seen, also) = (Foreign::new(WORDS, 0xaa), Foreign::new(WORDS, 0xaa));
         let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, device).unwrap();
@@ -288,7 +289,7 @@ fn a_consumer_finds_zeroes_where_nothing_was_written_yet() {
 
 #[test]
 fn the_consumers_stream_may_be_destroyed_once_the_tensor_is_made() {
-    cuda("the_consumers_stream_may_be_destroyed_once_the_tensor_is_made", |device| {
+    cuda(test_name!(), |device| {
         let stream = Stream::new(device).unwrap();
         let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, device).unwrap();
         let (theirs, raw) = foreign_stream(device);
@@ -309,7 +310,7 @@ fn the_consumers_stream_may_be_destroyed_once_the_tensor_is_made() {
 
 #[test]
 fn a_consumer_of_the_host_side_finds_no_transfer_in_flight() {
-    cuda("a_consumer_of_the_host_side_finds_no_transfer_in_flight", |device| {
+    cuda(test_name!(), |device| {
         let (mut buffer, stream) = buffer(device);
         let write = |consumer: &Consumer| {
             // SAFETY: as many words of host memory, which are the consumer's alone.
@@ -335,7 +336,7 @@ fn a_consumer_of_the_host_side_finds_no_transfer_in_flight() {
 
 #[test]
 fn a_stream_that_the_buffer_was_used_on_may_be_destroyed_once_the_buffer_is_gone() {
-    let test = "a_stream_that_the_buffer_was_used_on_may_be_destroyed_once_the_buffer_is_gone";
+    let test = test_name!();
     cuda(test, |device| {
         let before = live();
         let mut buffer = CpuGpuBuffer::<u32>::new(WORDS, device).unwrap();
@@ -355,7 +356,7 @@ fn a_stream_that_the_buffer_was_used_on_may_be_destroyed_once_the_buffer_is_gone
 
 #[test]
 fn memory_that_a_captured_stream_may_use_is_leaked_when_its_buffer_goes_also_where_it_was_lent() {
-    let test = "memory_that_a_captured_stream_may_use_is_leaked_when_its_buffer_goes_also_where_it_was_lent";
+    let test = test_name!();
     cuda(test, |device| {
         // The buffer last, and the tensor.
         for consumer_first in [true, false] {
@@ -547,7 +548,7 @@ fn reset() {
 
 #[test]
 fn an_upload_comes_after_what_the_last_consumer_queued() {
-    cuda("an_upload_comes_after_what_the_last_consumer_queued", |device| {
+    cuda(test_name!(), |device| {
         let (mut buffer, stream) = buffer(device);
         let theirs = Stream::new(device).unwrap();
         let consumer = Consumer::new(buffer.export_gpu(&theirs).unwrap());
@@ -565,7 +566,7 @@ fn an_upload_comes_after_what_the_last_consumer_queued() {
 
 #[test]
 fn what_a_consumer_queued_is_waited_for_also_where_its_stream_is_destroyed() {
-    let test = "what_a_consumer_queued_is_waited_for_also_where_its_stream_is_destroyed";
+    let test = test_name!();
     cuda(test, |device| {
         let (mut buffer, stream) = buffer(device);
         let (theirs, raw) = foreign_stream(device);
@@ -588,7 +589,7 @@ fn what_a_consumer_queued_is_waited_for_also_where_its_stream_is_destroyed() {
 
 #[test]
 fn the_host_side_is_looked_at_after_what_the_last_consumer_queued() {
-    cuda("the_host_side_is_looked_at_after_what_the_last_consumer_queued", |device| {
+    cuda(test_name!(), |device| {
         let (mut buffer, _stream) = buffer(device);
         let (theirs, foreign) = (Stream::new(device).unwrap(), Foreign::new(WORDS, 0x33));
         // It writes the side.
@@ -622,7 +623,7 @@ fn the_host_side_is_looked_at_after_what_the_last_consumer_queued() {
 
 #[test]
 fn the_next_consumer_comes_after_what_the_last_one_queued() {
-    cuda("the_next_consumer_comes_after_what_the_last_one_queued", |device| {
+    cuda(test_name!(), |device| {
         let (mut buffer, _stream) = buffer(device);
         let (theirs, others) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
         let consumer = Consumer::new(buffer.export_gpu(&theirs).unwrap());
@@ -667,7 +668,7 @@ impl Held {
 
 #[test]
 fn what_a_consumer_queued_on_another_device_is_waited_for() {
-    let test = "what_a_consumer_queued_on_another_device_is_waited_for";
+    let test = test_name!();
     cuda(test, |device| {
         if Device::cuda_count() < 2 {
             return common::left_out(test, "fewer than two CUDA devices");
@@ -700,7 +701,7 @@ fn what_a_consumer_queued_on_another_device_is_waited_for() {
 
 #[test]
 fn the_devices_are_waited_for_once_and_only_where_something_was_lent() {
-    let test = "the_devices_are_waited_for_once_and_only_where_something_was_lent";
+    let test = test_name!();
     cuda(test, |device| {
         if !common::is_simulated() {
             return common::left_out(test, "calls are counted by the simulated runtime");
@@ -756,7 +757,7 @@ fn the_devices_are_waited_for_once_and_only_where_something_was_lent() {
 
 #[test]
 fn a_device_that_nobody_uses_gets_no_context() {
-    let test = "a_device_that_nobody_uses_gets_no_context";
+    let test = test_name!();
     if !common::is_subprocess() {
         if Device::cuda_count() < 2 {
             return common::left_out(test, "fewer than two CUDA devices");
@@ -776,7 +777,7 @@ fn a_device_that_nobody_uses_gets_no_context() {
 
 #[test]
 fn memory_lives_as_long_as_its_tensor_and_what_that_queued() {
-    cuda("memory_lives_as_long_as_its_tensor_and_what_that_queued", |device| {
+    cuda(test_name!(), |device| {
         let theirs = Stream::new(device).unwrap();
         let seen = Foreign::new(WORDS, 0);
         // The gate's page, which is never freed, comes first.
@@ -820,7 +821,7 @@ fn memory_lives_as_long_as_its_tensor_and_what_that_queued() {
 
 #[test]
 fn a_buffer_that_goes_after_its_tensors_leaves_its_memory_to_be_reclaimed() {
-    let test = "a_buffer_that_goes_after_its_tensors_leaves_its_memory_to_be_reclaimed";
+    let test = test_name!();
     cuda(test, |device| {
         let theirs = Stream::new(device).unwrap();
         let before = live();
@@ -853,7 +854,7 @@ fn a_buffer_that_goes_after_its_tensors_leaves_its_memory_to_be_reclaimed() {
 
 #[test]
 fn a_buffer_goes_back_to_its_pool_after_its_tensors_and_what_they_queued() {
-    cuda("a_buffer_goes_back_to_its_pool_after_its_tensors_and_what_they_queued", |device| {
+    cuda(test_name!(), |device| {
         let (theirs, stream) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
         let options = PoolOptions { max_buffers: Some(1), ..Default::default() };
         let pool = BufferPool::<u32>::with_options(WORDS, device, 1, options).unwrap();
@@ -932,7 +933,7 @@ fn until_somebody_waits() {
 
 #[test]
 fn a_thread_that_waits_for_what_was_left_behind_hides_it_from_nobody() {
-    let test = "a_thread_that_waits_for_what_was_left_behind_hides_it_from_nobody";
+    let test = test_name!();
     cuda(test, |device| {
         let theirs = Stream::new(device).unwrap();
         let options = PoolOptions { max_buffers: Some(1), ..Default::default() };
@@ -950,7 +951,7 @@ fn a_thread_that_waits_for_what_was_left_behind_hides_it_from_nobody() {
 
 #[test]
 fn what_is_left_behind_during_a_wait_stays_for_the_next_one() {
-    let test = "what_is_left_behind_during_a_wait_stays_for_the_next_one";
+    let test = test_name!();
     cuda(test, |device| {
         if !common::is_simulated() {
             return common::left_out(test, "hardware may wait for what comes later, too");
@@ -997,7 +998,7 @@ fn lent_with_owner(stream: &Stream, let_go: impl Fn() + Send + Sync + 'static) -
 
 #[test]
 fn a_pool_is_not_exhausted_while_a_buffer_of_it_is_left_behind() {
-    cuda("a_pool_is_not_exhausted_while_a_buffer_of_it_is_left_behind", |device| {
+    cuda(test_name!(), |device| {
         let stream = Stream::new(device).unwrap();
         let options = PoolOptions { max_buffers: Some(1), ..Default::default() };
         let pool = BufferPool::<u32>::with_options(WORDS, device, 1, options).unwrap();
@@ -1025,7 +1026,7 @@ fn exhausted_beside_one_left_behind(device: Device) -> (BufferPool<u32>, CpuGpuB
 
 #[test]
 fn an_exhausted_pool_waits_for_no_device_while_others_left_buffers_behind() {
-    cuda("an_exhausted_pool_waits_for_no_device_while_others_left_buffers_behind", |device| {
+    cuda(test_name!(), |device| {
         let (pool, held) = exhausted_beside_one_left_behind(device);
         let stream = Stream::new(device).unwrap();
         reset();
@@ -1049,7 +1050,7 @@ fn an_exhausted_pool_waits_for_no_device_while_others_left_buffers_behind() {
 
 #[test]
 fn an_owner_that_leaves_one_behind_each_time_makes_a_pool_wait_once() {
-    cuda("an_owner_that_leaves_one_behind_each_time_makes_a_pool_wait_once", |device| {
+    cuda(test_name!(), |device| {
         let options = PoolOptions { max_buffers: Some(1), ..Default::default() };
         let pool = BufferPool::<u32>::with_options(WORDS, device, 1, options).unwrap();
         let stream = Stream::new(device).unwrap();
@@ -1088,7 +1089,7 @@ fn an_owner_that_leaves_one_behind_each_time_makes_a_pool_wait_once() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_pool_that_lacks_memory_to_grow_takes_back_what_others_left_behind() {
-    let test = "a_pool_that_lacks_memory_to_grow_takes_back_what_others_left_behind";
+    let test = test_name!();
     let Some((device, limits)) = common::sim::Limits::of(test) else { return };
     dlpack::reclaim().unwrap();
     let pool = BufferPool::<u32>::new(WORDS, device, 1).unwrap();
@@ -1111,7 +1112,7 @@ fn a_pool_that_lacks_memory_to_grow_takes_back_what_others_left_behind() {
 
 #[test]
 fn an_export_that_is_refused_changes_nothing() {
-    cuda("an_export_that_is_refused_changes_nothing", |device| {
+    cuda(test_name!(), |device| {
         let (mut buffer, stream) = buffer(device);
         let other = Stream::new(device).unwrap();
         let before = live();
@@ -1138,8 +1139,7 @@ fn an_export_that_is_refused_changes_nothing() {
 #[cfg(target_os = "linux")]
 #[test]
 fn whatever_fails_in_an_export_nothing_is_lent_and_the_next_use_comes_after_what_was_queued() {
-    let test =
-        "whatever_fails_in_an_export_nothing_is_lent_and_the_next_use_comes_after_what_was_queued";
+    let test = test_name!();
     cuda(test, |device| {
         if !common::is_simulated() {
             return common::left_out(test, "faults need the simulated runtime");
@@ -1194,7 +1194,7 @@ fn whatever_fails_in_an_export_nothing_is_lent_and_the_next_use_comes_after_what
 
 #[test]
 fn a_tensor_that_is_ordered_with_nothing_waits_for_nothing_and_is_guarded() {
-    cuda("a_tensor_that_is_ordered_with_nothing_waits_for_nothing_and_is_guarded", |device| {
+    cuda(test_name!(), |device| {
         let (mut buffer, stream) = buffer(device);
         let theirs = Stream::new(device).unwrap();
         let seen = Foreign::new(WORDS, 0);
@@ -1231,7 +1231,7 @@ fn a_tensor_that_is_ordered_with_nothing_waits_for_nothing_and_is_guarded() {
 
 #[test]
 fn dropping_a_lent_buffer_never_waits_also_where_its_memory_is_given_up() {
-    cuda("dropping_a_lent_buffer_never_waits_also_where_its_memory_is_given_up", |device| {
+    cuda(test_name!(), |device| {
         let (mut buffer, stream) = buffer(device);
         let captured = Stream::new(device).unwrap();
         // SAFETY: nothing uses the tensor.
@@ -1254,7 +1254,7 @@ fn dropping_a_lent_buffer_never_waits_also_where_its_memory_is_given_up() {
 
 #[test]
 fn the_owner_of_a_stream_may_use_the_pool_that_has_it_let_go() {
-    cuda("the_owner_of_a_stream_may_use_the_pool_that_has_it_let_go", |device| {
+    cuda(test_name!(), |device| {
         let pool = BufferPool::<u32>::new(WORDS, device, 0).unwrap();
         let stream = Stream::new(device).unwrap();
         let acquires = {
@@ -1299,7 +1299,7 @@ fn on_the_cpu_everything_goes_with_the_last_one() {
 
 #[test]
 fn whatever_is_forgotten_races_with_nothing() {
-    cuda("whatever_is_forgotten_races_with_nothing", |device| {
+    cuda(test_name!(), |device| {
         let (mut buffer, stream) = buffer(device);
         let place = buffer.device_ptr();
         // A tensor: its side stays lent, and the memory with it.
@@ -1324,7 +1324,7 @@ fn whatever_is_forgotten_races_with_nothing() {
 
 #[test]
 fn buffers_and_tensors_that_go_at_once_in_many_threads_leave_nothing_behind() {
-    let test = "buffers_and_tensors_that_go_at_once_in_many_threads_leave_nothing_behind";
+    let test = test_name!();
     cuda(test, |device| {
         let stream = Stream::new(device).unwrap();
         let pool = BufferPool::<u32>::new(WORDS, device, 2).unwrap();
@@ -1362,7 +1362,7 @@ fn buffers_and_tensors_that_go_at_once_in_many_threads_leave_nothing_behind() {
 
 #[test]
 fn a_tensor_that_is_not_guarded_keeps_the_memory_and_nothing_else() {
-    cuda("a_tensor_that_is_not_guarded_keeps_the_memory_and_nothing_else", |device| {
+    cuda(test_name!(), |device| {
         let stream = Stream::new(device).unwrap();
         let seen = Foreign::new(WORDS, 0);
         let before = live();
@@ -1411,7 +1411,7 @@ fn end_broken_capture(stream: &Stream) {
 
 #[test]
 fn letting_go_ends_no_capture_and_using_again_says_that_it_does() {
-    cuda("letting_go_ends_no_capture_and_using_again_says_that_it_does", |device| {
+    cuda(test_name!(), |device| {
         let (mut first, stream) = buffer(device);
         let (mut second, _) = buffer(device);
         let (mut third, _) = buffer(device);
@@ -1445,8 +1445,7 @@ fn letting_go_ends_no_capture_and_using_again_says_that_it_does() {
 
 #[test]
 fn a_slot_that_was_given_up_during_a_capture_has_nothing_to_do_with_its_stream_any_more() {
-    let test =
-        "a_slot_that_was_given_up_during_a_capture_has_nothing_to_do_with_its_stream_any_more";
+    let test = test_name!();
     cuda(test, |device| {
         let (stream, captured) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
         let options = PoolOptions { max_buffers: Some(1), ..Default::default() };
@@ -1471,7 +1470,7 @@ fn a_slot_that_was_given_up_during_a_capture_has_nothing_to_do_with_its_stream_a
 #[test]
 #[cfg(target_os = "linux")]
 fn what_cannot_be_waited_for_stays_and_is_given_back_later() {
-    let test = "what_cannot_be_waited_for_stays_and_is_given_back_later";
+    let test = test_name!();
     cuda(test, |device| {
         if !common::is_simulated() {
             return common::left_out(test, "faults need the simulated runtime");
@@ -1527,7 +1526,7 @@ extern "C" fn let_kept_go() {
 #[test]
 #[cfg(target_os = "linux")]
 fn tensors_may_be_let_go_in_a_forked_child_and_after_the_runtimes_end() {
-    let test = "tensors_may_be_let_go_in_a_forked_child_and_after_the_runtimes_end";
+    let test = test_name!();
     if !common::is_subprocess() {
         let output = common::in_subprocess(test, &[]);
         let text = String::from_utf8_lossy(&output.stdout).into_owned();

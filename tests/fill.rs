@@ -3,7 +3,7 @@
 mod common;
 
 use bytemuck::Pod;
-use common::device_bytes;
+use common::{device_bytes, test_name};
 use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
 
 /// A fill of so many bytes and more is never a memset.
@@ -154,7 +154,7 @@ fn long_fills_of_elements_of_every_size_set_them_and_nothing_beside_them() {
 #[cfg(target_os = "linux")]
 fn a_short_fill_with_a_pattern_of_the_drivers_is_a_memset_and_a_long_one_a_kernel() {
     use common::sim;
-    let test = "a_short_fill_with_a_pattern_of_the_drivers_is_a_memset_and_a_long_one_a_kernel";
+    let test = test_name!();
     if !common::is_simulated() {
         common::left_out(test, "it counts calls, which only the simulated runtime does");
         return;

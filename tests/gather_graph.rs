@@ -1,4 +1,4 @@
-//! Gathers are launched as graphs, one to a stream: what that must not change.
+//! Gathers are launched as graphs, one for each stream, with the same behaviour as kernels.
 
 mod common;
 
@@ -7,9 +7,9 @@ use std::thread;
 #[cfg(target_os = "linux")]
 use std::time::{Duration, Instant};
 
-use common::Gate;
 #[cfg(target_os = "linux")]
 use common::sim::{self, Held};
+use common::{Gate, test_name};
 use cpu_gpu_buffer::{
     BufferGroup, Device, GroupLayoutBuilder, MemberKey, MemberRows, Stream, StreamOptions,
 };
@@ -67,7 +67,7 @@ fn word(member: usize) -> u32 {
 
 #[test]
 fn a_queued_gather_moves_what_it_was_sent_for_whatever_is_sent_after_it() {
-    let test = "a_queued_gather_moves_what_it_was_sent_for_whatever_is_sent_after_it";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     // SAFETY: the legacy stream is always there.
     let legacy = unsafe { Stream::from_raw(std::ptr::null_mut(), device, None) };
@@ -86,7 +86,7 @@ fn a_queued_gather_moves_what_it_was_sent_for_whatever_is_sent_after_it() {
 
 #[test]
 fn a_gather_does_not_wait_for_one_of_another_stream() {
-    let test = "a_gather_does_not_wait_for_one_of_another_stream";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let [held, free] = [(); 2].map(|()| Stream::new(device).unwrap());
     let mut warm = Fixture::new(device);
@@ -112,7 +112,7 @@ fn a_gather_does_not_wait_for_one_of_another_stream() {
 
 #[test]
 fn making_a_streams_graph_waits_for_nothing_and_leaves_captures_alone() {
-    let test = "making_a_streams_graph_waits_for_nothing_and_leaves_captures_alone";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let [held, captured] = [(); 2].map(|()| Stream::new(device).unwrap());
     let mut it = Fixture::new(device);
@@ -133,7 +133,7 @@ fn making_a_streams_graph_waits_for_nothing_and_leaves_captures_alone() {
 
 #[test]
 fn a_stream_may_go_with_its_graph_while_that_is_queued() {
-    let test = "a_stream_may_go_with_its_graph_while_that_is_queued";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let [holding, going, staying] = [(); 3].map(|()| Stream::new(device).unwrap());
     let mut it = Fixture::new(device);
@@ -181,7 +181,7 @@ fn launches(action: impl FnOnce()) -> [u64; 2] {
 #[test]
 #[cfg(target_os = "linux")]
 fn gathers_are_launched_as_graphs_from_a_streams_second_one_on() {
-    let test = "gathers_are_launched_as_graphs_from_a_streams_second_one_on";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "calls are counted by the simulated runtime");
@@ -201,7 +201,7 @@ fn gathers_are_launched_as_graphs_from_a_streams_second_one_on() {
 #[test]
 #[cfg(target_os = "linux")]
 fn where_no_graph_can_be_had_gathers_are_launched_as_kernels() {
-    let test = "where_no_graph_can_be_had_gathers_are_launched_as_kernels";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
@@ -234,7 +234,7 @@ fn where_no_graph_can_be_had_gathers_are_launched_as_kernels() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_gather_does_not_wait_for_a_thread_that_is_at_the_streams_graph() {
-    let test = "a_gather_does_not_wait_for_a_thread_that_is_at_the_streams_graph";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "calls are held back by the simulated runtime");
@@ -269,7 +269,7 @@ fn a_gather_does_not_wait_for_a_thread_that_is_at_the_streams_graph() {
 
 #[test]
 fn a_streams_graph_goes_with_it_also_where_a_broken_device_is_current() {
-    let test = "a_streams_graph_goes_with_it_also_where_a_broken_device_is_current";
+    let test = test_name!();
     // The context stays broken.
     if !common::is_subprocess() {
         let output = common::in_subprocess(test, &[]);

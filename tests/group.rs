@@ -1,11 +1,11 @@
-//! Rows of members go where they are sent, and not a byte beside them, by whatever way is the cheapest.
+//! Rows of members arrive in full, and no other byte changes, on every path that a copy can take.
 
 mod common;
 
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
-use common::device_bytes;
+use common::{device_bytes, test_name};
 use cpu_gpu_buffer::{
     BufferGroup, BufferOptions, Device, GroupLayout, GroupLayoutBuilder, HostFlags, MemberKey,
     MemberRows, Pinning, Stream,
@@ -258,12 +258,12 @@ fn anything(test: &str, mirrored: bool) {
 
 #[test]
 fn any_rows_of_any_members_arrive_and_not_a_byte_beside_them() {
-    anything("any_rows_of_any_members_arrive_and_not_a_byte_beside_them", false);
+    anything(test_name!(), false);
 }
 
 #[test]
 fn what_the_host_owns_is_carried_along_as_it_is_or_not_at_all() {
-    anything("what_the_host_owns_is_carried_along_as_it_is_or_not_at_all", true);
+    anything(test_name!(), true);
 }
 
 /// Members of bytes between which something always lies that is not asked for.
@@ -504,7 +504,7 @@ fn rows_that_the_host_does_not_own_after_all_are_overwritten_on_the_cpu_as_on_a_
 
 #[test]
 fn kernels_that_reach_host_memory_are_turned_off_by_never_and_by_nothing_else() {
-    let test = "kernels_that_reach_host_memory_are_turned_off_by_never_and_by_nothing_else";
+    let test = test_name!();
     let variable = "CPU_GPU_BUFFER_MAPPED_KERNELS";
     if !common::is_subprocess() {
         for value in ["never", "", "0", "always"] {

@@ -1,12 +1,14 @@
-//! Members of a group are guarded one by one, and no safe program can race with a copy of several. Each race is held
-//! open by a gate on the stream, as for single buffers.
+//! Each member of a group is guarded by itself. No safe program can race with a copy of several
+//! members.
+//!
+//! A gate on the stream holds each race open, as for single buffers.
 
 mod common;
 
 use std::thread;
 use std::time::Duration;
 
-use common::{Gate, all, device_words};
+use common::{Gate, all, device_words, test_name};
 use cpu_gpu_buffer::{
     BufferGroup, Device, GroupLayoutBuilder, MemberKey, MemberRows, Result, Stream,
 };
@@ -104,7 +106,7 @@ const COPIES: [Copy; 2] = [BufferGroup::copy_to_gpu, BufferGroup::copy_to_cpu];
 
 #[test]
 fn writing_a_member_waits_for_its_upload() {
-    each("writing_a_member_waits_for_its_upload", |words, device| {
+    each(test_name!(), |words, device| {
         for member in NAMED {
             let mut it = Fixture::new(words, device, OLD, 0);
             let rows = it.rows(&NAMED);
@@ -119,7 +121,7 @@ fn writing_a_member_waits_for_its_upload() {
 
 #[test]
 fn writing_a_member_waits_for_its_download() {
-    each("writing_a_member_waits_for_its_download", |words, device| {
+    each(test_name!(), |words, device| {
         for member in NAMED {
             let mut it = Fixture::new(words, device, 0, OLD);
             let rows = it.rows(&NAMED);
@@ -134,7 +136,7 @@ fn writing_a_member_waits_for_its_download() {
 
 #[test]
 fn reading_a_member_waits_for_its_download() {
-    each("reading_a_member_waits_for_its_download", |words, device| {
+    each(test_name!(), |words, device| {
         for member in NAMED {
             let mut it = Fixture::new(words, device, 0, NEW);
             let rows = it.rows(&NAMED);
@@ -148,7 +150,7 @@ fn reading_a_member_waits_for_its_download() {
 
 #[test]
 fn reading_a_member_does_not_wait_for_its_upload() {
-    each("reading_a_member_does_not_wait_for_its_upload", |words, device| {
+    each(test_name!(), |words, device| {
         let mut it = Fixture::new(words, device, OLD, 0);
         let rows = it.rows(&NAMED);
         let gate = Gate::close(&it.stream);
@@ -159,7 +161,7 @@ fn reading_a_member_does_not_wait_for_its_upload() {
 
 #[test]
 fn members_that_a_copy_did_not_name_do_not_wait_for_it() {
-    each("members_that_a_copy_did_not_name_do_not_wait_for_it", |words, device| {
+    each(test_name!(), |words, device| {
         for copy in COPIES {
             let mut it = Fixture::new(words, device, OLD, 0);
             let rows = it.rows(&NAMED);
@@ -182,7 +184,7 @@ fn members_that_a_copy_did_not_name_do_not_wait_for_it() {
 
 #[test]
 fn several_members_at_once_wait_for_their_copies_and_for_no_others() {
-    each("several_members_at_once_wait_for_their_copies_and_for_no_others", |words, device| {
+    each(test_name!(), |words, device| {
         let mut it = Fixture::new(words, device, OLD, 0);
         let rows = it.rows(&NAMED);
         let gate = Gate::close(&it.stream);
@@ -210,7 +212,7 @@ fn several_members_at_once_wait_for_their_copies_and_for_no_others() {
 
 #[test]
 fn a_member_waits_for_its_own_copy_while_that_of_another_is_held() {
-    each("a_member_waits_for_its_own_copy_while_that_of_another_is_held", |words, device| {
+    each(test_name!(), |words, device| {
         for copy in COPIES {
             let mut it = Fixture::new(words, device, OLD, OLD);
             let (one, two) = (it.rows(&[0]), it.rows(&[1]));
@@ -243,7 +245,7 @@ fn a_member_waits_for_its_own_copy_while_that_of_another_is_held() {
 
 #[test]
 fn the_first_copy_of_one_member_does_not_make_another_wait_for_all_of_its_stream() {
-    let test = "the_first_copy_of_one_member_does_not_make_another_wait_for_all_of_its_stream";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     for copy in COPIES {
@@ -262,7 +264,7 @@ fn the_first_copy_of_one_member_does_not_make_another_wait_for_all_of_its_stream
 
 #[test]
 fn a_member_that_is_carried_along_is_so_after_its_download() {
-    let test = "a_member_that_is_carried_along_is_so_after_its_download";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     let mut builder = GroupLayoutBuilder::new();
@@ -284,7 +286,7 @@ fn a_member_that_is_carried_along_is_so_after_its_download() {
 
 #[test]
 fn what_the_stream_of_gpu_on_is_sent_after_the_next_copy_is_not_waited_for() {
-    let test = "what_the_stream_of_gpu_on_is_sent_after_the_next_copy_is_not_waited_for";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     let mut builder = GroupLayoutBuilder::new();
@@ -306,8 +308,7 @@ fn what_the_stream_of_gpu_on_is_sent_after_the_next_copy_is_not_waited_for() {
 
 #[test]
 fn a_stream_that_is_captured_after_the_last_copy_leaves_the_group_idle_and_nothing_behind() {
-    let test =
-        "a_stream_that_is_captured_after_the_last_copy_leaves_the_group_idle_and_nothing_behind";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let stream = Stream::new(device).unwrap();
     let mut builder = GroupLayoutBuilder::new();
@@ -332,7 +333,7 @@ fn a_stream_that_is_captured_after_the_last_copy_leaves_the_group_idle_and_nothi
 
 #[test]
 fn a_kernel_in_flight_does_not_make_a_member_wait() {
-    each("a_kernel_in_flight_does_not_make_a_member_wait", |words, device| {
+    each(test_name!(), |words, device| {
         let mut it = Fixture::new(words, device, OLD, 0);
         it.group.gpu_on(&it.stream).unwrap();
         let gate = Gate::close(&it.stream);
@@ -348,7 +349,7 @@ fn a_kernel_in_flight_does_not_make_a_member_wait() {
 
 #[test]
 fn synchronize_waits_for_copies_and_kernels_of_every_member() {
-    each("synchronize_waits_for_copies_and_kernels_of_every_member", |words, device| {
+    each(test_name!(), |words, device| {
         let mut it = Fixture::new(words, device, OLD, 0);
         let up: fn(&mut Fixture) = |it| it.group.copy_to_gpu(&it.rows(&[1]), &it.stream).unwrap();
         let down: fn(&mut Fixture) = |it| it.group.copy_to_cpu(&it.rows(&[1]), &it.stream).unwrap();
@@ -368,7 +369,7 @@ fn synchronize_waits_for_copies_and_kernels_of_every_member() {
 
 #[test]
 fn a_download_on_another_stream_comes_after_the_upload() {
-    each("a_download_on_another_stream_comes_after_the_upload", |words, device| {
+    each(test_name!(), |words, device| {
         let mut it = Fixture::new(words, device, NEW, OLD);
         let (up, down) = (it.rows(&NAMED), it.rows(&[3, 6]));
         let gate = Gate::close(&it.stream);
@@ -383,7 +384,7 @@ fn a_download_on_another_stream_comes_after_the_upload() {
 
 #[test]
 fn an_upload_on_another_stream_comes_after_the_download() {
-    each("an_upload_on_another_stream_comes_after_the_download", |words, device| {
+    each(test_name!(), |words, device| {
         let mut it = Fixture::new(words, device, OLD, NEW);
         let (down, up) = (it.rows(&NAMED), it.rows(&[0, 7]));
         let gate = Gate::close(&it.stream);
@@ -400,7 +401,7 @@ fn an_upload_on_another_stream_comes_after_the_download() {
 
 #[test]
 fn copies_on_another_stream_come_after_a_kernel_whatever_member_it_writes() {
-    let test = "copies_on_another_stream_come_after_a_kernel_whatever_member_it_writes";
+    let test = test_name!();
     each(test, |words, device| {
         for member in [0, 3, 8] {
             let mut it = Fixture::new(words, device, OLD, 0);
@@ -426,7 +427,7 @@ fn copies_on_another_stream_come_after_a_kernel_whatever_member_it_writes() {
 
 #[test]
 fn a_kernel_on_another_stream_comes_after_copies_of_every_member_and_after_a_kernel() {
-    let test = "a_kernel_on_another_stream_comes_after_copies_of_every_member_and_after_a_kernel";
+    let test = test_name!();
     each(test, |words, device| {
         for member in [0, 3, 8] {
             let mut it = Fixture::new(words, device, OLD, 0);
@@ -461,7 +462,7 @@ fn a_kernel_on_another_stream_comes_after_copies_of_every_member_and_after_a_ker
 
 #[test]
 fn the_first_zeroing_comes_before_everything_on_every_stream() {
-    let test = "the_first_zeroing_comes_before_everything_on_every_stream";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     type First = fn(&mut BufferGroup, MemberKey<u32>, &Stream);
@@ -498,7 +499,7 @@ fn the_first_zeroing_comes_before_everything_on_every_stream() {
 
 #[test]
 fn dropping_waits_for_copies_and_kernels() {
-    each("dropping_waits_for_copies_and_kernels", |words, device| {
+    each(test_name!(), |words, device| {
         let up: fn(&mut Fixture) = |it| it.group.copy_to_gpu(&it.rows(&NAMED), &it.stream).unwrap();
         let down: fn(&mut Fixture) =
             |it| it.group.copy_to_cpu(&it.rows(&NAMED), &it.stream).unwrap();
@@ -517,7 +518,7 @@ fn dropping_waits_for_copies_and_kernels() {
 
 #[test]
 fn forgetting_leaves_queued_copies_their_memory() {
-    each("forgetting_leaves_queued_copies_their_memory", |words, device| {
+    each(test_name!(), |words, device| {
         for copy in COPIES {
             let mut it = Fixture::new(words, device, OLD, OLD);
             let rows = it.rows(&NAMED);
@@ -544,7 +545,7 @@ fn forgetting_leaves_queued_copies_their_memory() {
 
 #[test]
 fn memory_whose_use_cannot_be_known_is_leaked_and_not_given_back() {
-    let test = "memory_whose_use_cannot_be_known_is_leaked_and_not_given_back";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let mut it = Fixture::new(sizes()[1], device, OLD, OLD);
     let bytes = MEMBERS * sizes()[1] * 4;
@@ -561,7 +562,7 @@ fn memory_whose_use_cannot_be_known_is_leaked_and_not_given_back() {
 
 #[test]
 fn a_group_that_is_sent_elsewhere_takes_its_records_along() {
-    each("a_group_that_is_sent_elsewhere_takes_its_records_along", |words, device| {
+    each(test_name!(), |words, device| {
         let mut it = Fixture::new(words, device, OLD, 0);
         let rows = it.rows(&NAMED);
         let gate = Gate::close(&it.stream);
@@ -596,7 +597,7 @@ fn failing<R>(function: &std::ffi::CStr, number: u64, action: impl FnOnce() -> R
 #[test]
 #[cfg(target_os = "linux")]
 fn a_copy_that_was_refused_leaves_the_members_guarded_by_the_one_before() {
-    let test = "a_copy_that_was_refused_leaves_the_members_guarded_by_the_one_before";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
@@ -619,7 +620,7 @@ fn a_copy_that_was_refused_leaves_the_members_guarded_by_the_one_before() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_copy_of_which_a_part_was_refused_counts_as_in_flight() {
-    let test = "a_copy_of_which_a_part_was_refused_counts_as_in_flight";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
@@ -639,7 +640,7 @@ fn a_copy_of_which_a_part_was_refused_counts_as_in_flight() {
 #[test]
 #[cfg(target_os = "linux")]
 fn records_of_copies_serve_again() {
-    let test = "records_of_copies_serve_again";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "events are counted by the simulated runtime");

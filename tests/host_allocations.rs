@@ -1,5 +1,5 @@
-//! Memory for a number of things that the caller chose is an error where there is none: nothing
-//! aborts the process.
+//! An allocation whose size the caller chose returns an error if memory runs out. It never aborts
+//! the process.
 
 mod common;
 

@@ -1,12 +1,14 @@
-//! No safe program can race with a transfer. Each race is held open by a gate on the stream: an action
-//! that must wait and does not, has done its harm before the transfer begins.
+//! No safe program can race with a transfer.
+//!
+//! A gate on the stream holds each race open. An action that fails to wait does its harm before the
+//! transfer begins.
 
 mod common;
 
 use std::mem;
 use std::thread;
 
-use common::{Foreign, Gate, all, device_words};
+use common::{Foreign, Gate, all, device_words, test_name};
 use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
 
 const OLD: u32 = 0x0101_0101;
@@ -45,7 +47,7 @@ fn each(test: &str, run: impl Fn(usize, Device)) {
 
 #[test]
 fn writing_the_host_side_waits_for_its_upload() {
-    each("writing_the_host_side_waits_for_its_upload", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let gate = Gate::close(&stream);
         buffer.copy_to_gpu(.., &stream).unwrap();
@@ -57,7 +59,7 @@ fn writing_the_host_side_waits_for_its_upload() {
 
 #[test]
 fn writing_the_host_side_waits_for_its_download() {
-    each("writing_the_host_side_waits_for_its_download", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, 0, OLD);
         let gate = Gate::close(&stream);
         buffer.copy_to_cpu(.., &stream).unwrap();
@@ -69,7 +71,7 @@ fn writing_the_host_side_waits_for_its_download() {
 
 #[test]
 fn reading_the_host_side_waits_for_its_download() {
-    each("reading_the_host_side_waits_for_its_download", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, 0, NEW);
         let gate = Gate::close(&stream);
         buffer.copy_to_cpu(.., &stream).unwrap();
@@ -80,7 +82,7 @@ fn reading_the_host_side_waits_for_its_download() {
 
 #[test]
 fn reading_the_host_side_does_not_wait_for_its_upload() {
-    each("reading_the_host_side_does_not_wait_for_its_upload", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let gate = Gate::close(&stream);
         buffer.copy_to_gpu(.., &stream).unwrap();
@@ -91,7 +93,7 @@ fn reading_the_host_side_does_not_wait_for_its_upload() {
 
 #[test]
 fn trying_answers_none_instead_of_waiting() {
-    each("trying_answers_none_instead_of_waiting", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, NEW);
         let gate = Gate::close(&stream);
         buffer.copy_to_gpu(.., &stream).unwrap();
@@ -117,7 +119,7 @@ fn trying_answers_none_instead_of_waiting() {
 
 #[test]
 fn a_kernel_in_flight_does_not_make_the_host_side_wait() {
-    each("a_kernel_in_flight_does_not_make_the_host_side_wait", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let view = buffer.gpu_on(&stream).unwrap();
         let gate = Gate::close(&stream);
@@ -134,7 +136,7 @@ fn a_kernel_in_flight_does_not_make_the_host_side_wait() {
 
 #[test]
 fn waiting_for_one_buffer_does_not_wait_for_another() {
-    each("waiting_for_one_buffer_does_not_wait_for_another", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut held, stream) = buffer(words, device, OLD, 0);
         let (mut free, other) = buffer(words, device, OLD, 0);
         let gate = Gate::close(&stream);
@@ -150,7 +152,7 @@ fn waiting_for_one_buffer_does_not_wait_for_another() {
 
 #[test]
 fn synchronize_waits_for_transfers_fills_and_kernels_of_the_buffer() {
-    each("synchronize_waits_for_transfers_fills_and_kernels_of_the_buffer", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         for use_it in [
             |buffer: &mut CpuGpuBuffer<u32>, stream: &Stream| {
@@ -177,7 +179,7 @@ fn synchronize_waits_for_transfers_fills_and_kernels_of_the_buffer() {
 
 #[test]
 fn filling_waits_for_transfers_of_the_host_side() {
-    each("filling_waits_for_transfers_of_the_host_side", |words, device| {
+    each(test_name!(), |words, device| {
         // An upload, to memory that the fill does not write again afterwards.
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let foreign = Foreign::new(words, 0);
@@ -210,7 +212,7 @@ fn filling_waits_for_transfers_of_the_host_side() {
 
 #[test]
 fn filling_the_device_side_on_another_stream_comes_after_the_upload() {
-    each("filling_the_device_side_on_another_stream_comes_after_the_upload", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let other = Stream::new(device).unwrap();
         let gate = Gate::close(&stream);
@@ -226,7 +228,7 @@ fn filling_the_device_side_on_another_stream_comes_after_the_upload() {
 
 #[test]
 fn an_upload_on_another_stream_comes_after_a_fill_of_the_device_side() {
-    each("an_upload_on_another_stream_comes_after_a_fill_of_the_device_side", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let other = Stream::new(device).unwrap();
         let gate = Gate::close(&stream);
@@ -242,7 +244,7 @@ fn an_upload_on_another_stream_comes_after_a_fill_of_the_device_side() {
 
 #[test]
 fn a_download_on_another_stream_comes_after_the_upload() {
-    each("a_download_on_another_stream_comes_after_the_upload", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, NEW, OLD);
         let other = Stream::new(device).unwrap();
         let gate = Gate::close(&stream);
@@ -256,7 +258,7 @@ fn a_download_on_another_stream_comes_after_the_upload() {
 
 #[test]
 fn an_upload_on_another_stream_comes_after_the_download() {
-    each("an_upload_on_another_stream_comes_after_the_download", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let foreign = Foreign::new(words, 0x77);
         let other = Stream::new(device).unwrap();
@@ -273,7 +275,7 @@ fn an_upload_on_another_stream_comes_after_the_download() {
 
 #[test]
 fn an_upload_on_another_stream_comes_after_a_kernel() {
-    each("an_upload_on_another_stream_comes_after_a_kernel", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let other = Stream::new(device).unwrap();
         let view = buffer.gpu_on(&stream).unwrap();
@@ -290,38 +292,35 @@ fn an_upload_on_another_stream_comes_after_a_kernel() {
 
 #[test]
 fn a_kernel_on_another_stream_comes_after_the_upload_and_after_a_kernel() {
-    each(
-        "a_kernel_on_another_stream_comes_after_the_upload_and_after_a_kernel",
-        |words, device| {
-            let (mut buffer, stream) = buffer(words, device, OLD, 0);
-            let other = Stream::new(device).unwrap();
-            let gate = Gate::close(&stream);
-            buffer.copy_to_gpu(.., &stream).unwrap();
-            gate.waits(|| {
-                let view = buffer.gpu_on(&other).unwrap();
-                common::store(view.as_mut_ptr(), view.len(), NEW, &other);
-                other.synchronize().unwrap();
-            });
-            stream.synchronize().unwrap();
-            all(&gpu(&buffer), NEW);
+    each(test_name!(), |words, device| {
+        let (mut buffer, stream) = buffer(words, device, OLD, 0);
+        let other = Stream::new(device).unwrap();
+        let gate = Gate::close(&stream);
+        buffer.copy_to_gpu(.., &stream).unwrap();
+        gate.waits(|| {
+            let view = buffer.gpu_on(&other).unwrap();
+            common::store(view.as_mut_ptr(), view.len(), NEW, &other);
+            other.synchronize().unwrap();
+        });
+        stream.synchronize().unwrap();
+        all(&gpu(&buffer), NEW);
 
-            let view = buffer.gpu_on(&stream).unwrap();
-            let gate = Gate::close(&stream);
-            common::store(view.as_mut_ptr(), view.len(), 5, &stream);
-            gate.waits(|| {
-                let view = buffer.gpu_on(&other).unwrap();
-                common::store(view.as_mut_ptr(), view.len(), 6, &other);
-                other.synchronize().unwrap();
-            });
-            stream.synchronize().unwrap();
-            all(&gpu(&buffer), 6);
-        },
-    );
+        let view = buffer.gpu_on(&stream).unwrap();
+        let gate = Gate::close(&stream);
+        common::store(view.as_mut_ptr(), view.len(), 5, &stream);
+        gate.waits(|| {
+            let view = buffer.gpu_on(&other).unwrap();
+            common::store(view.as_mut_ptr(), view.len(), 6, &other);
+            other.synchronize().unwrap();
+        });
+        stream.synchronize().unwrap();
+        all(&gpu(&buffer), 6);
+    });
 }
 
 #[test]
 fn resizing_in_place_waits_for_transfers_of_the_host_side() {
-    each("resizing_in_place_waits_for_transfers_of_the_host_side", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, NEW);
         let foreign = Foreign::new(words, 0);
         let gate = Gate::close(&stream);
@@ -342,7 +341,7 @@ fn resizing_in_place_waits_for_transfers_of_the_host_side() {
 
 #[test]
 fn resizing_in_place_zeroes_the_device_side_after_a_kernel_on_another_stream() {
-    let test = "resizing_in_place_zeroes_the_device_side_after_a_kernel_on_another_stream";
+    let test = test_name!();
     each(test, |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, OLD);
         let other = Stream::new(device).unwrap();
@@ -362,7 +361,7 @@ fn resizing_in_place_zeroes_the_device_side_after_a_kernel_on_another_stream() {
 
 #[test]
 fn growing_waits_for_everything_in_flight() {
-    each("growing_waits_for_everything_in_flight", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let foreign = Foreign::new(words, 0);
         let gate = Gate::close(&stream);
@@ -379,7 +378,7 @@ fn growing_waits_for_everything_in_flight() {
 
 #[test]
 fn dropping_waits_for_transfers_and_kernels() {
-    each("dropping_waits_for_transfers_and_kernels", |words, device| {
+    each(test_name!(), |words, device| {
         let foreign = Foreign::new(words, 0);
 
         let (mut uploading, stream) = buffer(words, device, OLD, 0);
@@ -409,7 +408,7 @@ fn dropping_waits_for_transfers_and_kernels() {
 
 #[test]
 fn forgetting_leaves_a_queued_upload_its_bytes() {
-    each("forgetting_leaves_a_queued_upload_its_bytes", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut forgotten, stream) = buffer(words, device, OLD, 0);
         let address = forgotten.device_ptr();
         let gate = Gate::close(&stream);
@@ -426,7 +425,7 @@ fn forgetting_leaves_a_queued_upload_its_bytes() {
 
 #[test]
 fn forgetting_leaves_a_queued_download_its_memory() {
-    each("forgetting_leaves_a_queued_download_its_memory", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut forgotten, stream) = buffer(words, device, 0, NEW);
         let gate = Gate::close(&stream);
         forgotten.copy_to_cpu(.., &stream).unwrap();
@@ -440,7 +439,7 @@ fn forgetting_leaves_a_queued_download_its_memory() {
 
 #[test]
 fn moving_swapping_and_sending_a_buffer_takes_its_records_along() {
-    each("moving_swapping_and_sending_a_buffer_takes_its_records_along", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut a, stream) = buffer(words, device, OLD, 0);
         let (mut b, _) = buffer(words, device, OLD, 0);
         let gate = Gate::close(&stream);
@@ -464,7 +463,7 @@ fn moving_swapping_and_sending_a_buffer_takes_its_records_along() {
 
 #[test]
 fn dropping_the_stream_leaves_the_records_pending() {
-    each("dropping_the_stream_leaves_the_records_pending", |words, device| {
+    each(test_name!(), |words, device| {
         let (mut buffer, stream) = buffer(words, device, OLD, 0);
         let gate = Gate::close(&stream);
         buffer.copy_to_gpu(.., &stream).unwrap();
@@ -476,7 +475,7 @@ fn dropping_the_stream_leaves_the_records_pending() {
 
 #[test]
 fn the_watermark_answers_for_other_buffers_of_the_stream_and_not_for_later_transfers() {
-    let test = "the_watermark_answers_for_other_buffers_of_the_stream_and_not_for_later_transfers";
+    let test = test_name!();
     each(test, |words, device| {
         let (mut first, stream) = buffer(words, device, OLD, 0);
         let (mut second, _) = buffer(words, device, OLD, 0);
@@ -500,7 +499,7 @@ fn the_watermark_answers_for_other_buffers_of_the_stream_and_not_for_later_trans
 
 #[test]
 fn threads_that_share_a_stream_each_wait_for_their_own_upload() {
-    let test = "threads_that_share_a_stream_each_wait_for_their_own_upload";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let stream = Stream::new(device).unwrap();
     let threads: Vec<_> = (0..8)
@@ -528,7 +527,7 @@ fn threads_that_share_a_stream_each_wait_for_their_own_upload() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_transfer_that_another_thread_overtakes_is_not_taken_for_finished() {
-    let test = "a_transfer_that_another_thread_overtakes_is_not_taken_for_finished";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "a call is held back by the simulated runtime alone");
@@ -561,7 +560,7 @@ fn a_transfer_that_another_thread_overtakes_is_not_taken_for_finished() {
 
 #[test]
 fn memory_whose_use_cannot_be_known_is_leaked_and_not_given_back() {
-    let test = "memory_whose_use_cannot_be_known_is_leaked_and_not_given_back";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (mut buffer, stream) = buffer(sizes()[1], device, OLD, OLD);
     let bytes = buffer.nbytes();

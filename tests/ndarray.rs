@@ -1,10 +1,10 @@
-//! An array of the `ndarray` crate is the host side in the buffer's shape, and waits as the slice does.
+//! The host side as an array of the `ndarray` crate has the buffer's shape, and waits like a slice.
 
 #![cfg(feature = "ndarray")]
 
 mod common;
 
-use common::{Gate, all, device_words};
+use common::{Gate, all, device_words, test_name};
 use cpu_gpu_buffer::{
     BufferGroup, CpuGpuBuffer, Device, Error, GroupLayoutBuilder, GroupRing, Stream,
 };
@@ -71,7 +71,7 @@ fn arrays_of_members_have_the_members_shapes() {
 
 #[test]
 fn an_array_waits_as_the_slice_does() {
-    let Some((device, _turn)) = common::cuda("an_array_waits_as_the_slice_does") else { return };
+    let Some((device, _turn)) = common::cuda(test_name!()) else { return };
     let stream = Stream::new(device).unwrap();
     let mut buffer = CpuGpuBuffer::<u32>::new([WORDS / 3, 3], device).unwrap();
     buffer.fill_gpu(OLD, &stream).unwrap();

@@ -1,6 +1,7 @@
-//! What needs no CUDA touches no memory that it may not: buffers, views, groups, rings, pools and
-//! tensors on the CPU. Miri runs this program (`.ci/miri`), so nothing here asks for a device or
-//! for anything of the tests' that loads a library.
+//! Buffers, views, groups, rings, pools and tensors on the CPU never touch invalid memory.
+//!
+//! Miri runs this program (`.ci/miri`). The program therefore asks for no CUDA device and loads no
+//! library.
 
 use std::thread;
 

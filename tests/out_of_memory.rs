@@ -1,12 +1,14 @@
-//! Memory that runs out, of the device or pinned: what falls back says so and is guarded like the rest, what fails
-//! gives back what it had, and it passes when something is dropped.
+//! Device memory or pinned memory runs out.
+//!
+//! A fallback reports itself and is guarded like other memory. A failed operation releases
+//! everything that it had, and it succeeds once other memory is released.
 
 #![cfg(target_os = "linux")]
 
 mod common;
 
 use common::sim::{self, Limits};
-use common::{Foreign, Gate, all};
+use common::{Foreign, Gate, all, test_name};
 use cpu_gpu_buffer::{
     BufferGroup, BufferOptions, CpuGpuBuffer, Device, Error, GroupLayout, GroupLayoutBuilder,
     GroupRing, HostFlags, MemberKey, Pinning, Result, Side, Stream,
@@ -63,7 +65,7 @@ fn works_and_is_guarded(buffer: &mut CpuGpuBuffer<u32>, device: Device) {
 
 #[test]
 fn where_no_more_can_be_pinned_preferred_is_pageable_and_required_an_error() {
-    let test = "where_no_more_can_be_pinned_preferred_is_pageable_and_required_an_error";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     let mut pinned = with(Pinning::Required, device).unwrap();
     assert!(pinned.is_pinned());
@@ -97,7 +99,7 @@ fn where_no_more_can_be_pinned_preferred_is_pageable_and_required_an_error() {
 
 #[test]
 fn either_way_of_pinning_is_enough() {
-    let test = "either_way_of_pinning_is_enough";
+    let test = test_name!();
     let Some((device, _limits)) = Limits::of(test) else { return };
     for (fails, releases) in
         [(c"cudaHostRegister", c"cudaFreeHost"), (c"cudaHostAlloc", c"cudaHostUnregister")]
@@ -126,7 +128,7 @@ fn either_way_of_pinning_is_enough() {
 
 #[test]
 fn a_device_that_refuses_registering_is_not_asked_again() {
-    let test = "a_device_that_refuses_registering_is_not_asked_again";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "only the simulated runtime refuses when it is told to");
     }
@@ -168,7 +170,7 @@ fn a_device_that_refuses_registering_is_not_asked_again() {
 
 #[test]
 fn where_neither_way_of_pinning_works_required_is_an_error_and_preferred_pageable() {
-    let test = "where_neither_way_of_pinning_works_required_is_an_error_and_preferred_pageable";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     limits.pin(0);
     for fails in [c"cudaHostRegister", c"cudaHostAlloc"] {
@@ -191,7 +193,7 @@ fn where_neither_way_of_pinning_works_required_is_an_error_and_preferred_pageabl
 
 #[test]
 fn where_the_device_is_full_the_error_says_so_and_nothing_stays_behind() {
-    let test = "where_the_device_is_full_the_error_says_so_and_nothing_stays_behind";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     let full = |bytes| Error::OutOfMemory { side: Side::Device, bytes, device };
     for pinning in [Pinning::Required, Pinning::Preferred, Pinning::Never] {
@@ -243,7 +245,7 @@ fn grouped(layout: &GroupLayout, pinning: Pinning, device: Device) -> Result<Buf
 
 #[test]
 fn a_group_that_cannot_be_pinned_is_pageable_and_guarded_or_an_error() {
-    let test = "a_group_that_cannot_be_pinned_is_pageable_and_guarded_or_an_error";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     let (keys, layout) = members();
     assert!(grouped(&layout, Pinning::Required, device).unwrap().is_pinned());
@@ -286,7 +288,7 @@ fn a_group_that_cannot_be_pinned_is_pageable_and_guarded_or_an_error() {
 
 #[test]
 fn a_group_for_which_the_device_is_too_full_leaves_nothing_behind() {
-    let test = "a_group_for_which_the_device_is_too_full_leaves_nothing_behind";
+    let test = test_name!();
     let Some((device, limits)) = Limits::of(test) else { return };
     let (keys, layout) = members();
     // The last member needs no padding.

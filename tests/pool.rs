@@ -1,4 +1,4 @@
-//! A pool hands the same memory out again and again, to one holder at a time, and waits for nothing.
+//! A pool reuses its memory, has one holder for each buffer at a time, and waits for nothing.
 
 mod common;
 
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
-use common::{Gate, all, device_words};
+use common::{Gate, all, device_words, test_name};
 use cpu_gpu_buffer::{
     BufferPool, CpuGpuBuffer, Device, Error, Pinning, PoolGrowth, PoolOptions, Shape, Stream, sys,
 };
@@ -282,7 +282,7 @@ fn cuda(test: &str, run: impl Fn(Device, Stream)) {
 
 #[test]
 fn giving_back_and_acquiring_wait_for_nothing() {
-    cuda("giving_back_and_acquiring_wait_for_nothing", |device, stream| {
+    cuda(test_name!(), |device, stream| {
         let other = Stream::new(device).unwrap();
         for pool in [capped(device, 1), zeroing(device, 1)] {
             let mut buffer = pool.acquire().unwrap();
@@ -308,7 +308,7 @@ fn giving_back_and_acquiring_wait_for_nothing() {
 
 #[test]
 fn what_is_handed_out_in_flight_is_guarded_by_its_own_records() {
-    cuda("what_is_handed_out_in_flight_is_guarded_by_its_own_records", |device, stream| {
+    cuda(test_name!(), |device, stream| {
         let other = Stream::new(device).unwrap();
         let pool = capped(device, 1);
         // An upload of the last holder's.
@@ -343,7 +343,7 @@ fn what_is_handed_out_in_flight_is_guarded_by_its_own_records() {
 
 #[test]
 fn a_zeroed_host_side_is_zeroed_after_the_transfers_of_its_last_holder() {
-    let test = "a_zeroed_host_side_is_zeroed_after_the_transfers_of_its_last_holder";
+    let test = test_name!();
     type Look = fn(&mut CpuGpuBuffer<u32>, &Stream) -> Vec<u32>;
     let looks: [Look; 7] = [
         |buffer, _| buffer.cpu().unwrap().to_vec(),
@@ -403,8 +403,7 @@ fn a_zeroed_host_side_is_zeroed_after_the_transfers_of_its_last_holder() {
 
 #[test]
 fn a_host_side_that_is_still_to_be_zeroed_is_not_to_be_had_by_trying_while_it_is_uploaded() {
-    let test =
-        "a_host_side_that_is_still_to_be_zeroed_is_not_to_be_had_by_trying_while_it_is_uploaded";
+    let test = test_name!();
     cuda(test, |device, stream| {
         let pool = zeroing(device, 1);
         let mut buffer = pool.acquire().unwrap();
@@ -437,7 +436,7 @@ fn threads_that_look_at_once_at_a_host_side_to_be_zeroed_see_zeroes() {
 
 #[test]
 fn the_next_holder_waits_for_nothing_that_the_last_one_sent_after_giving_back() {
-    let test = "the_next_holder_waits_for_nothing_that_the_last_one_sent_after_giving_back";
+    let test = test_name!();
     cuda(test, |device, stream| {
         let other = Stream::new(device).unwrap();
         let pool = capped(device, 1);
@@ -456,7 +455,7 @@ fn the_next_holder_waits_for_nothing_that_the_last_one_sent_after_giving_back() 
 
 #[test]
 fn the_next_holder_has_nothing_to_do_with_a_capture_of_the_last_ones() {
-    let test = "the_next_holder_has_nothing_to_do_with_a_capture_of_the_last_ones";
+    let test = test_name!();
     cuda(test, |device, stream| {
         let other = Stream::new(device).unwrap();
         let pool = capped(device, 1);
@@ -475,7 +474,7 @@ fn the_next_holder_has_nothing_to_do_with_a_capture_of_the_last_ones() {
 
 #[test]
 fn a_buffer_given_back_while_its_stream_is_captured_is_passed_over() {
-    let test = "a_buffer_given_back_while_its_stream_is_captured_is_passed_over";
+    let test = test_name!();
     cuda(test, |device, stream| {
         let other = Stream::new(device).unwrap();
         for buffers in [2, 8, 100] {
@@ -498,7 +497,7 @@ fn a_buffer_given_back_while_its_stream_is_captured_is_passed_over() {
 
 #[test]
 fn a_stream_that_was_adopted_may_go_when_the_last_buffer_used_on_it_was_given_back() {
-    let test = "a_stream_that_was_adopted_may_go_when_the_last_buffer_used_on_it_was_given_back";
+    let test = test_name!();
     cuda(test, |device, stream| {
         let pool = capped(device, 1);
         let mut raw = std::ptr::null_mut();
@@ -521,7 +520,7 @@ fn a_stream_that_was_adopted_may_go_when_the_last_buffer_used_on_it_was_given_ba
 
 #[test]
 fn a_buffer_that_is_known_idle_is_preferred() {
-    cuda("a_buffer_that_is_known_idle_is_preferred", |device, stream| {
+    cuda(test_name!(), |device, stream| {
         for buffers in [2, 4, 64, 100] {
             for upload in [true, false] {
                 let pool = capped(device, buffers);
@@ -545,7 +544,7 @@ fn a_buffer_that_is_known_idle_is_preferred() {
 
 #[test]
 fn a_loop_that_only_uploads_is_never_handed_the_newest_transfer() {
-    cuda("a_loop_that_only_uploads_is_never_handed_the_newest_transfer", |device, stream| {
+    cuda(test_name!(), |device, stream| {
         for buffers in [2, 3, 4, 16, 64, 100] {
             let pool = capped(device, buffers);
             let gate = Gate::close(&stream);
@@ -571,7 +570,7 @@ fn a_loop_that_only_uploads_is_never_handed_the_newest_transfer() {
 
 #[test]
 fn acquire_learns_from_the_driver_what_no_wait_has_told() {
-    cuda("acquire_learns_from_the_driver_what_no_wait_has_told", |device, stream| {
+    cuda(test_name!(), |device, stream| {
         for upload in [true, false] {
             let pool = capped(device, 1);
             let mut buffer = pool.acquire().unwrap();
@@ -595,7 +594,7 @@ fn acquire_learns_from_the_driver_what_no_wait_has_told() {
 #[test]
 #[cfg(target_os = "linux")]
 fn acquire_asks_the_driver_once_at_most_and_try_acquire_never() {
-    let test = "acquire_asks_the_driver_once_at_most_and_try_acquire_never";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "counting calls needs the simulated runtime");
     }
@@ -628,7 +627,7 @@ fn acquire_asks_the_driver_once_at_most_and_try_acquire_never() {
 #[test]
 #[cfg(target_os = "linux")]
 fn an_error_of_the_driver_that_acquire_asks_is_its_answer_and_loses_nothing() {
-    let test = "an_error_of_the_driver_that_acquire_asks_is_its_answer_and_loses_nothing";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
     }
@@ -654,7 +653,7 @@ fn an_error_of_the_driver_that_acquire_asks_is_its_answer_and_loses_nothing() {
 
 #[test]
 fn growing_waits_for_nothing_that_is_queued() {
-    cuda("growing_waits_for_nothing_that_is_queued", |device, stream| {
+    cuda(test_name!(), |device, stream| {
         let pool = BufferPool::<u8>::new(1 << 20, device, 1).unwrap();
         let mut held = pool.acquire().unwrap();
         let gate = Gate::close(&stream);
@@ -668,7 +667,7 @@ fn growing_waits_for_nothing_that_is_queued() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_pool_that_grows_by_one_again_and_again_goes_on_growing() {
-    let test = "a_pool_that_grows_by_one_again_and_again_goes_on_growing";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "memory runs out where the simulated runtime says");
     }
@@ -718,7 +717,7 @@ fn a_pool_of_large_buffers_grows_by_16_mb_or_by_the_number_that_its_options_say(
 #[cfg(target_os = "linux")]
 #[test]
 fn a_pool_that_falls_back_counts_its_pinned_and_its_pageable_buffers() {
-    let test = "a_pool_that_falls_back_counts_its_pinned_and_its_pageable_buffers";
+    let test = test_name!();
     let Some((device, limits)) = common::sim::Limits::of(test) else { return };
     const BYTES: usize = 2 << 20;
     let pool = BufferPool::<u8>::new(BYTES, device, 2).unwrap();
@@ -859,7 +858,7 @@ fn threads_that_find_the_pool_empty_at_once_grow_it_once() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_failing_growth_takes_what_there_is_loses_nothing_and_passes() {
-    let test = "a_failing_growth_takes_what_there_is_loses_nothing_and_passes";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "memory runs out where the simulated runtime says");
     }
@@ -917,7 +916,7 @@ fn owned_by(stream: &Stream, let_go: impl Fn() + Send + Sync + 'static) -> Strea
 #[test]
 #[cfg(target_os = "linux")]
 fn an_owner_that_panics_when_a_pool_goes_leaves_nothing_behind() {
-    let test = "an_owner_that_panics_when_a_pool_goes_leaves_nothing_behind";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "counting allocations needs the simulated runtime");
     }
@@ -939,7 +938,7 @@ fn an_owner_that_panics_when_a_pool_goes_leaves_nothing_behind() {
 
 #[test]
 fn an_owner_that_uses_the_pool_when_it_is_let_go_holds_nothing_up() {
-    let test = "an_owner_that_uses_the_pool_when_it_is_let_go_holds_nothing_up";
+    let test = test_name!();
     cuda(test, |device, stream| {
         let other = Stream::new(device).unwrap();
         let pool = capped(device, 4);
@@ -971,7 +970,7 @@ fn an_owner_that_uses_the_pool_when_it_is_let_go_holds_nothing_up() {
 #[test]
 #[cfg(target_os = "linux")]
 fn all_buffers_of_a_pool_cost_one_allocation_of_either_side() {
-    let test = "all_buffers_of_a_pool_cost_one_allocation_of_either_side";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "counting allocations needs the simulated runtime");
     }
@@ -990,7 +989,7 @@ fn all_buffers_of_a_pool_cost_one_allocation_of_either_side() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_slab_lives_exactly_as_long_as_the_pool_or_the_last_buffer_in_it() {
-    let test = "a_slab_lives_exactly_as_long_as_the_pool_or_the_last_buffer_in_it";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "counting allocations needs the simulated runtime");
     }
@@ -1025,7 +1024,7 @@ fn a_slab_lives_exactly_as_long_as_the_pool_or_the_last_buffer_in_it() {
 
 #[test]
 fn a_pool_that_goes_waits_for_what_its_buffers_left_queued() {
-    cuda("a_pool_that_goes_waits_for_what_its_buffers_left_queued", |device, stream| {
+    cuda(test_name!(), |device, stream| {
         let theirs = common::Foreign::new(WORDS, 9);
         let pool = capped(device, 3);
         let mut buffer = pool.acquire().unwrap();
@@ -1179,7 +1178,7 @@ fn the_high_water_mark_is_the_most_that_was_out_at_once() {
 #[test]
 #[cfg(unix)]
 fn a_forked_child_gets_no_buffers_from_a_pool_of_its_parents() {
-    let test = "a_forked_child_gets_no_buffers_from_a_pool_of_its_parents";
+    let test = test_name!();
     if !common::is_subprocess() {
         let output = common::in_subprocess(test, &[]);
         let text = String::from_utf8_lossy(&output.stdout);

@@ -1,6 +1,8 @@
-//! However a process or a thread ends, buffers and streams that are still there let it end quietly: with status 0,
-//! nothing on standard error, no crash and no hang. Exit handlers and thread-locals may come after the runtime's end,
-//! where each call answers `cudaErrorCudartUnloading`, as the simulated runtime's do too.
+//! Processes and threads end quietly while buffers and streams are alive.
+//!
+//! The status is 0, standard error is empty, and nothing crashes or hangs. Exit handlers and
+//! thread-locals may run after the end of the runtime. All calls then return
+//! `cudaErrorCudartUnloading`, in the simulated runtime, too.
 
 #![cfg(target_os = "linux")]
 
@@ -12,7 +14,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use common::{Foreign, Gate, all};
+use common::{Foreign, Gate, all, test_name};
 use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Event, Stream};
 
 const WORDS: usize = 1 << 20;
@@ -150,7 +152,7 @@ fn what_statics_keep_is_left_to_the_end_of_the_process() {
         say("done\n");
     };
     each(
-        "what_statics_keep_is_left_to_the_end_of_the_process",
+        test_name!(),
         &[
             ("main returns", keep),
             ("exit", |device| {
@@ -165,7 +167,7 @@ fn what_statics_keep_is_left_to_the_end_of_the_process() {
 #[test]
 fn exit_handlers_may_drop_before_and_after_the_runtimes_end() {
     each(
-        "exit_handlers_may_drop_before_and_after_the_runtimes_end",
+        test_name!(),
         &[
             ("registered after the first use, so run before the runtime's end", |device| {
                 *KEPT.lock().unwrap() = Some(Life::new(device));
@@ -226,7 +228,7 @@ extern "C" fn use_kept() {
 #[test]
 fn after_the_runtimes_end_every_use_is_an_error_that_says_so() {
     each(
-        "after_the_runtimes_end_every_use_is_an_error_that_says_so",
+        test_name!(),
         &[("exit", |device| {
             at_exit(use_kept);
             *KEPT.lock().unwrap() = Some(Life::held(device, common::forget));
@@ -263,7 +265,7 @@ fn start_thread(device: Device) {
 #[test]
 fn thread_locals_are_dropped_with_their_thread_or_with_the_process() {
     each(
-        "thread_locals_are_dropped_with_their_thread_or_with_the_process",
+        test_name!(),
         &[
             ("a thread ends", |device| {
                 start_thread(device);
@@ -350,7 +352,7 @@ fn before_the_fork(device: Device) {
 #[test]
 fn a_forked_child_that_only_drops_or_exits_calls_nothing_and_ends_quietly() {
     each(
-        "a_forked_child_that_only_drops_or_exits_calls_nothing_and_ends_quietly",
+        test_name!(),
         &[
             ("exits, and handlers and thread-locals drop", |device| {
                 before_the_fork(device);
@@ -390,7 +392,7 @@ impl Drop for Owner {
 
 #[test]
 fn a_forked_child_does_not_let_the_owner_of_a_foreign_stream_go() {
-    let test = "a_forked_child_does_not_let_the_owner_of_a_foreign_stream_go";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if common::is_subprocess() {
         let raw = Stream::new(device).unwrap();
@@ -426,7 +428,7 @@ fn a_forked_child_does_not_let_the_owner_of_a_foreign_stream_go() {
 
 #[test]
 fn a_panic_while_a_transfer_is_queued_unwinds_and_the_buffer_waits_for_it() {
-    let test = "a_panic_while_a_transfer_is_queued_unwinds_and_the_buffer_waits_for_it";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let foreign = Foreign::new(WORDS, 0);
     let stream = Stream::new(device).unwrap();

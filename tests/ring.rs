@@ -1,11 +1,12 @@
-//! A ring's host slots are written while others are still being uploaded, strictly in turn, and
-//! never one that a queued upload reads. The device holds what was sent last.
+//! The host slots of a ring are written strictly in turn, while others are uploaded.
+//!
+//! A slot that a queued upload reads is never written. The device holds the last upload.
 
 mod common;
 
 use std::time::Duration;
 
-use common::{Gate, all, device_words};
+use common::{Gate, all, device_words, test_name};
 use cpu_gpu_buffer::{
     BufferOptions, BufferRing, Device, Error, GroupLayout, GroupLayoutBuilder, GroupRing,
     MemberKey, Pinning, Stream, sys,
@@ -44,7 +45,7 @@ fn gpu(ring: &BufferRing<u32>) -> Vec<u32> {
 
 #[test]
 fn advancing_does_not_wait_while_the_next_slot_is_not_in_flight() {
-    let test = "advancing_does_not_wait_while_the_next_slot_is_not_in_flight";
+    let test = test_name!();
     each(test, |words, device| {
         for depth in 2..=4 {
             let stream = Stream::new(device).unwrap();
@@ -69,7 +70,7 @@ fn advancing_does_not_wait_while_the_next_slot_is_not_in_flight() {
 
 #[test]
 fn advancing_waits_for_the_slot_that_was_sent_first_if_all_are_in_flight() {
-    let test = "advancing_waits_for_the_slot_that_was_sent_first_if_all_are_in_flight";
+    let test = test_name!();
     each(test, |words, device| {
         for depth in 1..=4 {
             let stream = Stream::new(device).unwrap();
@@ -105,7 +106,7 @@ fn device_words_of(ring: &BufferRing<u32>) -> Vec<u32> {
 
 #[test]
 fn writing_the_current_slot_waits_for_its_upload_and_reading_does_not() {
-    let test = "writing_the_current_slot_waits_for_its_upload_and_reading_does_not";
+    let test = test_name!();
     each(test, |words, device| {
         let stream = Stream::new(device).unwrap();
         let mut ring = BufferRing::<u32>::new(words, device, 2).unwrap();
@@ -121,7 +122,7 @@ fn writing_the_current_slot_waits_for_its_upload_and_reading_does_not() {
 
 #[test]
 fn a_slot_is_taken_only_when_none_of_its_members_is_being_uploaded() {
-    let test = "a_slot_is_taken_only_when_none_of_its_members_is_being_uploaded";
+    let test = test_name!();
     each(test, |words, device| {
         let (keys, layout) = members(words, false);
         let streams = [(); 2].map(|()| Stream::new(device).unwrap());
@@ -157,7 +158,7 @@ fn a_slot_is_taken_only_when_none_of_its_members_is_being_uploaded() {
 
 #[test]
 fn a_slot_that_the_driver_says_is_done_is_taken() {
-    each("a_slot_that_the_driver_says_is_done_is_taken", |words, device| {
+    each(test_name!(), |words, device| {
         let stream = Stream::new(device).unwrap();
         let mut ring = BufferRing::<u32>::new(words, device, 2).unwrap();
         send(&mut ring, 1, &stream);
@@ -172,7 +173,7 @@ fn a_slot_that_the_driver_says_is_done_is_taken() {
 
 #[test]
 fn slots_are_taken_in_turn_also_if_an_older_one_is_done_later() {
-    let test = "slots_are_taken_in_turn_also_if_an_older_one_is_done_later";
+    let test = test_name!();
     each(test, |words, device| {
         for slots in 2..=4 {
             let streams = [(); 2].map(|()| Stream::new(device).unwrap());
@@ -223,7 +224,7 @@ fn words_of(ring: &mut GroupRing, key: MemberKey<u32>) -> Vec<u32> {
 
 #[test]
 fn uploads_from_different_slots_on_different_streams_arrive_in_the_order_of_the_calls() {
-    let test = "uploads_from_different_slots_on_different_streams_arrive_in_the_order_of_the_calls";
+    let test = test_name!();
     each(test, |words, device| {
         let streams = [(); 3].map(|()| Stream::new(device).unwrap());
         let mut ring = BufferRing::<u32>::new(words, device, 3).unwrap();
@@ -248,7 +249,7 @@ fn uploads_from_different_slots_on_different_streams_arrive_in_the_order_of_the_
 
 #[test]
 fn members_are_uploaded_from_different_slots_in_the_order_of_the_calls() {
-    let test = "members_are_uploaded_from_different_slots_in_the_order_of_the_calls";
+    let test = test_name!();
     each(test, |words, device| {
         let (keys, layout) = members(words, false);
         let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
@@ -273,7 +274,7 @@ fn members_are_uploaded_from_different_slots_in_the_order_of_the_calls() {
 
 #[test]
 fn a_kernel_and_an_upload_on_another_stream_come_one_after_the_other() {
-    let test = "a_kernel_and_an_upload_on_another_stream_come_one_after_the_other";
+    let test = test_name!();
     each(test, |words, device| {
         let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
         let mut ring = BufferRing::<u32>::new(words, device, 2).unwrap();
@@ -301,7 +302,7 @@ fn a_kernel_and_an_upload_on_another_stream_come_one_after_the_other() {
 
 #[test]
 fn writing_a_member_that_is_carried_along_waits_for_the_copy() {
-    let test = "writing_a_member_that_is_carried_along_waits_for_the_copy";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (keys, layout) = members(1001, true);
     let stream = Stream::new(device).unwrap();
@@ -319,7 +320,7 @@ fn writing_a_member_that_is_carried_along_waits_for_the_copy() {
 
 #[test]
 fn a_ring_carries_nothing_along_from_a_slot_that_may_be_old() {
-    let test = "a_ring_carries_nothing_along_from_a_slot_that_may_be_old";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let stream = Stream::new(device).unwrap();
     let (keys, layout) = members(1001, true);
@@ -471,7 +472,7 @@ fn a_ring_tells_what_it_is() {
 #[test]
 #[cfg(target_os = "linux")]
 fn the_current_slot_stays_where_advancing_is_an_error() {
-    let test = "the_current_slot_stays_where_advancing_is_an_error";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
@@ -506,7 +507,7 @@ fn the_current_slot_stays_where_advancing_is_an_error() {
 
 #[test]
 fn dropping_waits_for_the_uploads_of_every_slot() {
-    each("dropping_waits_for_the_uploads_of_every_slot", |words, device| {
+    each(test_name!(), |words, device| {
         let stream = Stream::new(device).unwrap();
         let mut ring = BufferRing::<u32>::new(words, device, 2).unwrap();
         let gate = Gate::close(&stream);

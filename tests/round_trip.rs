@@ -1,9 +1,9 @@
-//! Rows go where they are sent, both sides begin as zeroes, and a buffer says what it is; on the CPU
-//! and on CUDA alike.
+//! Rows arrive in full, both sides begin as zeroes, and a buffer describes itself, on the CPU and
+//! on CUDA.
 
 mod common;
 
-use common::device_bytes;
+use common::{device_bytes, test_name};
 use cpu_gpu_buffer::{
     BufferOptions, CpuGpuBuffer, DType, Device, Element, HostFlags, Pinning, Shape, Stream,
     is_pinned_memory_available,
@@ -213,7 +213,7 @@ fn a_buffer_says_what_it_is() {
         format!("{units:?}"),
         "CpuGpuBuffer(shape=[2], dtype=[u16; 3], device=cpu, pinned=false)"
     );
-    if let Some((device, _turn)) = common::cuda("a_buffer_says_what_it_is") {
+    if let Some((device, _turn)) = common::cuda(test_name!()) {
         assert!(is_pinned_memory_available());
         let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
         let buffer = CpuGpuBuffer::<i64>::with_options([2, 3], device, options).unwrap();
@@ -289,7 +289,7 @@ fn a_view_covers_the_rows_it_was_asked_for() {
 
 #[test]
 fn host_flags_without_a_name_are_left_out() {
-    let Some((device, _turn)) = common::cuda("host_flags_without_a_name_are_left_out") else {
+    let Some((device, _turn)) = common::cuda(test_name!()) else {
         return;
     };
     let stream = Stream::new(device).unwrap();

@@ -1,8 +1,7 @@
-//! What the simulated runtime forbids, joins and delays, rule by rule, by the raw functions: on the
-//! simulated runtime each rule is as strict as CUDA allows it to be, and on hardware the answer
-//! must be among those that the simulation knows of.
+//! The rules of the simulated runtime, one by one, tested with raw functions.
 //!
-//! Each test runs in a process of its own: some leave a broken context behind.
+//! In the simulation each rule is as strict as CUDA allows. On hardware the result must be one that
+//! the simulation knows. Each test runs in a subprocess, since some leave a broken context.
 
 mod common;
 
@@ -12,7 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::Gate;
+use common::{Gate, test_name};
 use cpu_gpu_buffer::{Device, Stream, StreamFlags, StreamOptions, sys};
 use sys::cudaError as Status;
 use sys::cudaMemcpyKind as Kind;
@@ -158,7 +157,7 @@ fn relax() {
 
 #[test]
 fn a_stream_that_waits_for_an_event_of_a_capture_joins_it() {
-    let test = "a_stream_that_waits_for_an_event_of_a_capture_joins_it";
+    let test = test_name!();
     rule(test, &[], |device| {
         let (origin, other) = (stream(device), stream(device));
         let (to, ones, twos) = (malloc(WORDS * 4), pinned(1), pinned(2));
@@ -180,7 +179,7 @@ fn a_stream_that_waits_for_an_event_of_a_capture_joins_it() {
 
 #[test]
 fn joined_work_that_is_not_joined_back_spoils_the_capture() {
-    rule("joined_work_that_is_not_joined_back_spoils_the_capture", &[], |device| {
+    rule(test_name!(), &[], |device| {
         let (origin, other) = (stream(device), stream(device));
         let (to, ones) = (malloc(WORDS * 4), pinned(1));
         assert_eq!(begin(&origin, Mode::cudaStreamCaptureModeGlobal), SUCCESS);
@@ -194,7 +193,7 @@ fn joined_work_that_is_not_joined_back_spoils_the_capture() {
 
 #[test]
 fn a_capture_that_waits_for_an_event_from_outside_is_void() {
-    rule("a_capture_that_waits_for_an_event_from_outside_is_void", &[], |device| {
+    rule(test_name!(), &[], |device| {
         let (captured, other) = (stream(device), stream(device));
         let event = event();
         assert_eq!(record(event, &other), SUCCESS);
@@ -208,7 +207,7 @@ fn a_capture_that_waits_for_an_event_from_outside_is_void() {
 
 #[test]
 fn two_captures_do_not_become_one() {
-    rule("two_captures_do_not_become_one", &[], |device| {
+    rule(test_name!(), &[], |device| {
         let (one, two) = (stream(device), stream(device));
         assert_eq!(begin(&one, Mode::cudaStreamCaptureModeRelaxed), SUCCESS);
         assert_eq!(begin(&two, Mode::cudaStreamCaptureModeRelaxed), SUCCESS);
@@ -221,7 +220,7 @@ fn two_captures_do_not_become_one() {
 
 #[test]
 fn the_thread_and_the_stream_that_began_a_capture_end_it() {
-    rule("the_thread_and_the_stream_that_began_a_capture_end_it", &[], |device| {
+    rule(test_name!(), &[], |device| {
         let (origin, other) = (stream(device), stream(device));
         assert_eq!(begin(&origin, Mode::cudaStreamCaptureModeGlobal), SUCCESS);
         let ended = thread::scope(|scope| scope.spawn(|| end(&origin)).join().unwrap());
@@ -241,7 +240,7 @@ fn the_thread_and_the_stream_that_began_a_capture_end_it() {
 
 #[test]
 fn the_legacy_stream_cannot_be_captured() {
-    rule("the_legacy_stream_cannot_be_captured", &[], |device| {
+    rule(test_name!(), &[], |device| {
         // SAFETY: the legacy stream lives as long as its context.
         let legacy = unsafe { Stream::from_raw(ptr::null_mut(), device, None) }.unwrap();
         let refused = Status::cudaErrorStreamCaptureUnsupported;
@@ -252,7 +251,7 @@ fn the_legacy_stream_cannot_be_captured() {
 
 #[test]
 fn work_on_the_legacy_stream_voids_the_capture_of_a_blocking_stream() {
-    let test = "work_on_the_legacy_stream_voids_the_capture_of_a_blocking_stream";
+    let test = test_name!();
     rule(test, &[], |device| {
         let (captured, to) = (blocking(device), malloc(WORDS * 4));
         assert_eq!(begin(&captured, Mode::cudaStreamCaptureModeThreadLocal), SUCCESS);
@@ -273,7 +272,7 @@ fn work_on_the_legacy_stream_voids_the_capture_of_a_blocking_stream() {
 
 #[test]
 fn asking_for_an_event_of_a_capture_is_an_error() {
-    rule("asking_for_an_event_of_a_capture_is_an_error", &[], |device| {
+    rule(test_name!(), &[], |device| {
         let (captured, event) = (stream(device), event());
         relax();
         assert_eq!(begin(&captured, Mode::cudaStreamCaptureModeRelaxed), SUCCESS);
@@ -301,7 +300,7 @@ fn asking_for_an_event_of_a_capture_is_an_error() {
 
 #[test]
 fn registered_memory_has_a_device_address_if_it_is_mapped() {
-    rule("registered_memory_has_a_device_address_if_it_is_mapped", &[], |_| {
+    rule(test_name!(), &[], |_| {
         let address = |host: *mut c_void| {
             let mut mapped = ptr::null_mut();
             // SAFETY: a valid place.
@@ -334,7 +333,7 @@ fn registered_memory_has_a_device_address_if_it_is_mapped() {
 
 #[test]
 fn a_kernel_does_not_reach_the_memory_of_another_device_and_a_copy_does() {
-    let test = "a_kernel_does_not_reach_the_memory_of_another_device_and_a_copy_does";
+    let test = test_name!();
     rule(test, &[], |_| {
         if Device::cuda_count() < 2 {
             return common::left_out(test, "one CUDA device");
@@ -351,7 +350,7 @@ fn a_kernel_does_not_reach_the_memory_of_another_device_and_a_copy_does() {
 
 #[test]
 fn an_address_is_used_again_at_once() {
-    rule("an_address_is_used_again_at_once", &[], |_| {
+    rule(test_name!(), &[], |_| {
         let before = malloc(1 << 22);
         assert_eq!(free(before), SUCCESS);
         let same = malloc(1 << 22) == before;
@@ -361,7 +360,7 @@ fn an_address_is_used_again_at_once() {
 
 #[test]
 fn an_upload_from_pageable_memory_is_read_at_the_call_or_late() {
-    rule("an_upload_from_pageable_memory_is_read_at_the_call_or_late", &[], |device| {
+    rule(test_name!(), &[], |device| {
         let (stream, to) = (stream(device), malloc(WORDS * 4));
         let [mut early, mut late, mut waited] = [false; 3];
         for _ in 0..24 {
@@ -389,7 +388,7 @@ fn an_upload_from_pageable_memory_is_read_at_the_call_or_late() {
 
 #[test]
 fn what_is_sent_waits_while_a_queue_is_full() {
-    rule("what_is_sent_waits_while_a_queue_is_full", &[], |device| {
+    rule(test_name!(), &[], |device| {
         let (stream, to) = (stream(device), malloc(WORDS * 4));
         let gate = Gate::close(&stream);
         let ((), before) = gate.during(Duration::from_millis(500), || {
@@ -416,7 +415,7 @@ fn waits(device: Device, call: impl FnOnce() -> Status) -> bool {
 
 #[test]
 fn releasing_memory_waits_for_nothing_or_for_the_device() {
-    let test = "releasing_memory_waits_for_nothing_or_for_the_device";
+    let test = test_name!();
     for setting in ["0", "1"] {
         rule(test, &[("CUDART_SIM_WAITING", setting)], |device| {
             let setting = std::env::var("CUDART_SIM_WAITING").unwrap();
@@ -429,7 +428,7 @@ fn releasing_memory_waits_for_nothing_or_for_the_device() {
 
 #[test]
 fn allocating_memory_waits_for_nothing_or_for_the_device() {
-    let test = "allocating_memory_waits_for_nothing_or_for_the_device";
+    let test = test_name!();
     for setting in ["1", "2"] {
         rule(test, &[("CUDART_SIM_WAITING", setting)], |device| {
             let setting = std::env::var("CUDART_SIM_WAITING").unwrap();
@@ -445,7 +444,7 @@ fn allocating_memory_waits_for_nothing_or_for_the_device() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_forked_child_writes_the_parents_pinned_memory() {
-    rule("a_forked_child_writes_the_parents_pinned_memory", &[], |_| {
+    rule(test_name!(), &[], |_| {
         // SAFETY: aligned, never given back, and nobody else uses it.
         let word = unsafe { AtomicU32::from_ptr(&mut pinned(1)[0]) };
         // SAFETY: the child calls what is allowed in one, and ends.

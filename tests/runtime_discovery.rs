@@ -1,8 +1,8 @@
-//! The runtime is looked for in the places that the documentation names, in their order, and nowhere else.
+//! The loader searches for the runtime in the documented places and order, and nowhere else.
 //!
-//! What is to be found are links to the simulated runtime, in places of the tests' own. Each search has a process of its
-//! own, which is only asked what it found: this holds on machines with CUDA as well. With the feature `static` nothing
-//! is searched.
+//! The runtimes of these tests are links to the simulated one. Each search runs in a subprocess
+//! that prints its result, so the tests also hold on machines with CUDA. With the feature `static`
+//! there is no search.
 
 #![cfg(target_os = "linux")]
 
@@ -13,10 +13,11 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::left_out;
+use common::{left_out, test_name};
 use cpu_gpu_buffer::sys;
 
-/// Says which runtime this process has, or why none. Everything else here asks it in processes of its own.
+/// Prints the runtime of this process, or the reason why there is none. All other tests run this
+/// one in subprocesses.
 #[test]
 fn a_runtime_says_what_it_is() {
     let mut driver = 0;
@@ -47,7 +48,7 @@ fn found(sealed: &[String], directory: &Path, variables: &[(&str, PathBuf)]) -> 
 
 /// What such a process says after a word.
 fn said(sealed: &[String], directory: &Path, variables: &[(&str, PathBuf)], word: &str) -> String {
-    let asked = common::subprocess("a_runtime_says_what_it_is", &[]);
+    let asked = common::subprocess(test_name!(a_runtime_says_what_it_is), &[]);
     let mut words = sealed.iter().map(AsRef::as_ref).chain([asked.get_program()]);
     let mut command = Command::new(words.next().unwrap());
     command.args(words).args(asked.get_args());
@@ -137,8 +138,10 @@ impl Folder {
         ("LD_LIBRARY_PATH", self.path("system"))
     }
 
-    /// What a command begins with that sees `local` and `opt` of this folder as `/usr/local` and `/opt`; `None`
-    /// where this machine does not allow it.
+    /// The beginning of a command that sees `local` and `opt` of this folder as `/usr/local` and
+    /// `/opt`.
+    ///
+    /// Returns `None` if the machine does not allow it.
     fn sealed(&self) -> Option<Vec<String>> {
         let [local, opt] = ["local", "opt"].map(|name| self.path(name));
         for place in [&local, &opt] {
@@ -166,7 +169,7 @@ impl Drop for Folder {
 
 #[test]
 fn a_named_library_is_taken_whatever_else_there_is() {
-    let Some(folder) = Folder::of("a_named_library_is_taken_whatever_else_there_is") else {
+    let Some(folder) = Folder::of(test_name!()) else {
         return;
     };
     let named = folder.put("named/some-runtime.so");
@@ -184,7 +187,7 @@ fn a_named_library_is_taken_whatever_else_there_is() {
 
 #[test]
 fn a_runtime_that_is_in_the_process_is_taken_before_any_other() {
-    let test = "a_runtime_that_is_in_the_process_is_taken_before_any_other";
+    let test = test_name!();
     let Some(folder) = Folder::of(test) else { return };
     folder.put("system/libcudart.so.13");
     folder.put("home/lib64/libcudart.so.13");
@@ -197,7 +200,7 @@ fn a_runtime_that_is_in_the_process_is_taken_before_any_other() {
 
 #[test]
 fn every_place_has_its_turn_where_those_before_it_have_no_runtime() {
-    let test = "every_place_has_its_turn_where_those_before_it_have_no_runtime";
+    let test = test_name!();
     let Some(folder) = Folder::of(test) else { return };
     let target = format!(
         "home/targets/{}-linux/lib/libcudart.so.12",
@@ -274,13 +277,13 @@ fn settings(folder: &Folder) -> Vec<(&'static str, PathBuf)> {
 
 #[test]
 fn a_runtime_that_is_too_new_for_the_driver_is_passed_over() {
-    let test = "a_runtime_that_is_too_new_for_the_driver_is_passed_over";
+    let test = test_name!();
     let Some(folder) = Folder::of(test) else { return };
     let Some(newer) = folder.put_stub("system/libcudart.so.13", 13000, 12040, &[]) else {
         return left_out(test, "no rustc");
     };
     folder.put("system/libcudart.so.12");
-    let why = "CUDA 13.0 is too new for the driver, which is one of 12.4";
+    let why = "CUDA 13.0 is too new for the driver, which supports CUDA 12.4";
     let said = |variables: &[_], word| said(&[], &folder.0, variables, word);
     let mut variables = settings(&folder);
     // A newer minor version than the driver's is not too new.
@@ -301,7 +304,7 @@ fn a_runtime_that_is_too_new_for_the_driver_is_passed_over() {
 
 #[test]
 fn a_runtime_that_lacks_functions_is_passed_over() {
-    let test = "a_runtime_that_lacks_functions_is_passed_over";
+    let test = test_name!();
     let Some(folder) = Folder::of(test) else { return };
     let place = "system/libcudart.so.13";
     let Some(stub) = folder.put_stub(place, 12000, 12040, &[]) else {
@@ -314,15 +317,16 @@ fn a_runtime_that_lacks_functions_is_passed_over() {
     let variables = settings(&folder);
     let answers =
         || ["runtime: ", "passed over: "].map(|word| said(&[], &folder.0, &variables, word));
-    let line = "CUDART_LIBRARY is not set; system loader: libcudart.so.13: it lacks";
-    let many = format!("{line} {} functions, {} for one", lacking.len() - 1, lacking[0]);
+    let line = "CUDART_LIBRARY is not set; system loader: libcudart.so.13:";
+    let many =
+        format!("{line} {} functions are missing, for example {}", lacking.len() - 1, lacking[0]);
     assert_eq!(answers(), ["libcudart.so.12", &many]);
     // One that came with 12.5 may be absent, and no other one.
     let newer = "cudaGetDriverEntryPointByVersion";
     let mut all = lacking.clone();
     all.retain(|name| *name != newer && *name != "cudaMalloc");
     folder.put_stub(place, 12000, 12040, &all).unwrap();
-    assert_eq!(answers(), ["libcudart.so.12", &format!("{line} cudaMalloc")]);
+    assert_eq!(answers(), ["libcudart.so.12", &format!("{line} function cudaMalloc is missing")]);
     all.push("cudaMalloc");
     folder.put_stub(place, 12000, 12040, &all).unwrap();
     assert_eq!(answers(), ["libcudart.so.13", "CUDART_LIBRARY is not set"]);
@@ -330,7 +334,7 @@ fn a_runtime_that_lacks_functions_is_passed_over() {
 
 #[test]
 fn where_every_runtime_is_too_new_the_error_names_each() {
-    let test = "where_every_runtime_is_too_new_the_error_names_each";
+    let test = test_name!();
     let Some(folder) = Folder::of(test) else { return };
     // 35 is cudaErrorInsufficientDriver.
     let functions = ["cudaGetDeviceCount", "cudaGetLastError"];
@@ -347,7 +351,10 @@ fn where_every_runtime_is_too_new_the_error_names_each() {
         "the driver is one of CUDA 12.4, too old for the runtime: libcudart.so.13 is CUDA 13.0; \
          CUDART_LIBRARY may name an older one; also tried: CUDART_LIBRARY is not set; \
          system loader: libcudart.so.12: ",
-        &format!("{}: CUDA 13.0 is too new for the driver, which is one of 12.4", second.display()),
+        &format!(
+            "{}: CUDA 13.0 is too new for the driver, which supports CUDA 12.4",
+            second.display()
+        ),
         "CUDA_PATH is not set",
     ] {
         assert!(device.contains(expected), "{device}");
@@ -358,7 +365,7 @@ fn where_every_runtime_is_too_new_the_error_names_each() {
 
 #[test]
 fn without_a_driver_the_first_runtime_that_is_whole_says_so() {
-    let test = "without_a_driver_the_first_runtime_that_is_whole_says_so";
+    let test = test_name!();
     let Some(folder) = Folder::of(test) else { return };
     let functions = ["cudaGetDeviceCount", "cudaGetLastError"];
     if folder.put_stub("system/libcudart.so.13", 13000, 0, &functions).is_none() {
@@ -383,7 +390,7 @@ fn without_a_driver_the_first_runtime_that_is_whole_says_so() {
 
 #[test]
 fn the_current_directory_is_never_searched() {
-    let Some(folder) = Folder::of("the_current_directory_is_never_searched") else { return };
+    let Some(folder) = Folder::of(test_name!()) else { return };
     for place in
         ["", "lib/", "lib64/", "cuda/lib64/", "lib/python3.12/site-packages/nvidia/cu13/lib/"]
     {
@@ -399,7 +406,7 @@ fn the_current_directory_is_never_searched() {
         let elsewhere = ["/usr/local/cuda", "/opt/cuda"].iter().any(|home| found.starts_with(home));
         let refused = names.iter().all(|name| {
             root.as_os_str().is_empty()
-                || found.contains(&format!("{name}={} is relative", root.display()))
+                || found.contains(&format!("{name}={} is a relative path", root.display()))
         });
         assert!(elsewhere || found.starts_with("no usable CUDA runtime") && refused, "{found}");
     }
@@ -409,7 +416,7 @@ fn the_current_directory_is_never_searched() {
 #[cfg(feature = "static")]
 fn a_linked_runtime_is_the_one_whatever_is_named() {
     use cpu_gpu_buffer::{Device, Error};
-    let test = "a_linked_runtime_is_the_one_whatever_is_named";
+    let test = test_name!();
     if !common::is_subprocess() {
         let named = [("CUDART_LIBRARY", "/nothing-here/libcudart.so.13")];
         let output = common::in_subprocess(test, &named);

@@ -1,6 +1,7 @@
-//! The control of all the others: a program that does race, over the raw bindings alone, is caught. It does what
-//! programs do that forget to wait: it writes host memory whose upload is queued, and reads host memory before
-//! its download has come.
+//! The simulation and the sanitizers catch a program that races.
+//!
+//! The program uses only the raw bindings and forgets to wait. It writes host memory whose upload
+//! is queued, and reads host memory before its download has finished.
 
 #![cfg(target_os = "linux")]
 
@@ -10,7 +11,7 @@ mod runtime;
 use std::ffi::{CStr, c_void};
 
 use cudart_sys as sys;
-use runtime::{in_subprocess, is_subprocess};
+use runtime::{in_subprocess, is_subprocess, test_name};
 
 const SUCCESS: sys::cudaError_t = sys::cudaError::cudaSuccess;
 const UP: sys::cudaMemcpyKind = sys::cudaMemcpyKind::cudaMemcpyHostToDevice;
@@ -149,7 +150,7 @@ fn gather() -> sys::CUfunction {
 
 #[test]
 fn a_racy_program_gets_wrong_bytes_with_every_seed() {
-    let test = "a_racy_program_gets_wrong_bytes_with_every_seed";
+    let test = test_name!();
     if !runtime::is_simulated() {
         return runtime::left_out(
             test,

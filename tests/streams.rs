@@ -1,4 +1,4 @@
-//! Streams and events: their order, whose they are, and that the caller's own device is left alone.
+//! Streams and events: order, ownership, and no change of the caller's current device.
 
 mod common;
 
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 #[cfg(target_os = "linux")]
 use common::sim::{self, Held};
-use common::{Gate, all};
+use common::{Gate, all, test_name};
 use cpu_gpu_buffer::{
     CpuGpuBuffer, Device, Error, Stream, StreamFlags, StreamOptions, WaitPolicy, sys,
 };
@@ -18,7 +18,7 @@ const SUCCESS: sys::cudaError_t = sys::cudaError::cudaSuccess;
 
 #[test]
 fn an_event_completes_when_the_work_before_it_has() {
-    let test = "an_event_completes_when_the_work_before_it_has";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let stream = Stream::new(device).unwrap();
     let before = stream.record().unwrap();
@@ -39,7 +39,7 @@ fn an_event_completes_when_the_work_before_it_has() {
 
 #[test]
 fn a_stream_that_waits_for_an_event_runs_after_it() {
-    let test = "a_stream_that_waits_for_an_event_runs_after_it";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (first, second) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     let host = Stream::new(Device::Cpu).unwrap();
@@ -57,7 +57,7 @@ fn a_stream_that_waits_for_an_event_runs_after_it() {
 
 #[test]
 fn an_event_seen_complete_answers_for_the_transfers_before_it() {
-    let test = "an_event_seen_complete_answers_for_the_transfers_before_it";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     for wait in [WaitPolicy::DeviceDefault, WaitPolicy::Block] {
         let options = StreamOptions { wait, priority: -1, ..Default::default() };
@@ -96,7 +96,7 @@ impl Drop for Owner {
 
 #[test]
 fn the_owner_of_a_foreign_stream_is_kept_while_a_buffer_remembers_it() {
-    let test = "the_owner_of_a_foreign_stream_is_kept_while_a_buffer_remembers_it";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let gone = Arc::new(AtomicBool::new(false));
     let mut raw = std::ptr::null_mut();
@@ -120,7 +120,7 @@ fn the_owner_of_a_foreign_stream_is_kept_while_a_buffer_remembers_it() {
 
 #[test]
 fn an_owner_that_panics_when_it_is_let_go_leaves_the_buffer_whole() {
-    let test = "an_owner_that_panics_when_it_is_let_go_leaves_the_buffer_whole";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     struct Panicking;
     impl Drop for Panicking {
@@ -171,7 +171,7 @@ fn an_owner_that_panics_when_it_is_let_go_leaves_the_buffer_whole() {
 
 #[test]
 fn an_owner_that_chooses_another_device_when_it_is_let_go_does_not_divert_the_work() {
-    let test = "an_owner_that_chooses_another_device_when_it_is_let_go_does_not_divert_the_work";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if Device::cuda_count() < 2 {
         return common::left_out(test, "one CUDA device");
@@ -206,7 +206,7 @@ fn an_owner_that_chooses_another_device_when_it_is_let_go_does_not_divert_the_wo
 
 #[test]
 fn the_legacy_stream_of_a_device_can_be_used_from_any_thread() {
-    let test = "the_legacy_stream_of_a_device_can_be_used_from_any_thread";
+    let test = test_name!();
     let Some((first, _turn)) = common::cuda(test) else { return };
     if Device::cuda_count() < 2 {
         common::left_out(test, "its part with a second device, one device here");
@@ -244,7 +244,7 @@ fn the_legacy_stream_of_a_device_can_be_used_from_any_thread() {
 
 #[test]
 fn the_callers_current_device_is_left_alone() {
-    let test = "the_callers_current_device_is_left_alone";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if Device::cuda_count() < 2 {
         return common::left_out(test, "one CUDA device");
@@ -272,7 +272,7 @@ fn the_callers_current_device_is_left_alone() {
 
 #[test]
 fn a_device_that_is_not_current_is_used_like_one_that_is() {
-    let test = "a_device_that_is_not_current_is_used_like_one_that_is";
+    let test = test_name!();
     let Some((_, _turn)) = common::cuda(test) else { return };
     if Device::cuda_count() < 2 {
         return common::left_out(test, "one CUDA device");
@@ -324,7 +324,7 @@ fn last_error() -> sys::cudaError_t {
 
 #[test]
 fn asking_a_busy_stream_leaves_another_librarys_last_error_alone() {
-    let test = "asking_a_busy_stream_leaves_another_librarys_last_error_alone";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let stream = Stream::new(device).unwrap();
     let gate = Gate::close(&stream);
@@ -343,7 +343,7 @@ fn asking_a_busy_stream_leaves_another_librarys_last_error_alone() {
 
 #[test]
 fn the_time_between_two_events_is_the_devices_in_seconds() {
-    let test = "the_time_between_two_events_is_the_devices_in_seconds";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let stream = Stream::new(device).unwrap();
     let warm = Gate::close(&stream);
@@ -370,7 +370,7 @@ fn the_time_between_two_events_is_the_devices_in_seconds() {
 #[cfg(target_os = "linux")]
 #[test]
 fn the_time_between_events_is_waited_for_also_when_a_later_one_was_seen_first() {
-    let test = "the_time_between_events_is_waited_for_also_when_a_later_one_was_seen_first";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "calls are held back on the simulated runtime alone");
@@ -428,7 +428,7 @@ impl Drop for Captured<'_> {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_copy_that_another_threads_capture_swallows_is_refused_and_not_taken_for_finished() {
-    let test = "a_copy_that_another_threads_capture_swallows_is_refused_and_not_taken_for_finished";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "calls are held back on the simulated runtime alone");
@@ -459,7 +459,7 @@ fn a_copy_that_another_threads_capture_swallows_is_refused_and_not_taken_for_fin
 #[cfg(target_os = "linux")]
 #[test]
 fn an_event_or_a_fill_that_another_threads_capture_swallows_is_refused() {
-    let test = "an_event_or_a_fill_that_another_threads_capture_swallows_is_refused";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "calls are held back on the simulated runtime alone");
@@ -483,8 +483,7 @@ fn an_event_or_a_fill_that_another_threads_capture_swallows_is_refused() {
 
 #[test]
 fn asking_about_work_on_the_legacy_stream_leaves_the_capture_of_a_blocking_stream_alone() {
-    let test =
-        "asking_about_work_on_the_legacy_stream_leaves_the_capture_of_a_blocking_stream_alone";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let options = StreamOptions { flags: StreamFlags::empty(), ..Default::default() };
     let blocking = Stream::with_options(device, options).unwrap();
@@ -505,7 +504,7 @@ fn asking_about_work_on_the_legacy_stream_leaves_the_capture_of_a_blocking_strea
 #[cfg(target_os = "linux")]
 #[test]
 fn streams_whose_wait_policies_alternate_make_no_event_for_each_copy() {
-    let test = "streams_whose_wait_policies_alternate_make_no_event_for_each_copy";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !common::is_simulated() {
         return common::left_out(test, "calls are counted on the simulated runtime alone");
@@ -532,7 +531,7 @@ fn streams_whose_wait_policies_alternate_make_no_event_for_each_copy() {
 
 #[test]
 fn a_broken_device_that_is_current_does_not_spoil_streams_and_events_of_another() {
-    let test = "a_broken_device_that_is_current_does_not_spoil_streams_and_events_of_another";
+    let test = test_name!();
     // The context stays broken.
     if !common::is_subprocess() {
         let output = common::in_subprocess(test, &[]);
@@ -585,7 +584,7 @@ impl Drop for Capturer {
 
 #[test]
 fn a_copy_that_a_capture_takes_after_the_stream_was_asked_is_refused_and_not_taken_for_finished() {
-    let test = "a_copy_that_a_capture_takes_after_the_stream_was_asked_is_refused_and_not_taken_for_finished";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let (stream, foreign) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     let mut buffer = CpuGpuBuffer::<u32>::new(1 << 10, device).unwrap();

@@ -1,11 +1,11 @@
-//! What needs a process of its own: another runtime library, a broken context, and counting memory.
+//! Tests in subprocesses: other runtime libraries, broken contexts, and memory counts.
 
 mod common;
 
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use common::{Gate, in_subprocess, is_subprocess};
+use common::{Gate, in_subprocess, is_subprocess, test_name};
 use cpu_gpu_buffer::{
     BufferOptions, BufferRing, CpuGpuBuffer, Device, Error, Pinning, Shape, Side, Stream,
     is_pinned_memory_available, sys,
@@ -68,7 +68,7 @@ fn a_named_library_that_is_not_there_is_an_error_and_no_other_is_taken() {
     if is_subprocess() {
         return unusable("nothing-here");
     }
-    let test = "a_named_library_that_is_not_there_is_an_error_and_no_other_is_taken";
+    let test = test_name!();
     with_library(test, "/nothing-here/libcudart.so.13", &[]);
 }
 
@@ -76,9 +76,9 @@ fn a_named_library_that_is_not_there_is_an_error_and_no_other_is_taken() {
 #[cfg(target_os = "linux")]
 fn a_named_library_that_is_no_runtime_is_an_error() {
     if is_subprocess() {
-        return unusable("it is no CUDA runtime");
+        return unusable("not a CUDA runtime");
     }
-    with_library("a_named_library_that_is_no_runtime_is_an_error", "libc.so.6", &[]);
+    with_library(test_name!(), "libc.so.6", &[]);
 }
 
 /// Runs the test in its own process on the simulated runtime, with some of its settings.
@@ -93,7 +93,7 @@ fn a_named_runtime_of_an_unknown_major_version_is_an_error() {
     if is_subprocess() {
         return unusable("CUDA 14.2, need 12 or 13");
     }
-    let test = "a_named_runtime_of_an_unknown_major_version_is_an_error";
+    let test = test_name!();
     with_simulated(test, &[("CUDART_SIM_VERSION", "14020")]);
 }
 
@@ -126,7 +126,7 @@ fn a_driver_that_is_too_old_for_the_runtime_is_an_error_that_names_both() {
     if is_subprocess() {
         return without_its_driver("the driver is one of CUDA 12.4, too old for the runtime: ");
     }
-    let test = "a_driver_that_is_too_old_for_the_runtime_is_an_error_that_names_both";
+    let test = test_name!();
     with_simulated(test, &[("CUDART_SIM_DRIVER", "12040")]);
 }
 
@@ -136,7 +136,7 @@ fn a_runtime_without_a_driver_is_an_error_that_says_so() {
     if is_subprocess() {
         return without_its_driver("there is no CUDA driver on this machine; ");
     }
-    let test = "a_runtime_without_a_driver_is_an_error_that_says_so";
+    let test = test_name!();
     with_simulated(test, &[("CUDART_SIM_DRIVER", "0")]);
 }
 
@@ -172,7 +172,7 @@ fn an_absent_device_is_named_with_what_hides_it() {
             ),
         };
     }
-    let test = "an_absent_device_is_named_with_what_hides_it";
+    let test = test_name!();
     for devices in ["0", "2"] {
         let count = ("CUDART_SIM_DEVICES", devices);
         with_simulated(test, &[count]);
@@ -185,7 +185,7 @@ fn an_absent_device_is_named_with_what_hides_it() {
 #[cfg(target_os = "linux")]
 fn a_machine_that_is_not_set_up_says_what_to_do() {
     if !is_subprocess() {
-        return with_simulated("a_machine_that_is_not_set_up_says_what_to_do", &[]);
+        return with_simulated(test_name!(), &[]);
     }
     assert!(sys::runtime().is_ok());
     for (code, word) in
@@ -225,7 +225,7 @@ fn in_child(says: impl FnOnce()) {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_child_of_a_process_in_which_cuda_never_worked_learns_why() {
-    let test = "a_child_of_a_process_in_which_cuda_never_worked_learns_why";
+    let test = test_name!();
     if is_subprocess() {
         let calls = || {
             if sys::runtime().is_ok() { common::sim::calls_of(c"cudaGetDeviceCount") } else { 0 }
@@ -249,7 +249,7 @@ fn a_child_of_a_process_in_which_cuda_never_worked_learns_why() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_child_of_a_process_that_only_counted_devices_learns_that_cuda_was_used() {
-    let test = "a_child_of_a_process_that_only_counted_devices_learns_that_cuda_was_used";
+    let test = test_name!();
     if !is_subprocess() {
         return with_simulated(test, &[]);
     }
@@ -297,7 +297,7 @@ fn with_runtime(test: &str, version: i32) {
 #[cfg(target_os = "linux")]
 fn a_function_that_the_runtime_lacks_is_a_status_that_names_it() {
     if !is_subprocess() {
-        return with_runtime("a_function_that_the_runtime_lacks_is_a_status_that_names_it", 12000);
+        return with_runtime(test_name!(), 12000);
     }
     let library = std::env::var("CUDART_LIBRARY").unwrap();
     let mut count = 0;
@@ -317,7 +317,7 @@ fn a_function_that_the_runtime_lacks_is_a_status_that_names_it() {
 
 #[test]
 fn after_a_sticky_error_every_call_returns_it_and_drop_neither_panics_nor_hangs() {
-    let test = "after_a_sticky_error_every_call_returns_it_and_drop_neither_panics_nor_hangs";
+    let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     if !is_subprocess() {
         return succeeded(&in_subprocess(test, &[]));
@@ -376,7 +376,7 @@ fn after_a_sticky_error_every_call_returns_it_and_drop_neither_panics_nor_hangs(
 
 #[test]
 fn a_thread_that_never_chose_a_device_gets_no_context_on_another_one() {
-    let test = "a_thread_that_never_chose_a_device_gets_no_context_on_another_one";
+    let test = test_name!();
     if !is_subprocess() {
         return match Device::cuda_count() {
             0 | 1 => common::left_out(test, "fewer than two CUDA devices"),
@@ -445,7 +445,7 @@ fn ends<T>(thread: &std::thread::ScopedJoinHandle<'_, T>, patience: Duration) ->
 #[test]
 #[cfg(target_os = "linux")]
 fn a_context_whose_kernels_cannot_be_loaded_is_given_back_and_made_by_a_later_call() {
-    let test = "a_context_whose_kernels_cannot_be_loaded_is_given_back_and_made_by_a_later_call";
+    let test = test_name!();
     if !in_process_with_held_calls(test) {
         return;
     }
@@ -470,7 +470,7 @@ fn a_context_whose_kernels_cannot_be_loaded_is_given_back_and_made_by_a_later_ca
 #[test]
 #[cfg(target_os = "linux")]
 fn threads_that_come_to_a_device_at_once_make_its_context_once() {
-    let test = "threads_that_come_to_a_device_at_once_make_its_context_once";
+    let test = test_name!();
     if !in_process_with_held_calls(test) {
         return;
     }
@@ -493,7 +493,7 @@ fn threads_that_come_to_a_device_at_once_make_its_context_once() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_device_is_used_while_the_context_of_another_is_being_made() {
-    let test = "a_device_is_used_while_the_context_of_another_is_being_made";
+    let test = test_name!();
     if !in_process_with_held_calls(test) {
         return;
     }
@@ -513,7 +513,7 @@ fn a_device_is_used_while_the_context_of_another_is_being_made() {
 #[cfg(unix)]
 fn a_forked_child_neither_uses_nor_frees_what_the_parent_made() {
     use cpu_gpu_buffer::{BufferGroup, GroupLayoutBuilder, GroupRing};
-    let test = "a_forked_child_neither_uses_nor_frees_what_the_parent_made";
+    let test = test_name!();
     if !is_subprocess() {
         return succeeded(&in_subprocess(test, &[]));
     }
@@ -619,7 +619,7 @@ fn resident() -> usize {
 
 #[test]
 fn ten_thousand_buffers_leave_no_memory_behind() {
-    let test = "ten_thousand_buffers_leave_no_memory_behind";
+    let test = test_name!();
     if !is_subprocess() {
         return succeeded(&in_subprocess(test, &[]));
     }
@@ -664,7 +664,7 @@ fn example(name: &str, arguments: &[&str]) -> Output {
 }
 
 fn quickstart(arguments: &[&str]) -> Output {
-    example("quickstart", arguments)
+    example(test_name!(), arguments)
 }
 
 #[test]
@@ -807,15 +807,14 @@ fn forked_while_held(
 #[cfg(target_os = "linux")]
 #[test]
 fn a_child_that_is_forked_while_a_thread_asks_for_the_first_time_is_refused_and_does_not_hang() {
-    let test = "a_child_that_is_forked_while_a_thread_asks_for_the_first_time_is_refused_and_does_not_hang";
+    let test = test_name!();
     forked_while_held(test, c"cudaGetDeviceCount", &[], || Error::Forked);
 }
 
 #[cfg(target_os = "linux")]
 #[test]
 fn a_child_that_is_forked_while_a_thread_learns_why_cuda_does_not_work_gets_the_reason() {
-    let test =
-        "a_child_that_is_forked_while_a_thread_learns_why_cuda_does_not_work_gets_the_reason";
+    let test = test_name!();
     let variables = [("CUDART_SIM_DRIVER", "12040")];
     forked_while_held(test, c"cudaDriverGetVersion", &variables, || Device::cuda(0).unwrap_err());
 }
@@ -824,7 +823,7 @@ fn a_child_that_is_forked_while_a_thread_learns_why_cuda_does_not_work_gets_the_
 
 #[test]
 fn asking_whether_memory_can_be_pinned_makes_no_context() {
-    let test = "asking_whether_memory_can_be_pinned_makes_no_context";
+    let test = test_name!();
     if !is_subprocess() {
         return succeeded(&in_subprocess(test, &[]));
     }
@@ -839,7 +838,7 @@ fn asking_whether_memory_can_be_pinned_makes_no_context() {
 
 #[test]
 fn a_variable_turns_pinning_off_and_the_buffer_says_so() {
-    let test = "a_variable_turns_pinning_off_and_the_buffer_says_so";
+    let test = test_name!();
     let variable = "CPU_GPU_BUFFER_PINNING";
     if !is_subprocess() {
         for value in ["never", "no", ""] {
@@ -905,7 +904,7 @@ impl Drop for LimitedGroup {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_host_side_beyond_the_containers_limit_is_an_error_and_not_the_end_of_the_process() {
-    let test = "a_host_side_beyond_the_containers_limit_is_an_error_and_not_the_end_of_the_process";
+    let test = test_name!();
     let variable = "CPU_GPU_BUFFER_TEST_GROUP";
     const LIMIT: usize = 512 << 20;
     if !is_subprocess() {

@@ -1,6 +1,6 @@
-//! The tests hold on the oldest runtime that is supported, and on one between: other test programs run again, on
-//! the simulated runtime as CUDA 12.0 and as CUDA 12.8. That real runtimes of those versions do the same is
-//! for hardware to show.
+//! Other test programs pass on older versions of the simulated runtime: CUDA 12.0 and 12.8.
+//!
+//! Real runtimes of those versions need tests on hardware.
 
 #![cfg(target_os = "linux")]
 
@@ -9,6 +9,7 @@ mod common;
 use std::path::PathBuf;
 use std::process::Command;
 
+use common::test_name;
 use cpu_gpu_buffer::{Device, sys};
 
 /// The newest of a test program's builds, beside this program; where the tests are packed, there is but one.
@@ -94,10 +95,10 @@ fn says_what_it_is(version: i32, lacks: bool) {
 
 #[test]
 fn on_cuda_12_0() {
-    again_on(12000, "on_cuda_12_0", true);
+    again_on(12000, test_name!(), true);
 }
 
 #[test]
 fn on_cuda_12_8() {
-    again_on(12080, "on_cuda_12_8", false);
+    again_on(12080, test_name!(), false);
 }

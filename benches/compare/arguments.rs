@@ -38,7 +38,7 @@ pub fn arguments() -> Result<Arguments, lexopt::Error> {
     while let Some(argument) = parser.next()? {
         match argument {
             Long("short") | Long("test") => all.short = true,
-            // `cargo bench` says so.
+            // `cargo bench` passes this flag.
             Long("bench") => is_bench = true,
             Long("device") => all.device = Some(parser.value()?.parse()?),
             Long("only") => all.only.extend(parser.value()?.string()?.split(',').map(String::from)),
@@ -50,7 +50,7 @@ pub fn arguments() -> Result<Arguments, lexopt::Error> {
             other => return Err(other.unexpected()),
         }
     }
-    // `cargo test` says nothing, and wants to know no more than whether the program works.
+    // `cargo test` passes no flag. It only checks that the program works.
     all.short |= env::var_os("CARGO_MANIFEST_DIR").is_some() && !is_bench;
     let known = subjects::ALL.map(|(name, _)| name);
     if let Some(unknown) = all.only.iter().find(|name| !known.contains(&name.as_str())) {

@@ -1,4 +1,4 @@
-//! The charts of a report, as SVG.
+//! Renders the charts of a report as SVG.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -15,7 +15,7 @@ pub struct Chart {
     pub svg: String,
 }
 
-/// Those for which the run has figures.
+/// All charts for which the run has figures.
 pub fn all(run: &Run) -> Vec<Chart> {
     type Draw = fn(&Run) -> Option<String>;
     let charts: [(&str, &str, Draw); 3] = [
@@ -30,7 +30,7 @@ pub fn all(run: &Run) -> Vec<Chart> {
     drawn.flatten().collect()
 }
 
-/// Okabe and Ito's colours, which people with any kind of colour vision tell apart.
+/// Colours that people with any colour vision can distinguish (Okabe and Ito).
 const BLUE: RGBColor = RGBColor(0, 114, 178);
 const VERMILION: RGBColor = RGBColor(213, 94, 0);
 const GREEN: RGBColor = RGBColor(0, 158, 115);
@@ -67,7 +67,7 @@ fn write(area: &Area<'_>, text: &str, at: (i32, i32), size: i32, anchor: HPos) {
     done(area.draw(&Text::new(text.to_string(), at, style)));
 }
 
-/// A line's colour and marker, which tell it apart where the other does not.
+/// The marker of a line, which identifies it without colours.
 fn colour(line: usize) -> RGBColor {
     COLOURS[line % COLOURS.len()]
 }
@@ -85,16 +85,16 @@ fn marker(area: &Area<'_>, line: usize, (x, y): (i32, i32)) {
     });
 }
 
-/// As names are written where Markdown is not.
+/// A name without its Markdown.
 fn plain(name: &str) -> String {
     name.replace('`', "")
 }
 
-/// Where the names of lines go: in rows beneath the title, where no data are.
+/// The positions of the line names, in rows between the title and the data.
 fn key(names: &[&str], width: i32) -> Vec<(i32, i32)> {
     let mut at = (20, 50);
     let place = |name: &&str| {
-        // The width of the letters, about.
+        // An estimate of the width in pixels.
         let length = 58 + 8 * plain(name).len() as i32;
         if at.0 > 20 && at.0 + length > width {
             at = (20, at.1 + 24);
@@ -106,83 +106,136 @@ fn key(names: &[&str], width: i32) -> Vec<(i32, i32)> {
     names.iter().map(place).collect()
 }
 
-/// Some lines over places that are the same step apart.
+/// Lines over equidistant positions on the horizontal axis.
 struct Panel<'a> {
     title: String,
     places: Vec<String>,
-    /// The name of what the places are.
+    /// The title of the horizontal axis.
     along: &'a str,
     unit: &'a str,
-    /// For each line its heights, where there are any.
+    /// The values of each line. A position may have none.
     lines: Vec<Vec<Option<f64>>>,
-    /// Heights that are marked all the way.
+    /// Horizontal lines with names.
     limits: Vec<(String, f64)>,
     log: bool,
 }
 
 impl Panel<'_> {
     fn draw(&self, area: &Area<'_>) {
-        let height = |value: f64| if self.log { value.log10() } else { value };
+        let (low, high, ticks) = self.range();
+        let frame = Frame::of(area, self, low, high);
+        write(area, &self.title, (frame.center(), 14), 15, HPos::Center);
+        self.draw_axes(area, &frame, &ticks);
+        self.draw_limits(area, &frame);
+        self.draw_lines(area, &frame);
+    }
+
+    /// A value on the vertical axis, or its logarithm.
+    fn height(&self, value: f64) -> f64 {
+        if self.log { value.log10() } else { value }
+    }
+
+    /// The lowest height, the highest one, and the ticks between them.
+    fn range(&self) -> (f64, f64, Vec<f64>) {
         let all = || self.lines.iter().flatten().flatten().copied();
         let most = all().chain(self.limits.iter().map(|(_, limit)| *limit)).fold(0.0, f64::max);
         let least = all().fold(f64::INFINITY, f64::min);
-        let (low, high, ticks): (f64, f64, Vec<f64>) = if self.log {
+        if self.log {
             let (low, high) = (least.log10().floor(), most.log10().ceil());
-            (low, high, (low as i32..=high as i32).map(f64::from).collect())
-        } else {
-            let step = nice(most / 6.0);
-            // The name of the highest limit stands above it.
-            let steps = (most * 1.06 / step).ceil();
-            (0.0, step * steps, (0..=steps as i32).map(|tick| step * f64::from(tick)).collect())
-        };
-        let last = self.places.len() as f64 - 1.0;
-        let (width, height_of_all) = area.dim_in_pixel();
-        let (left, right) = (76, width as i32 - 14);
-        let (top, bottom) = (34, height_of_all as i32 - 50);
-        let along = |from: i32, to: i32, part: f64| from + (f64::from(to - from) * part) as i32;
-        // Half a step is left at both ends.
-        let x_of = |place: f64| along(left, right, (place + 0.5) / (last + 1.0));
-        let y_of = |height: f64| along(bottom, top, (height - low) / (high - low));
-        let pixel = |place: usize, value: f64| (x_of(place as f64), y_of(height(value)));
-        write(area, &self.title, ((left + right) / 2, 14), 15, HPos::Center);
+            return (low, high, (low as i32..=high as i32).map(f64::from).collect());
+        }
+        let step = nice(most / 6.0);
+        // The name of the highest limit stands above it.
+        let steps = (most * 1.06 / step).ceil();
+        (0.0, step * steps, (0..=steps as i32).map(|tick| step * f64::from(tick)).collect())
+    }
+
+    fn draw_axes(&self, area: &Area<'_>, frame: &Frame, ticks: &[f64]) {
+        let Frame { left, right, top, bottom, .. } = *frame;
         for tick in ticks {
-            let y = y_of(tick);
+            let y = frame.y(*tick);
             let line = [(left, y), (right, y)];
             done(area.draw(&PathElement::new(line, RGBColor(220, 220, 220))));
-            let name = axis_number(if self.log { 10_f64.powf(tick) } else { tick });
+            let name = axis_number(if self.log { 10_f64.powf(*tick) } else { *tick });
             write(area, &name, (left - 6, y), 13, HPos::Right);
         }
         done(area.draw(&PathElement::new([(left, top), (left, bottom), (right, bottom)], BLACK)));
         write(area, self.unit, (left - 6, 14), 14, HPos::Right);
+    }
+
+    fn draw_limits(&self, area: &Area<'_>, frame: &Frame) {
         for (name, limit) in &self.limits {
-            let y = y_of(height(*limit));
-            for x in (left..right).step_by(10) {
-                let dash = [(x, y), ((x + 6).min(right), y)];
+            let y = frame.y(self.height(*limit));
+            for x in (frame.left..frame.right).step_by(10) {
+                let dash = [(x, y), ((x + 6).min(frame.right), y)];
                 done(area.draw(&PathElement::new(dash, GREY.stroke_width(1))));
             }
-            write(area, name, (left + 8, y - 9), 13, HPos::Left);
+            write(area, name, (frame.left + 8, y - 9), 13, HPos::Left);
         }
-        // The first is this crate's; what is drawn later lies above.
+    }
+
+    /// Draws the lines and the names of their positions.
+    fn draw_lines(&self, area: &Area<'_>, frame: &Frame) {
+        // This crate's line comes first and is drawn last, on top.
         for (line, heights) in self.lines.iter().enumerate().rev() {
-            let points: Vec<_> = heights
-                .iter()
-                .enumerate()
-                .filter_map(|(place, height)| Some(pixel(place, (*height)?)))
-                .collect();
+            let pixel = |(place, value): (usize, &Option<f64>)| {
+                Some((frame.x(place), frame.y(self.height((*value)?))))
+            };
+            let points: Vec<_> = heights.iter().enumerate().filter_map(pixel).collect();
             done(area.draw(&PathElement::new(points.clone(), colour(line).stroke_width(2))));
             points.into_iter().for_each(|point| marker(area, line, point));
         }
+        let bottom = frame.bottom;
         let every = self.places.len().div_ceil(6);
         for (place, name) in self.places.iter().enumerate().step_by(every) {
-            let x = x_of(place as f64);
+            let x = frame.x(place);
             done(area.draw(&PathElement::new([(x, bottom), (x, bottom + 5)], BLACK)));
             write(area, name, (x, bottom + 15), 13, HPos::Center);
         }
-        write(area, self.along, ((left + right) / 2, bottom + 36), 14, HPos::Center);
+        write(area, self.along, (frame.center(), bottom + 36), 14, HPos::Center);
     }
 }
 
-/// 1, 2 or 5 times a power of ten, at least as much.
+/// The pixels of a panel's data, and the values at their edges.
+struct Frame {
+    left: i32,
+    right: i32,
+    top: i32,
+    bottom: i32,
+    places: usize,
+    low: f64,
+    high: f64,
+}
+
+impl Frame {
+    fn of(area: &Area<'_>, panel: &Panel<'_>, low: f64, high: f64) -> Frame {
+        let (width, height) = area.dim_in_pixel();
+        let (left, right) = (76, width as i32 - 14);
+        let (top, bottom) = (34, height as i32 - 50);
+        Frame { left, right, top, bottom, places: panel.places.len(), low, high }
+    }
+
+    fn center(&self) -> i32 {
+        (self.left + self.right) / 2
+    }
+
+    /// The pixel of a position. Half a step stays free at both ends.
+    fn x(&self, place: usize) -> i32 {
+        let last = self.places as f64 - 1.0;
+        along(self.left, self.right, (place as f64 + 0.5) / (last + 1.0))
+    }
+
+    /// The pixel of a height.
+    fn y(&self, height: f64) -> i32 {
+        along(self.bottom, self.top, (height - self.low) / (self.high - self.low))
+    }
+}
+
+fn along(from: i32, to: i32, part: f64) -> i32 {
+    from + (f64::from(to - from) * part) as i32
+}
+
+/// The next number at or above `step` that is 1, 2 or 5 times a power of ten.
 fn nice(step: f64) -> f64 {
     let power = 10_f64.powf(step.log10().floor());
     let times = [1.0, 2.0, 5.0, 10.0].into_iter().find(|times| times * power >= step);
@@ -209,7 +262,7 @@ fn panels(title: &str, names: &[&str], panels: &[Panel<'_>]) -> String {
     })
 }
 
-/// The lines of one case: for each name, its figures at the places.
+/// The lines of one case. Each name has one value for each position.
 fn lines(
     figures: &[&Figure],
     case: &str,
@@ -227,7 +280,7 @@ fn of<'a>(run: &'a Run, subject: &str, unit: &str) -> Vec<&'a Figure> {
     run.figures.iter().filter(|figure| figure.subject == subject && figure.unit == unit).collect()
 }
 
-/// What the card's link can carry in one direction, and its name.
+/// The bandwidth of the card's link in one direction, with its name.
 fn link(run: &Run) -> Option<(String, f64)> {
     let fact = |name: &str| run.machine.get(name)?.parse::<u32>().ok();
     let (generation, lanes) = (fact("pcie generation")?, fact("pcie lanes")?);

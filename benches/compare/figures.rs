@@ -1,4 +1,6 @@
-//! What a run found, as it is written to a file: a flat list of figures, each by what was done, to how much, by whom.
+//! The figures of a run, in the format of its file.
+//!
+//! A figure names the operation, its size and the contender.
 
 use std::collections::BTreeMap;
 
@@ -9,9 +11,9 @@ use crate::measure::Spread;
 #[derive(Serialize, Deserialize, Clone, Debug)]
 pub struct Figure {
     pub subject: String,
-    /// What of the subject: a direction, a state, a kind of element.
+    /// A direction, a state or a kind of element.
     pub case: String,
-    /// Bytes, or threads where the subject is about those.
+    /// Bytes. In the subjects about threads this is the number of threads.
     pub at: usize,
     pub by: String,
     pub unit: String,

@@ -1,4 +1,4 @@
-//! What this crate promises of its figures, as ratios within one run.
+//! The goals of this crate, as ratios between figures of one run.
 
 use crate::figures::{Figure, Run};
 use crate::lane::{OURS, OURS_PREFIX, RAW, RAW_EVENT};
@@ -8,7 +8,7 @@ pub struct Goal {
     pub what: &'static str,
     pub against: &'static str,
     pub bound: Bound,
-    /// The worst of those that it is about; none where the run has not measured it.
+    /// The worst ratio of all figures that the goal covers. `None` if the run has none of them.
     pub ratio: Option<f64>,
 }
 
@@ -16,7 +16,7 @@ pub struct Goal {
 pub enum Bound {
     AtMost(f64),
     AtLeast(f64),
-    /// The ratio is that of the other to this crate.
+    /// The bound is on the other contender's time divided by this crate's.
     TimesFaster(f64),
 }
 

@@ -1,4 +1,4 @@
-//! What is common to all lanes.
+//! The interface of all lanes, and their names.
 
 use cpu_gpu_buffer::sys;
 
@@ -11,10 +11,10 @@ pub trait Lane: Send {
     /// Enqueues a copy of all bytes to the host side.
     fn download(&mut self);
 
-    /// The host side, when the library says that it may be read.
+    /// The host side, as soon as the library allows to read it.
     fn read(&mut self) -> &[u8];
 
-    /// The host side, when the library says that it may be written.
+    /// The host side, as soon as the library allows to write it.
     fn write(&mut self) -> &mut [u8];
 
     /// Waits for the stream.
@@ -22,7 +22,7 @@ pub trait Lane: Send {
 
     fn stream(&self) -> sys::cudaStream_t;
 
-    /// Does what the library asks for in a thread before the first call; none, if nothing.
+    /// Prepares the calling thread for its first call, if the library requires that.
     fn enter(&mut self) {}
 }
 

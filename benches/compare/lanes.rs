@@ -1,5 +1,7 @@
-//! A lane is a pair of sides of one size and a stream of its own, with copies between them: one for each library
-//! and each way to use it. Whatever is measured of copies is measured over lanes.
+//! The lanes of this crate and of the raw runtime.
+//!
+//! A lane has a host side, a device side of the same size and a stream. Each library has one lane
+//! for each usual way to copy.
 
 use std::ffi::c_void;
 
@@ -9,14 +11,14 @@ use crate::lane::{Lane, OURS, OURS_IN_CONTEXT, OURS_PREFIX, RAW, RAW_EVENT};
 use crate::raw::{self, DeviceMemory, Event, Pinned};
 use crate::setup::Setup;
 
-/// The ways to copy.
+/// The kinds of lanes.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Kind {
     /// All rows of a buffer.
     Ours,
-    /// The front half of the rows of a buffer.
+    /// The first half of the rows of a buffer.
     OursPrefix,
-    /// All rows, in threads that have chosen a device, as programs of other libraries' do.
+    /// All rows, in threads that have chosen a device. Programs with other CUDA libraries do that.
     OursInContext,
     /// The copy alone, waited for by its stream.
     Raw,
@@ -27,7 +29,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Those of the kinds that there are, with `bytes` random bytes in the host side.
+    /// Makes the lanes that exist on this device. Their host sides contain random bytes.
     pub fn lanes(kinds: &[Kind], setup: &Setup, bytes: usize) -> Vec<Box<dyn Lane>> {
         kinds.iter().filter_map(|kind| kind.lane(setup, bytes)).collect()
     }
@@ -132,7 +134,8 @@ impl RawLane {
 
     #[inline]
     fn copy(&self, to: *mut c_void, from: *mut c_void, kind: sys::cudaMemcpyKind) {
-        // SAFETY: both have as many bytes, and the lane waits for its copies before it goes.
+        // SAFETY: both sides have this many bytes. The lane waits for its copies before it drops
+        // them.
         unsafe { raw::copy(to, from, self.bytes, kind, self.stream.as_raw()) };
         if let Some(event) = &self.event {
             event.record(self.stream.as_raw());

@@ -1,4 +1,4 @@
-//! What a run ran on.
+//! The machine, versions and method of a run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,7 +13,7 @@ use crate::setup::Setup;
 
 type Facts = BTreeMap<String, String>;
 
-/// What a program prints, if there is the program and it succeeds.
+/// The output of a program, if it exists and succeeds.
 fn output(program: &str, arguments: &[&str]) -> Option<String> {
     let output = Command::new(program).args(arguments).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_string())
@@ -43,7 +43,10 @@ pub fn machine(setup: &Setup) -> Facts {
     machine
 }
 
-/// What `nvidia-smi` says of the card, found by its place on the bus: its numbers are not those of the runtime.
+/// The facts of `nvidia-smi` about a card.
+///
+/// The card is found by its PCI address, since `nvidia-smi` and the runtime number cards
+/// differently.
 fn gpu(ordinal: u32) -> Facts {
     type A = sys::cudaDeviceAttr;
     let [domain, bus, device] =

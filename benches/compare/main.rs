@@ -1,4 +1,4 @@
-//! This crate beside the raw runtime API, cudarc and PyTorch, in one run.
+//! Compares this crate with the raw runtime API, cudarc and PyTorch in one run.
 //!
 //! ```sh
 //! cargo bench -p cpu-gpu-buffer-bench -- [--short] [--device cpu|cuda:0] [--only enqueue,fill,...]
@@ -6,9 +6,9 @@
 //! cargo bench -p cpu-gpu-buffer-bench -- report [FILE.json [TORCH.json]] [--out docs] [--check]
 //! ```
 //!
-//! A run prints its figures and whether the goals are met, and writes all to FILE. The report renders a file into
-//! `docs/benchmarks.md`, charts, and README; `--check` only says whether they are what the file gives. Paths are those
-//! from the root of the repository where cargo runs the program.
+//! A run prints its figures and goals, and writes them to FILE. The report renders a file into
+//! `docs/benchmarks.md`, the charts and README. With `--check` it only compares these files with
+//! the figures. Paths start at the root of the repository.
 
 mod arguments;
 mod charts;

@@ -1,5 +1,7 @@
-//! How everything is timed: in rounds in which the contenders take turns, so that whatever slows the machine slows
-//! all of them, after a warm-up that does not count.
+//! The timing of all measurements.
+//!
+//! Contenders take turns in each round, so that a slow phase of the machine affects all of them.
+//! The rounds of a warm-up do not count.
 
 use std::time::Instant;
 
@@ -22,8 +24,9 @@ impl Spread {
     }
 }
 
-/// Lets each contender do a round in turn, each time beginning with the next one. `round` gives one sample, or none
-/// where what was to be measured did not come about.
+/// Runs all rounds. Each round starts with the next contender.
+///
+/// `round` returns one sample, or `None` if the round measured something else.
 pub fn turns<C>(
     rounds: usize,
     contenders: &mut [C],

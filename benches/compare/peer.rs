@@ -1,4 +1,4 @@
-//! cudarc: a context whose slices are tracked by events, as they are unless told otherwise, and one without.
+//! cudarc, with event tracking and without. Tracking is its default.
 
 use std::sync::Arc;
 
@@ -12,7 +12,8 @@ pub struct Peer {
     untracked: Arc<CudaContext>,
 }
 
-/// `CU_MEMHOSTALLOC_PORTABLE`: what is not given here is write-combined, which reads slowly.
+/// `CU_MEMHOSTALLOC_PORTABLE`. The flag is given alone, since write-combined memory is slow to
+/// read.
 const PORTABLE: u32 = 1;
 
 impl Peer {
@@ -53,7 +54,7 @@ impl Peer {
 
     /// Pinned memory of the kind that the other contenders have.
     pub fn pinned(&self, bytes: usize) -> PinnedHostSlice<u8> {
-        // SAFETY: bytes of the kernel's, all of which were written.
+        // SAFETY: the kernel zeroes new pages, so all bytes are initialised.
         unsafe { self.tracked.alloc_pinned_with_flags(bytes, PORTABLE) }.unwrap()
     }
 
@@ -73,7 +74,7 @@ pub struct CudarcLane {
 }
 
 impl CudarcLane {
-    /// What nothing tracks has to be waited for by hand.
+    /// Waits for copies that cudarc does not track.
     fn wait(&self) {
         if !self.tracked {
             self.stream.synchronize().unwrap();

@@ -25,7 +25,7 @@ pub fn synchronize_device() {
 /// `cudaDeviceGetAttribute`.
 pub fn attribute(attribute: sys::cudaDeviceAttr, ordinal: u32) -> i32 {
     let mut value = 0;
-    // SAFETY: a valid place.
+    // SAFETY: `value` is valid for a write.
     checked(unsafe { sys::cudaDeviceGetAttribute(&mut value, attribute, ordinal as i32) });
     value
 }
@@ -33,19 +33,19 @@ pub fn attribute(attribute: sys::cudaDeviceAttr, ordinal: u32) -> i32 {
 /// `cudaRuntimeGetVersion` and `cudaDriverGetVersion`.
 pub fn versions() -> [i32; 2] {
     let [mut runtime, mut driver] = [0; 2];
-    // SAFETY: a valid place.
+    // SAFETY: `runtime` is valid for a write.
     checked(unsafe { sys::cudaRuntimeGetVersion(&mut runtime) });
     // SAFETY: as above.
     checked(unsafe { sys::cudaDriverGetVersion(&mut driver) });
     [runtime, driver]
 }
 
-/// A function of the driver's, where it has it.
+/// A function of the driver, if it exists.
 pub fn driver_function(name: &CStr) -> Option<*mut c_void> {
     let mut address = ptr::null_mut();
     let mut found = sys::cudaDriverEntryPointQueryResult(0);
     let flags = u64::from(sys::cudaGetDriverEntryPointFlags::cudaEnableDefault.0);
-    // SAFETY: a NUL-terminated name, and valid places.
+    // SAFETY: the name is NUL-terminated, and both results are valid for writes.
     let mut status = unsafe {
         let name = name.as_ptr();
         sys::cudaGetDriverEntryPointByVersion(name, &mut address, 12000, flags, &mut found)
@@ -68,7 +68,7 @@ unsafe impl Send for Stream {}
 impl Stream {
     pub fn new() -> Stream {
         let mut stream = ptr::null_mut();
-        // SAFETY: a valid place.
+        // SAFETY: `stream` is valid for a write.
         checked(unsafe { sys::cudaStreamCreateWithFlags(&mut stream, sys::cudaStreamNonBlocking) });
         Stream(stream)
     }
@@ -84,7 +84,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // SAFETY: made by `new`, and nothing uses it any more.
+        // SAFETY: the stream came from `new`, and nothing uses it any more.
         checked(unsafe { sys::cudaStreamDestroy(self.0) });
     }
 }
@@ -105,18 +105,18 @@ impl Event {
     pub fn new(timing: bool) -> Event {
         let flags = if timing { sys::cudaEventDefault } else { sys::cudaEventDisableTiming };
         let mut event = ptr::null_mut();
-        // SAFETY: a valid place.
+        // SAFETY: `event` is valid for a write.
         checked(unsafe { sys::cudaEventCreateWithFlags(&mut event, flags) });
         Event(event)
     }
 
-    /// Records behind what a live stream was sent.
+    /// Records the event on a live stream.
     pub fn record(&self, stream: sys::cudaStream_t) {
         // SAFETY: the callers keep the stream.
         checked(unsafe { sys::cudaEventRecord(self.0, stream) });
     }
 
-    /// Whether it has finished: `cudaEventQuery`.
+    /// True if it has finished: `cudaEventQuery`.
     pub fn query(&self) -> bool {
         // SAFETY: a live event.
         let status = unsafe { sys::cudaEventQuery(self.0) };
@@ -131,7 +131,8 @@ impl Event {
     /// Seconds since an earlier one.
     fn since(&self, earlier: &Event) -> f64 {
         let mut milliseconds = 0.0;
-        // SAFETY: a valid place, and live events that were recorded with a time stamp.
+        // SAFETY: the result is valid for a write. Both events are live and have recorded time
+        // stamps.
         checked(unsafe { sys::cudaEventElapsedTime(&mut milliseconds, earlier.0, self.0) });
         f64::from(milliseconds) * 1e-3
     }
@@ -139,12 +140,12 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: made by `new`, and nothing uses it any more.
+        // SAFETY: the event came from `new`, and nothing uses it any more.
         checked(unsafe { sys::cudaEventDestroy(self.0) });
     }
 }
 
-/// Whether a live stream has finished: `cudaStreamQuery`.
+/// True if a live stream has finished: `cudaStreamQuery`.
 pub fn stream_query(stream: sys::cudaStream_t) -> bool {
     // SAFETY: the callers keep the stream.
     let status = unsafe { sys::cudaStreamQuery(stream) };
@@ -170,7 +171,7 @@ impl Timer {
         Timer { start: Event::new(true), end: Event::new(true) }
     }
 
-    /// Seconds between the two on a live stream, around what `send` sends to it.
+    /// Seconds that the work of `send` takes on a live stream.
     pub fn seconds(&self, stream: sys::cudaStream_t, send: impl FnOnce()) -> f64 {
         self.start.record(stream);
         send();
@@ -192,7 +193,7 @@ unsafe impl Send for Pinned {}
 impl Pinned {
     pub fn new(bytes: usize) -> Pinned {
         let mut address = ptr::null_mut();
-        // SAFETY: a valid place.
+        // SAFETY: `address` is valid for a write.
         checked(unsafe { sys::cudaHostAlloc(&mut address, bytes, sys::cudaHostAllocPortable) });
         Pinned { address, bytes }
     }
@@ -205,14 +206,15 @@ impl Pinned {
     ///
     /// No copy touches the memory while the slice lives.
     pub unsafe fn slice(&mut self) -> &mut [u8] {
-        // SAFETY: as many bytes, which the driver got from the kernel, which gives none that were not written.
+        // SAFETY: the memory has this many bytes. The kernel zeroes new pages, so all are
+        // initialised.
         unsafe { slice::from_raw_parts_mut(self.address.cast(), self.bytes) }
     }
 }
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: made by `new`; whoever drops it has seen its copies finish.
+        // SAFETY: the memory came from `new`. Its owner has waited for all copies.
         checked(unsafe { sys::cudaFreeHost(self.address) });
     }
 }
@@ -226,7 +228,7 @@ unsafe impl Send for DeviceMemory {}
 impl DeviceMemory {
     pub fn new(bytes: usize) -> DeviceMemory {
         let mut address = ptr::null_mut();
-        // SAFETY: a valid place.
+        // SAFETY: `address` is valid for a write.
         checked(unsafe { sys::cudaMalloc(&mut address, bytes) });
         DeviceMemory(address)
     }
@@ -238,12 +240,12 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        // SAFETY: made by `new`; whoever drops it has seen its copies finish.
+        // SAFETY: the memory came from `new`. Its owner has waited for all copies.
         checked(unsafe { sys::cudaFree(self.0) });
     }
 }
 
-/// Small pages, each touched, and then registered: `mmap` and `cudaHostRegister`.
+/// Registered memory of `mmap` and `cudaHostRegister`, in small pages that were all touched.
 pub struct Registered {
     address: *mut c_void,
     bytes: usize,
@@ -256,7 +258,8 @@ impl Registered {
         // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
         let address = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, -1, 0) };
         assert_ne!(address, libc::MAP_FAILED, "no memory");
-        // SAFETY: advice on pages of the value's own; a kernel without hugepages refuses it, and needs none.
+        // SAFETY: the advice covers pages of this value. A kernel without huge pages refuses it,
+        // which is harmless.
         unsafe { libc::madvise(address, bytes, libc::MADV_NOHUGEPAGE) };
         for page in (0..bytes).step_by(4096) {
             // SAFETY: within the mapping.
@@ -272,18 +275,19 @@ impl Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        // SAFETY: registered by `new`, and never copied.
+        // SAFETY: `new` registered the memory, and nothing copies it.
         checked(unsafe { sys::cudaHostUnregister(self.address) });
-        // SAFETY: the value's own pages, which nothing refers to any more.
+        // SAFETY: the pages belong to this value, and nothing refers to them any more.
         unsafe { libc::munmap(self.address, self.bytes) };
     }
 }
 
-/// Enqueues a copy between both sides.
+/// Enqueues a copy between the two sides.
 ///
 /// # Safety
 ///
-/// Both have as many bytes; they and the stream outlive the copy.
+/// - Both pointers are valid for this many bytes.
+/// - They and the stream outlive the copy.
 pub unsafe fn copy(
     to: *mut c_void,
     from: *const c_void,
@@ -291,7 +295,7 @@ pub unsafe fn copy(
     kind: sys::cudaMemcpyKind,
     stream: sys::cudaStream_t,
 ) {
-    // SAFETY: the caller vouches for them.
+    // SAFETY: the caller guarantees it.
     checked(unsafe { sys::cudaMemcpyAsync(to, from, bytes, kind, stream) });
 }
 
@@ -299,8 +303,9 @@ pub unsafe fn copy(
 ///
 /// # Safety
 ///
-/// As many bytes of device memory, which outlive the fill, as the stream does.
+/// - `to` points to this many bytes of device memory.
+/// - The memory and the stream outlive the fill.
 pub unsafe fn memset(to: *mut c_void, byte: u8, bytes: usize, stream: sys::cudaStream_t) {
-    // SAFETY: the caller vouches for them.
+    // SAFETY: the caller guarantees it.
     checked(unsafe { sys::cudaMemsetAsync(to, byte.into(), bytes, stream) });
 }

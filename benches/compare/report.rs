@@ -1,5 +1,6 @@
-//! A run in words and tables, for the terminal, `docs/benchmarks.md` and README: every figure is one of the run's, or
-//! one over another.
+//! Renders a run for the terminal, `docs/benchmarks.md` and README.
+//!
+//! All numbers are figures of the run or ratios of two of them.
 
 use std::fmt::Write;
 use std::fs;
@@ -28,7 +29,7 @@ cargo bench -p cpu-gpu-buffer-bench -- report run.json
 <!-- /figures -->
 ";
 
-/// Renders files into `out`, or says whether what is there is what they give.
+/// Renders the files into `out`. With `check` it only compares them.
 pub fn report(files: &[PathBuf], out: &Path, check: bool) -> Result<(), String> {
     let own = [out.join("benchmarks.json")];
     if files.is_empty() && check && !own[0].exists() {
@@ -53,7 +54,7 @@ pub fn report(files: &[PathBuf], out: &Path, check: bool) -> Result<(), String> 
     for chart in charts {
         rendered.push((out.join("charts").join(chart.file), chart.svg));
     }
-    // The README beside the folder, where there is one.
+    // The README next to the folder, if it exists.
     let readme = out.parent().unwrap_or(Path::new("")).join("README.md");
     if readme.exists() {
         let quoted = replaced(&readme, &read(&readme)?, "benchmarks", &quoted(&run))?;
@@ -140,12 +141,12 @@ pub fn details(run: &Run) -> String {
     text
 }
 
-/// Whether it has too few samples to say anything.
+/// True if the run has too few samples for conclusions.
 fn is_short(run: &Run) -> bool {
     run.method.get("form").is_some_and(|form| form == "short")
 }
 
-/// What ran on what, in a line.
+/// The machine and the versions in one sentence.
 fn sentence(run: &Run) -> String {
     let known = |facts: &std::collections::BTreeMap<String, String>, name: &str, before: &str| {
         facts.get(name).map_or(String::new(), |value| format!("{before}{value}"))
@@ -208,7 +209,7 @@ fn quoted(run: &Run) -> String {
     format!("{}\n\n| operation | compared with | ratio |\n|---|---|---|\n{lines}", sentence(run))
 }
 
-/// One table for each unit of a subject's: a line for each case and size, a column for each contender.
+/// The tables of a subject, one for each unit. Rows are cases and sizes, columns are contenders.
 fn tables(run: &Run, subject: &str) -> String {
     let figures: Vec<_> = run.figures.iter().filter(|figure| figure.subject == subject).collect();
     let mut text = String::new();

@@ -1,4 +1,4 @@
-//! One run: each subject of the Rust program, followed by PyTorch's part of it.
+//! One run of all wanted subjects.
 
 use std::time::Instant;
 

@@ -1,4 +1,4 @@
-//! What a run has: a device, the peers that work on it, and how much is to be done.
+//! The setup of a run: its device, the other libraries, and the amount of work.
 
 use cpu_gpu_buffer::Device;
 
@@ -7,16 +7,17 @@ use crate::raw;
 
 pub struct Setup {
     pub device: Device,
-    /// Whether sizes and rounds are cut down to what a check of the program needs.
+    /// True if sizes and rounds shrink to a check of the program.
     pub short: bool,
     pub cudarc: Option<Peer>,
 }
 
 impl Setup {
-    /// What there is on a device, and in words what there is not.
+    /// Returns the setup of a device, and a text for each missing contender.
     pub fn new(device: Device, short: bool) -> (Setup, Vec<String>) {
         let Device::Cuda(ordinal) = device else {
-            let left_out = "cpu: there is no CUDA, hence neither raw calls nor cudarc, and the run is a short one";
+            let left_out =
+                "cpu: without CUDA there are no raw calls and no cudarc, and the run is short";
             return (Setup { device, short: true, cudarc: None }, vec![left_out.into()]);
         };
         raw::set_device(ordinal);
@@ -30,7 +31,7 @@ impl Setup {
         self.device != Device::Cpu
     }
 
-    /// How many rounds where a whole run has so many.
+    /// The rounds of this run if a full run has `whole` rounds.
     pub fn rounds(&self, whole: usize) -> usize {
         if self.short { (whole / 50).clamp(3, 5) } else { whole }
     }
@@ -41,11 +42,11 @@ impl Setup {
         whole.iter().copied().filter(move |bytes| *bytes <= most)
     }
 
-    /// Whether so many bytes can be had of the device and, pinned, of this machine, and the reason if not.
+    /// Checks that the device and the pinned memory have enough space. Returns the reason if not.
     pub fn room(&self, of_device: usize, of_host: usize) -> Result<(), String> {
         for (device, bytes) in [(self.device, of_device), (Device::Cpu, of_host)] {
             let free = device.memory().map_or(usize::MAX, |memory| memory.free);
-            // A tenth is left to others.
+            // A tenth stays free for other programs.
             if bytes > free / 10 * 9 {
                 return Err(format!("{device} has {} MB free", free >> 20));
             }

@@ -1,17 +1,17 @@
-//! PyTorch's part of a run: `compare.py` in a process of its own, asked for one subject after the other.
+//! PyTorch's part of a run. `compare.py` runs in a process of its own, one subject at a time.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use crate::figures::Run;
 
-/// It travels within the program.
+/// The script is part of the program.
 const SCRIPT: &str = include_str!("../compare.py");
 
 const SUBJECTS: [&str; 7] =
     ["enqueue", "latency", "bandwidth", "fill", "pinned", "access", "group"];
 
-/// Whether `compare.py` measures the subject, too.
+/// True if `compare.py` measures the subject, too.
 pub fn has_subject(name: &str) -> bool {
     SUBJECTS.contains(&name)
 }
@@ -35,7 +35,7 @@ impl Torch {
         let ask = child.stdin.take().expect("it is piped");
         let answers = BufReader::new(child.stdout.take().expect("it is piped"));
         let mut torch = Torch { child, ask, answers };
-        // Loading it would disturb what is measured meanwhile.
+        // Waits for the imports, which would disturb measurements.
         torch.line()?;
         Ok(torch)
     }
@@ -58,7 +58,7 @@ impl Torch {
 
 impl Drop for Torch {
     fn drop(&mut self) {
-        // It ends with its input, too, but not in the middle of something.
+        // The script also ends with its input, but only after the current subject.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

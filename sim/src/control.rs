@@ -1,16 +1,17 @@
-//! What a test can ask of the simulation: to count the calls, to make some of them fail, and to hold one back.
+//! The controls for tests: they count calls, make calls fail, and hold a call back.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::{Result, Status, context, memory};
+use crate::status::{Result, Status};
+use crate::violation::violation;
+use crate::{context, live, memory, settings};
 
 /// A call at which something goes wrong.
 struct Fault {
-    /// The call's number, counted over all functions, or over one.
+    /// The number of the call, counted over one function or over all.
     number: u64,
     function: Option<String>,
     code: u32,
@@ -22,7 +23,8 @@ enum Harm {
     Fail {
         /// This call only, or all from it on.
         once: bool,
-        /// Whether the call does its work all the same, as an error of earlier work lets it.
+        /// True if the call still does its work, like a call that returns the error of earlier
+        /// work.
         effect: bool,
     },
     /// Before the call, a kernel breaks the calling thread's current context.
@@ -35,9 +37,9 @@ struct Control {
     fault: Option<Fault>,
     injected: u64,
     injected_releases: u64,
-    /// The function whose next call is to be held back.
+    /// The function whose next call will be held back.
     hold: Option<String>,
-    /// Whether a call is being held back.
+    /// True while a call is held.
     held: bool,
 }
 
@@ -58,7 +60,7 @@ impl Control {
 static CONTROL: Mutex<Control> = Mutex::new(Control::new());
 static LET_GO: Condvar = Condvar::new();
 
-/// What a call is to do.
+/// The effect of the controls on one call.
 enum Verdict {
     Proceed,
     Fail(u32),
@@ -70,7 +72,7 @@ fn control<R>(action: impl FnOnce(&mut Control) -> R) -> R {
     action(&mut CONTROL.lock())
 }
 
-/// Counts a call and decides what becomes of it.
+/// Counts a call and decides its verdict.
 fn verdict(name: &'static str) -> Verdict {
     control(|control| {
         control.calls += 1;
@@ -97,7 +99,7 @@ fn verdict(name: &'static str) -> Verdict {
     })
 }
 
-/// Makes a call: counts it, and lets it do its work or fail. The answer is its error.
+/// Runs one call under the controls and returns its error.
 pub(crate) fn run(name: &'static str, body: impl FnOnce() -> Result) -> Option<Status> {
     context::live_until_exit();
     wait_while_held(name);
@@ -108,7 +110,7 @@ pub(crate) fn run(name: &'static str, body: impl FnOnce() -> Result) -> Option<S
         }
         return Some(Status::cudaErrorCudartUnloading);
     }
-    if context::is_driver_too_old() && name != "cudaDriverGetVersion" {
+    if settings::is_driver_too_old() && name != "cudaDriverGetVersion" {
         return Some(Status::cudaErrorInsufficientDriver);
     }
     let (answer, injected) = match verdict {
@@ -149,12 +151,15 @@ pub extern "C" fn cudart_sim_reset() {
     control(|control| *control = Control::new());
 }
 
-/// From the reset on, the call of this number fails with `code`: of the function that is named, or of all
-/// for null. `once` or for ever; with or without doing its work.
+/// Makes a call fail with `code`.
+///
+/// `number` counts from the last reset. It counts the calls of one function, or of all functions if
+/// `function` is null. `once` limits the fault to this one call. `effect` lets the call do its
+/// work.
 ///
 /// # Safety
 ///
-/// `function` is null or a NUL-terminated text.
+/// `function` is null or NUL-terminated.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cudart_sim_fail(
     function: *const c_char,
@@ -163,22 +168,23 @@ pub unsafe extern "C" fn cudart_sim_fail(
     once: bool,
     effect: bool,
 ) {
-    // SAFETY: the caller vouches for it.
+    // SAFETY: the caller guarantees it.
     let function = unsafe { name(function) };
     let harm = Harm::Fail { once, effect };
     control(|control| control.fault = Some(Fault { number, function, code, harm }));
 }
 
-/// At the call of this number, counted from the reset, of the function that is named, or of all for null, the
-/// calling thread's current context breaks: that call and every later one on the device answers `code`, and
-/// what is queued there does not run any more.
+/// Breaks the calling thread's current context at a call.
+///
+/// `function` and `number` select the call as in [`cudart_sim_fail`]. This call and every later one
+/// on the device return `code`. Queued work of the device no longer runs.
 ///
 /// # Safety
 ///
-/// As for [`cudart_sim_fail`].
+/// The same as for [`cudart_sim_fail`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cudart_sim_break(function: *const c_char, number: u64, code: u32) {
-    // SAFETY: the caller vouches for it.
+    // SAFETY: the caller guarantees it.
     let function = unsafe { name(function) };
     let harm = Harm::Break;
     control(|control| control.fault = Some(Fault { number, function, code, harm }));
@@ -189,13 +195,14 @@ pub unsafe extern "C" fn cudart_sim_break(function: *const c_char, number: u64, 
 /// `text` is null or NUL-terminated.
 unsafe fn name(text: *const c_char) -> Option<String> {
     (!text.is_null()).then(|| {
-        // SAFETY: not null, so the caller vouches for it.
+        // SAFETY: the pointer is not null, and the caller guarantees the rest.
         unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
     })
 }
 
-/// No call fails any more, and a broken context works again. Ends the program if host memory was unmapped that
-/// is still pinned, unless it was left behind.
+/// Ends all faults and repairs broken contexts.
+///
+/// Aborts the program if pinned host memory was unmapped, except memory that was left behind.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_heal() {
     control(|control| control.fault = None);
@@ -203,8 +210,9 @@ pub extern "C" fn cudart_sim_heal() {
     memory::check_pinned();
 }
 
-/// The host memory that is pinned now stays so, and is nobody's any more: what is left behind by many faults costs
-/// time at each look.
+/// Excludes the memory that is pinned now from the checks of [`cudart_sim_heal`].
+///
+/// Many faults leave much memory behind, and each check costs time.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_leave_behind() {
     memory::leave_behind();
@@ -217,18 +225,18 @@ pub extern "C" fn cudart_sim_leave_behind() {
 /// `function` is NUL-terminated.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cudart_sim_hold(function: *const c_char) {
-    // SAFETY: the caller vouches for it.
+    // SAFETY: the caller guarantees it.
     let function = unsafe { name(function) };
     control(|control| control.hold = function);
 }
 
-/// Whether a call is being held back.
+/// True while a call is held.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_is_held() -> bool {
     control(|control| control.held)
 }
 
-/// Lets the call go that is held back, and holds back none.
+/// Releases the held call. No other call will be held.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_let_go() {
     control(|control| {
@@ -238,14 +246,14 @@ pub extern "C" fn cudart_sim_let_go() {
     LET_GO.notify_all();
 }
 
-/// The calls since the reset: of the function that is named, or of all for null.
+/// The number of calls since the last reset, of one function or of all if `function` is null.
 ///
 /// # Safety
 ///
-/// As for [`cudart_sim_fail`].
+/// The same as for [`cudart_sim_fail`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cudart_sim_calls(function: *const c_char) -> u64 {
-    // SAFETY: the caller vouches for it.
+    // SAFETY: the caller guarantees it.
     let function = unsafe { name(function) };
     control(|control| match function {
         None => control.calls,
@@ -253,7 +261,7 @@ pub unsafe extern "C" fn cudart_sim_calls(function: *const c_char) -> u64 {
     })
 }
 
-/// The calls that give something back, and of which a failing one leaves it behind.
+/// The calls that release something. If one fails, the thing stays behind.
 const RELEASES: [&str; 7] = [
     "cudaFree",
     "cudaFreeHost",
@@ -264,42 +272,23 @@ const RELEASES: [&str; 7] = [
     "cuGraphExecDestroy",
 ];
 
-/// The calls that give something back and were made to fail since the reset, or met a broken context.
+/// The number of releases since the reset that a test made fail, or that found a broken context.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_injected_releases() -> u64 {
     control(|control| control.injected_releases)
 }
 
-/// The calls that were made to fail since the reset, or at which a context broke.
+/// The number of calls since the reset that a test made fail, or at which a context broke.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_injected() -> u64 {
     control(|control| control.injected)
 }
 
-/// Things that live, by kind: device memory, pinned memory, streams, events, graphs and what is instantiated of them.
-#[derive(Clone, Copy)]
-pub(crate) enum Kind {
-    Device,
-    Pinned,
-    Stream,
-    Event,
-    Graph,
-}
-
-static LIVE: [AtomicI64; 5] = [const { AtomicI64::new(0) }; 5];
-
-pub(crate) fn born(kind: Kind) {
-    LIVE[kind as usize].fetch_add(1, Ordering::SeqCst);
-}
-
-pub(crate) fn died(kind: Kind) {
-    LIVE[kind as usize].fetch_sub(1, Ordering::SeqCst);
-}
-
-/// How many of a kind live: 0 device allocations, 1 pinned pieces of host memory, 2 streams, 3 events, 4 graphs.
+/// The number of live things of one kind: 0 device allocations, 1 pinned host ranges, 2 streams, 3
+/// events, 4 graphs.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_live(kind: usize) -> i64 {
-    LIVE.get(kind).map_or(-1, |live| live.load(Ordering::SeqCst))
+    live::count(kind).unwrap_or(-1)
 }
 
 /// Limits device memory, in bytes for each device.
@@ -308,7 +297,7 @@ pub extern "C" fn cudart_sim_limit_device(bytes: usize) {
     memory::limit_device(bytes);
 }
 
-/// The host memory that is pinned, in bytes.
+/// The bytes of pinned host memory.
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_pinned_bytes() -> usize {
     memory::pinned_bytes()
@@ -324,26 +313,4 @@ pub extern "C" fn cudart_sim_limit_pinned(bytes: usize) {
 #[unsafe(no_mangle)]
 pub extern "C" fn cudart_sim_limit_registration(bytes: usize) {
     memory::limit_registration(bytes);
-}
-
-/// A pseudo-random number from the seed in `CUDART_SIM_SEED`.
-pub(crate) fn random() -> u64 {
-    static STATE: AtomicU64 = AtomicU64::new(0);
-    if STATE.load(Ordering::Relaxed) == 0 {
-        let seed = std::env::var("CUDART_SIM_SEED").ok().and_then(|seed| seed.parse().ok());
-        let seed = seed.unwrap_or(1u64).max(1);
-        // Whoever comes first sets it.
-        let _ = STATE.compare_exchange(0, seed, Ordering::Relaxed, Ordering::Relaxed);
-    }
-    // SplitMix64, by Steele, Lea and Flood.
-    let mut z = STATE.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
-/// Ends the program: something touched what it must not.
-pub(crate) fn violation(what: &str) -> ! {
-    eprintln!("cudart-sim: {what}");
-    std::process::abort()
 }

@@ -1,7 +1,7 @@
-//! Graphs of one kernel: made, instantiated, set and launched ("CUDA Driver API, Graph Management").
+//! Graphs with one kernel node ("CUDA Driver API, Graph Management").
 
 use std::collections::BTreeMap;
-use std::ffi::{c_uint, c_ulonglong, c_void};
+use std::ffi::{c_uint, c_ulonglong};
 use std::ptr;
 
 use cudart_sys::{
@@ -9,16 +9,19 @@ use cudart_sys::{
 };
 use parking_lot::Mutex;
 
-use crate::control::{self, Kind};
-use crate::driver::{Kernel, call, current, kernel};
-use crate::stream::{Point, next_handle, prohibited, stream};
-use crate::{Result, Status, context, put};
+use crate::context;
+use crate::driver::{call, current, entry_points};
+use crate::kernel::{Kernel, kernel};
+use crate::live::{self, Kind};
+use crate::queue::Point;
+use crate::status::{Result, Status, put};
+use crate::stream::{next_handle, prohibited, stream};
 
 /// By their handles, which are also those of their nodes.
 static GRAPHS: Mutex<BTreeMap<usize, Option<Parameters>>> = Mutex::new(BTreeMap::new());
 static EXECS: Mutex<BTreeMap<usize, Exec>> = Mutex::new(BTreeMap::new());
 
-/// What a node says; the kernel's own parameters are copied when it is added or set.
+/// The kernel of a node and its device. Adding or setting a node copies the kernel's parameters.
 type Parameters = (Kernel, usize);
 
 struct Exec {
@@ -36,10 +39,10 @@ unsafe fn parameters(node: *const CUDA_KERNEL_NODE_PARAMS_v2) -> Result<Paramete
     if node.is_null() {
         return Err(Status::cudaErrorInvalidValue);
     }
-    // SAFETY: not null, and the caller of a C function passes valid places.
+    // SAFETY: the pointer is not null. C callers pass pointers that are valid for reads.
     let node = unsafe { node.read() };
     let grid = [node.gridDimX, node.gridDimY];
-    // SAFETY: the caller vouches for the parameters.
+    // SAFETY: the caller guarantees the parameters.
     let kernel = unsafe { kernel(node.func, grid, node.blockDimX, node.kernelParams) }?;
     // No context is the current one.
     match node.ctx.is_null() {
@@ -56,7 +59,7 @@ unsafe extern "C" fn create(place: *mut CUgraph, flags: c_uint) -> CUresult {
         }
         let handle = next_handle();
         GRAPHS.lock().insert(handle, None);
-        control::born(Kind::Graph);
+        live::born(Kind::Graph);
         put(place, ptr::without_provenance_mut(handle))
     })
 }
@@ -66,7 +69,7 @@ unsafe extern "C" fn destroy(graph: CUgraph) -> CUresult {
         current()?;
         let graph = GRAPHS.lock().remove(&graph.addr());
         graph.ok_or(Status::cudaErrorInvalidValue)?;
-        control::died(Kind::Graph);
+        live::died(Kind::Graph);
         Ok(())
     })
 }
@@ -79,7 +82,7 @@ unsafe extern "C" fn add_kernel(
     node: *const CUDA_KERNEL_NODE_PARAMS_v2,
 ) -> CUresult {
     call("cuGraphAddKernelNode", || {
-        // SAFETY: the caller vouches for the node.
+        // SAFETY: the caller guarantees the node.
         let parameters = unsafe { parameters(node) }?;
         let mut graphs = GRAPHS.lock();
         let known = graphs.get_mut(&graph.addr()).ok_or(Status::cudaErrorInvalidValue)?;
@@ -108,7 +111,7 @@ unsafe extern "C" fn instantiate(
         context::sticky(device).map_or(Ok(()), Err)?;
         let handle = next_handle();
         EXECS.lock().insert(handle, Exec { node: graph, kernel, device, last: None });
-        control::born(Kind::Graph);
+        live::born(Kind::Graph);
         put(place, ptr::without_provenance_mut(handle))
     })
 }
@@ -119,7 +122,7 @@ unsafe extern "C" fn exec_destroy(exec: CUgraphExec) -> CUresult {
         prohibited(context::capture_mode())?;
         let exec = EXECS.lock().remove(&exec.addr());
         exec.ok_or(Status::cudaErrorInvalidValue)?;
-        control::died(Kind::Graph);
+        live::died(Kind::Graph);
         Ok(())
     })
 }
@@ -130,7 +133,7 @@ unsafe extern "C" fn set_kernel(
     parameters_of: *const CUDA_KERNEL_NODE_PARAMS_v2,
 ) -> CUresult {
     call("cuGraphExecKernelNodeSetParams", || {
-        // SAFETY: the caller vouches for the node.
+        // SAFETY: the caller guarantees the node.
         let (kernel, device) = unsafe { parameters(parameters_of) }?;
         // The node's graph has to live, too.
         let lives = GRAPHS.lock().contains_key(&node.addr());
@@ -168,25 +171,12 @@ unsafe extern "C" fn launch(exec: CUgraphExec, on: CUstream) -> CUresult {
     })
 }
 
-// The types are those of the driver's headers.
-const _: cudart_sys::PFN_cuGraphCreate_v10000 = Some(create);
-const _: cudart_sys::PFN_cuGraphDestroy_v10000 = Some(destroy);
-const _: cudart_sys::PFN_cuGraphAddKernelNode_v12000 = Some(add_kernel);
-const _: cudart_sys::PFN_cuGraphInstantiateWithFlags_v11040 = Some(instantiate);
-const _: cudart_sys::PFN_cuGraphExecDestroy_v10000 = Some(exec_destroy);
-const _: cudart_sys::PFN_cuGraphExecKernelNodeSetParams_v12000 = Some(set_kernel);
-const _: cudart_sys::PFN_cuGraphLaunch_v10000 = Some(launch);
-
-/// As [`driver::entry_point`](crate::driver::entry_point), for these.
-pub(crate) fn entry_point(name: &[u8]) -> *const c_void {
-    match name {
-        b"cuGraphCreate" => create as *const c_void,
-        b"cuGraphDestroy" => destroy as *const c_void,
-        b"cuGraphAddKernelNode" => add_kernel as *const c_void,
-        b"cuGraphInstantiateWithFlags" => instantiate as *const c_void,
-        b"cuGraphExecDestroy" => exec_destroy as *const c_void,
-        b"cuGraphExecKernelNodeSetParams" => set_kernel as *const c_void,
-        b"cuGraphLaunch" => launch as *const c_void,
-        _ => ptr::null(),
-    }
+entry_points! {
+    cuGraphCreate: create as PFN_cuGraphCreate_v10000;
+    cuGraphDestroy: destroy as PFN_cuGraphDestroy_v10000;
+    cuGraphAddKernelNode: add_kernel as PFN_cuGraphAddKernelNode_v12000;
+    cuGraphInstantiateWithFlags: instantiate as PFN_cuGraphInstantiateWithFlags_v11040;
+    cuGraphExecDestroy: exec_destroy as PFN_cuGraphExecDestroy_v10000;
+    cuGraphExecKernelNodeSetParams: set_kernel as PFN_cuGraphExecKernelNodeSetParams_v12000;
+    cuGraphLaunch: launch as PFN_cuGraphLaunch_v10000;
 }

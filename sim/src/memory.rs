@@ -1,23 +1,25 @@
 //! Device memory and pinned host memory.
 //!
-//! A device address is reserved and cannot be read or written; the bytes are elsewhere, for the
-//! streams alone. Addresses are multiples of 256 and of no more, as `cudaMalloc` promises no more.
-//! The next allocation of as much gets the address that was given back last; work that was sent
-//! before then is found out by the allocation's number, which is never used again.
+//! Device addresses are reserved pages without access. The bytes are in other pages, which only
+//! streams use. Addresses are multiples of 256 and no more, the alignment of `cudaMalloc`. An
+//! allocation reuses the address of the last released one of its size. A number that is never
+//! reused detects work for the released one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ptr;
 
 use parking_lot::Mutex;
 
-use crate::control::{self, Kind};
-use crate::{Result, Status, context};
+use crate::live::{self, Kind};
+use crate::settings::MOST_DEVICES;
+use crate::status::{Result, Status};
+use crate::violation::violation;
 
-/// Where an allocation begins within its pages.
+/// The offset of an allocation in its pages.
 const OFFSET: usize = 256;
 const PAGE: usize = 4096;
 const WRITABLE: i32 = libc::PROT_READ | libc::PROT_WRITE;
-/// What fresh memory holds: nothing that a program could take for zeroes.
+/// The content of new memory, which no program mistakes for zeroes.
 const GARBAGE: u8 = 0xcd;
 
 struct Allocation {
@@ -28,11 +30,11 @@ struct Allocation {
 }
 
 /// Pinned host memory.
-struct Piece {
+struct PinnedRange {
     bytes: usize,
-    /// Whether this library allocated it.
+    /// True if this library allocated it.
     ours: bool,
-    /// Whether kernels reach it.
+    /// True if kernels reach it.
     mapped: bool,
     number: u64,
 }
@@ -41,7 +43,7 @@ struct Piece {
 #[derive(Clone, Copy)]
 pub(crate) struct Target {
     address: usize,
-    /// `None` where there was no such memory.
+    /// `None` if the call found no device memory.
     found: Option<Found>,
 }
 
@@ -66,14 +68,16 @@ impl Target {
         self.found.is_some()
     }
 
-    /// Kernels of one device do not reach memory of another, as long as nobody enables that ("CUDA
-    /// C++ Programming Guide, Peer-to-Peer Memory Access"), which nothing does here.
+    /// True if kernels of a device reach this memory. Peer access is disabled by default ("CUDA C++
+    /// Programming Guide, Peer-to-Peer Memory Access"), and nothing here enables it.
     pub(crate) fn is_reached_from(self, device: usize) -> bool {
         self.found.is_some_and(|found| found.device == device)
     }
 
-    /// Does something with the bytes, on a stream's thread. `None` where there was no such memory;
-    /// where it was given back since, the program ends.
+    /// Passes the bytes to `action`, on the thread of a stream.
+    ///
+    /// Returns `None` if the call found no device memory. Aborts the program if the memory was
+    /// released since.
     pub(crate) fn with<R>(self, action: impl FnOnce(*mut u8) -> R) -> Option<R> {
         let found = self.found?;
         // The bytes themselves are touched outside the lock: copies of several streams run side by
@@ -82,7 +86,7 @@ impl Target {
             Some((base, allocation)) if allocation.number == found.number => {
                 allocation.backing + (self.address - base)
             }
-            _ => control::violation("device memory was used after it was given back"),
+            _ => violation("device memory was used after it was given back"),
         });
         Some(action(at(backing)))
     }
@@ -91,17 +95,17 @@ impl Target {
 struct Memory {
     device: BTreeMap<usize, Allocation>,
     /// Pinned host memory by address.
-    pinned: BTreeMap<usize, Piece>,
-    /// The allocations so far, and the pieces.
+    pinned: BTreeMap<usize, PinnedRange>,
+    /// Counts all allocations and registrations.
     numbers: u64,
-    /// Where memory was that was given back, by its room, the last one at the end.
+    /// Addresses of released pages by size. The last one is reused first.
     free: BTreeMap<usize, Vec<usize>>,
-    /// That of it which was not left behind.
+    /// The part of the pinned memory that the checks include.
     watched: BTreeSet<usize>,
-    /// Memory that was given back while the context was broken: it stays, and is nobody's any more.
+    /// Memory that was released while the context was broken. It stays allocated without an owner.
     given_up: BTreeSet<usize>,
     /// The bytes of each device that are allocated, and those that are pinned.
-    used: [usize; context::MOST],
+    used: [usize; MOST_DEVICES],
     pinned_bytes: usize,
     limit_device: usize,
     limit_pinned: usize,
@@ -115,7 +119,7 @@ static MEMORY: Mutex<Memory> = Mutex::new(Memory {
     free: BTreeMap::new(),
     watched: BTreeSet::new(),
     given_up: BTreeSet::new(),
-    used: [0; context::MOST],
+    used: [0; MOST_DEVICES],
     pinned_bytes: 0,
     limit_device: 8 << 30,
     limit_pinned: 8 << 30,
@@ -127,10 +131,10 @@ fn memory<R>(action: impl FnOnce(&mut Memory) -> R) -> R {
 }
 
 impl Memory {
-    /// Whoever gives memory back that a broken context kept does so twice.
+    /// Aborts if the memory was released before, while its context was broken.
     fn not_given_up(&self, address: usize) {
         if self.given_up.contains(&address) {
-            control::violation("memory was given back twice");
+            violation("memory was given back twice");
         }
     }
 
@@ -141,17 +145,17 @@ impl Memory {
 
     fn pin(&mut self, address: usize, bytes: usize, ours: bool, mapped: bool) {
         let number = self.next_number();
-        self.pinned.insert(address, Piece { bytes, ours, mapped, number });
+        self.pinned.insert(address, PinnedRange { bytes, ours, mapped, number });
         self.watched.insert(address);
         self.pinned_bytes += bytes;
-        control::born(Kind::Pinned);
+        live::born(Kind::Pinned);
     }
 
     fn unpin(&mut self, address: usize, bytes: usize) {
         self.pinned.remove(&address);
         self.watched.remove(&address);
         self.pinned_bytes -= bytes;
-        control::died(Kind::Pinned);
+        live::died(Kind::Pinned);
     }
 }
 
@@ -167,7 +171,7 @@ pub(crate) fn limit_registration(bytes: usize) {
     memory(|memory| memory.limit_registration = bytes);
 }
 
-/// A broken context refuses to release memory, of whatever kind. Its owner has given it up all the same.
+/// Notes memory that a broken context refuses to release. Its owner no longer uses it.
 pub(crate) fn give_up(address: usize) {
     memory(|memory| {
         memory.not_given_up(address);
@@ -175,24 +179,25 @@ pub(crate) fn give_up(address: usize) {
     });
 }
 
-/// Whether host memory is there.
+/// True if host memory is there.
 fn is_mapped(address: usize, bytes: usize) -> bool {
     let begin = address / PAGE * PAGE;
     let room = address + bytes - begin;
-    // SAFETY: private anonymous pages have nothing to write back; of others it only begins earlier.
+    // SAFETY: private anonymous pages have nothing to write back. For other pages this only starts
+    // it earlier.
     unsafe { libc::msync(at(begin).cast(), room, libc::MS_ASYNC) == 0 }
 }
 
-/// Ends the program where memory is pinned that is not there any more. What was left behind is not looked at.
+/// Aborts if pinned memory was unmapped, except memory that was left behind.
 pub(crate) fn check_pinned() {
     memory(|memory| {
         if memory.watched.iter().any(|address| !is_mapped(*address, memory.pinned[address].bytes)) {
-            control::violation("host memory was unmapped while it was pinned");
+            violation("host memory was unmapped while it was pinned");
         }
     });
 }
 
-/// What is pinned now is nobody's any more.
+/// Excludes the memory that is pinned now from the checks.
 pub(crate) fn leave_behind() {
     memory(|memory| memory.watched.clear());
 }
@@ -209,23 +214,22 @@ pub(crate) fn info(device: usize) -> (usize, usize) {
     })
 }
 
-/// Pages; `None` where there are none. They begin where as many were given back last, unless
-/// somebody else is there.
+/// Maps pages, if possible at the address of the last released pages of this size.
 fn pages(memory: &mut Memory, bytes: usize, protection: i32, sharing: i32) -> Option<usize> {
     let flags = sharing | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let hint = memory.free.get_mut(&bytes).and_then(Vec::pop).unwrap_or(0);
     let hint = ptr::without_provenance_mut(hint);
-    // SAFETY: a new mapping where nothing is mapped touches no other memory.
+    // SAFETY: without `MAP_FIXED` a new mapping touches no other memory.
     let address = unsafe { libc::mmap(hint, bytes, protection, flags, -1, 0) };
     (address != libc::MAP_FAILED).then_some(address.addr())
 }
 
 fn unmap(address: usize, bytes: usize) {
-    // SAFETY: pages that `pages` gave, and that nothing uses.
+    // SAFETY: the pages came from `pages`, and nothing uses them.
     unsafe { libc::munmap(ptr::without_provenance_mut(address), bytes) };
 }
 
-/// An address that came as a number, which is how C sees it.
+/// A pointer from an address, since C passes addresses.
 pub(crate) fn at(address: usize) -> *mut u8 {
     ptr::with_exposed_provenance_mut(address)
 }
@@ -250,12 +254,12 @@ pub(crate) fn allocate_device(device: usize, bytes: usize) -> Result<usize> {
         let number = memory.next_number();
         memory.device.insert(address, Allocation { bytes, device, backing, number });
         memory.used[device] += bytes;
-        control::born(Kind::Device);
+        live::born(Kind::Device);
         Ok(address)
     })
 }
 
-/// Gives memory back at once.
+/// Releases memory at once, without waiting.
 pub(crate) fn free_device(address: usize) -> Result {
     if address == 0 {
         return Ok(());
@@ -269,7 +273,7 @@ pub(crate) fn free_device(address: usize) -> Result {
         let free = memory.free.entry(room).or_default();
         free.extend([gone.backing, address - OFFSET]);
         memory.used[gone.device] -= gone.bytes;
-        control::died(Kind::Device);
+        live::died(Kind::Device);
         Ok(())
     })
 }
@@ -285,8 +289,7 @@ pub(crate) fn allocate_pinned(bytes: usize) -> Result<usize> {
             .ok_or(Status::cudaErrorMemoryAllocation)?;
         // SAFETY: a mapping of our own.
         unsafe { ptr::write_bytes(at(address), GARBAGE, room) };
-        // "CUDA Runtime API, Unified Addressing": all that is allocated is mapped, whatever the
-        // flags say.
+        // All allocated memory is mapped, with any flags ("CUDA Runtime API, Unified Addressing").
         memory.pin(address, room, true, true);
         Ok(address)
     })
@@ -296,7 +299,7 @@ pub(crate) fn free_pinned(address: usize) -> Result {
     memory(|memory| {
         memory.not_given_up(address);
         match memory.pinned.get(&address) {
-            Some(&Piece { bytes, ours: true, .. }) => {
+            Some(&PinnedRange { bytes, ours: true, .. }) => {
                 unmap(address, bytes);
                 memory.free.entry(bytes).or_default().push(address);
                 memory.unpin(address, bytes);
@@ -307,7 +310,7 @@ pub(crate) fn free_pinned(address: usize) -> Result {
     })
 }
 
-/// Pins pages of the caller's.
+/// Pins pages of the caller.
 pub(crate) fn register(address: usize, bytes: usize, mapped: bool) -> Result {
     if bytes == 0 {
         return Err(Status::cudaErrorInvalidValue);
@@ -315,7 +318,7 @@ pub(crate) fn register(address: usize, bytes: usize, mapped: bool) -> Result {
     memory(|memory| {
         let end = address + bytes;
         let before = memory.pinned.range(..end).next_back();
-        if before.is_some_and(|(at, piece)| address < at + piece.bytes) {
+        if before.is_some_and(|(at, range)| address < at + range.bytes) {
             return Err(Status::cudaErrorHostMemoryAlreadyRegistered);
         }
         let room = memory.limit_pinned.saturating_sub(memory.pinned_bytes);
@@ -331,9 +334,9 @@ pub(crate) fn unregister(address: usize) -> Result {
     memory(|memory| {
         memory.not_given_up(address);
         match memory.pinned.get(&address) {
-            Some(&Piece { bytes, ours: false, .. }) => {
+            Some(&PinnedRange { bytes, ours: false, .. }) => {
                 if !is_mapped(address, bytes) {
-                    control::violation("host memory was unmapped before it was unregistered");
+                    violation("host memory was unmapped before it was unregistered");
                 }
                 memory.unpin(address, bytes);
                 Ok(())
@@ -347,23 +350,25 @@ pub(crate) fn unregister(address: usize) -> Result {
 #[derive(PartialEq, Eq, Clone, Copy)]
 pub(crate) enum Pinned {
     No,
-    /// By the piece of this number.
+    /// By the range with this number.
     Whole(u64),
-    /// In part, or in pieces: CUDA copies from and to no such range ("CUDA Driver API, Memory Management",
-    /// `cuMemcpyAsync`: regions "must be either entirely registered with CUDA, or [...] not registered at all").
+    /// In part, or by several ranges. CUDA refuses to copy these: regions "must be either entirely
+    /// registered with CUDA, or [...] not registered at all" ("CUDA Driver API, Memory Management",
+    /// `cuMemcpyAsync`).
     Partly,
 }
 
-/// Whether kernels reach all of a range of host memory: each byte is mapped, by one piece or
-/// another. Unlike copies, they look at addresses ("CUDA C++ Programming Guide, Mapped Memory",
-/// "Unified Virtual Address Space").
+/// True if kernels reach all bytes of a host range.
+///
+/// Unlike copies, kernels may cross registrations. They use addresses ("CUDA C++ Programming Guide,
+/// Mapped Memory", "Unified Virtual Address Space").
 pub(crate) fn reached(address: usize, bytes: usize) -> bool {
     memory(|memory| {
         let (mut at, end) = (address, address + bytes);
         while at < end {
             match memory.pinned.range(..=at).next_back() {
-                Some((base, piece)) if piece.mapped && base + piece.bytes > at => {
-                    at = base + piece.bytes;
+                Some((base, range)) if range.mapped && base + range.bytes > at => {
+                    at = base + range.bytes;
                 }
                 _ => return false,
             }
@@ -376,9 +381,9 @@ pub(crate) fn pinned(address: usize, bytes: usize) -> Pinned {
     memory(|memory| {
         let end = address + bytes;
         match memory.pinned.range(..end).next_back() {
-            Some((base, piece)) if base + piece.bytes > address => {
-                match *base <= address && end <= base + piece.bytes {
-                    true => Pinned::Whole(piece.number),
+            Some((base, range)) if base + range.bytes > address => {
+                match *base <= address && end <= base + range.bytes {
+                    true => Pinned::Whole(range.number),
                     false => Pinned::Partly,
                 }
             }

@@ -1,5 +1,6 @@
-//! The functions of the runtime, under the names and types of the bindings: one whose signature changes
-//! there does not compile here.
+//! The functions of the runtime.
+//!
+//! The compiler compares each signature with the bindings.
 
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::ptr;
@@ -9,11 +10,11 @@ use cudart_sys::{
     cudaMemcpyKind, cudaStream_t, cudaStreamCaptureMode, cudaStreamCaptureStatus,
 };
 
-use crate::control;
-use crate::memory::{self, Pinned, Target};
-use crate::{Result, Status, context, driver, put, stream};
+use crate::memory::{self, Pinned};
+use crate::status::{Result, Status, put};
+use crate::{context, control, driver, event, graph, settings, stream, work};
 
-/// Exports functions: each is counted and may be made to fail, and an error becomes the last error.
+/// Exports functions under the controls. An error becomes the last error of the thread.
 macro_rules! export {
     ($(fn $name:ident($($arg:ident: $type:ty),* $(,)?) $body:block)*) => {$(
         #[unsafe(no_mangle)]
@@ -43,7 +44,7 @@ fn prohibited() -> Result {
     stream::prohibited(context::capture_mode())
 }
 
-/// Releases memory. A broken context refuses, and nobody can give the memory back a second time.
+/// Releases memory. A broken context refuses, and the memory must not be released again.
 fn release(address: *mut c_void, release: fn(usize) -> Result) -> Result {
     let allowed = prohibited();
     if allowed.is_err() && allowed.err() == context::sticky(context::current_device()) {
@@ -54,87 +55,13 @@ fn release(address: *mut c_void, release: fn(usize) -> Result) -> Result {
     release(address.addr())
 }
 
-/// Copies between memory of the kinds that `kind` says, in stream order.
-pub(crate) fn copy(
-    to: usize,
-    from: usize,
-    bytes: usize,
-    kind: cudaMemcpyKind,
-    on: cudaStream_t,
-) -> Result {
-    let on = stream::stream(on.addr())?;
-    if bytes == 0 {
-        return Ok(());
-    }
-    let (host, gpu) = match kind {
-        cudaMemcpyKind::cudaMemcpyHostToDevice => (Some(from), to),
-        cudaMemcpyKind::cudaMemcpyDeviceToHost => (Some(to), from),
-        cudaMemcpyKind::cudaMemcpyDeviceToDevice => (None, to),
-        _ => return Err(Status::cudaErrorInvalidValue),
-    };
-    // On whatever device that is: copies find their way between devices that do not reach each
-    // other ("CUDA C++ Programming Guide, Peer-to-Peer Memory Copy").
-    let gpu = Target::of(gpu, bytes);
-    if !gpu.is_memory() {
-        return Err(Status::cudaErrorInvalidValue);
-    }
-    let Some(host) = host else {
-        let from = Target::of(from, bytes);
-        if !from.is_memory() {
-            return Err(Status::cudaErrorInvalidValue);
-        }
-        on.enqueue(move || {
-            gpu.with(|to| {
-                from.with(|from| {
-                    // SAFETY: both lie in device memory, which the streams alone touch.
-                    unsafe { ptr::copy(from, to, bytes) };
-                })
-            });
-        })?;
-        return Ok(());
-    };
-    let upload = kind == cudaMemcpyKind::cudaMemcpyHostToDevice;
-    let pinned = memory::pinned(host, bytes);
-    let transfer = move |host: *mut u8| {
-        gpu.with(|gpu| {
-            let (to, from) = if upload { (gpu, host) } else { (host, gpu) };
-            // SAFETY: one lies in device memory; the caller of the copy vouches for the other.
-            unsafe { ptr::copy_nonoverlapping(from, to, bytes) };
-        });
-    };
-    match pinned {
-        Pinned::Partly => Err(Status::cudaErrorInvalidValue),
-        Pinned::Whole(_) => on
-            .enqueue(move || {
-                if memory::pinned(host, bytes) != pinned {
-                    control::violation("a copy runs on host memory that is no longer pinned");
-                }
-                transfer(memory::at(host));
-            })
-            .map(drop),
-        // "CUDA Runtime API, API synchronization behavior": pageable memory may be staged before
-        // the call returns or read when its turn comes, and the call may wait for that.
-        Pinned::No if upload => match control::random() % 3 {
-            0 => {
-                // SAFETY: the caller of the copy vouches for the range.
-                let staged = unsafe { std::slice::from_raw_parts(memory::at(host), bytes) };
-                let mut staged = staged.to_vec();
-                on.enqueue(move || transfer(staged.as_mut_ptr())).map(drop)
-            }
-            1 => on.enqueue(move || transfer(memory::at(host))).map(drop),
-            _ => on.enqueue(move || transfer(memory::at(host)))?.wait_until_done(),
-        },
-        Pinned::No => on.enqueue(move || transfer(memory::at(host)))?.wait_until_done(),
-    }
-}
-
 fn fill(to: usize, value: c_int, bytes: usize, on: cudaStream_t) -> Result {
-    driver::fill(to, value as u8, bytes, &stream::stream(on.addr())?)
+    work::fill(to, value as u8, bytes, &stream::stream(on.addr())?)
 }
 
 const MAPPED: c_uint = cudart_sys::cudaHostRegisterMapped;
 
-/// As an H100 has it; the least is 0.
+/// The greatest priority of an H100. The least is 0.
 const GREATEST_PRIORITY: c_int = -5;
 
 fn create_stream(place: *mut cudaStream_t, flags: c_uint, priority: c_int) -> Result {
@@ -150,10 +77,10 @@ fn create_stream(place: *mut cudaStream_t, flags: c_uint, priority: c_int) -> Re
 
 export! {
     fn cudaDriverGetVersion(place: *mut c_int) {
-        put(place, context::driver_version())
+        put(place, settings::driver_version())
     }
     fn cudaGetDeviceCount(place: *mut c_int) {
-        match context::count() {
+        match settings::device_count() {
             0 => Err(Status::cudaErrorNoDevice),
             count => put(place, count as c_int),
         }
@@ -259,11 +186,11 @@ export! {
         on: cudaStream_t,
     ) {
         context::bind()?;
-        copy(to.expose_provenance(), from.expose_provenance(), bytes, kind, on)
+        work::copy(to.expose_provenance(), from.expose_provenance(), bytes, kind, on)
     }
     fn cudaMemcpy(to: *mut c_void, from: *const c_void, bytes: usize, kind: cudaMemcpyKind) {
         prohibited()?;
-        copy(to.expose_provenance(), from.expose_provenance(), bytes, kind, ptr::null_mut())?;
+        work::copy(to.expose_provenance(), from.expose_provenance(), bytes, kind, ptr::null_mut())?;
         stream::stream(0)?.synchronize()?;
         context::bind()
     }
@@ -305,7 +232,7 @@ export! {
     }
     fn cudaStreamWaitEvent(on: cudaStream_t, event: cudaEvent_t, _flags: c_uint) {
         context::bind()?;
-        stream::wait_event(&stream::stream(on.addr())?, event.addr())
+        event::wait(&stream::stream(on.addr())?, event.addr())
     }
     fn cudaStreamIsCapturing(on: cudaStream_t, place: *mut cudaStreamCaptureStatus) {
         context::bind()?;
@@ -332,7 +259,7 @@ export! {
         if mode.is_null() {
             return Err(Status::cudaErrorInvalidValue);
         }
-        // SAFETY: not null, and the caller of a C function passes valid places.
+        // SAFETY: the pointer is not null. C callers pass pointers that are valid for reads.
         let new = unsafe { mode.read() };
         put(mode, context::exchange_capture_mode(new))
     }
@@ -340,35 +267,35 @@ export! {
     fn cudaEventCreateWithFlags(place: *mut cudaEvent_t, flags: c_uint) {
         context::bind()?;
         let timing = flags & cudart_sys::cudaEventDisableTiming == 0;
-        let handle = stream::create_event(context::current_device(), timing);
+        let handle = event::create(context::current_device(), timing);
         put(place, ptr::without_provenance_mut(handle))
     }
     fn cudaEventDestroy(event: cudaEvent_t) {
         context::bind()?;
-        stream::destroy_event(event.addr())
+        event::destroy(event.addr())
     }
     fn cudaEventRecord(event: cudaEvent_t, on: cudaStream_t) {
         context::bind()?;
-        stream::record(event.addr(), &stream::stream(on.addr())?)
+        event::record(event.addr(), &stream::stream(on.addr())?)
     }
     fn cudaEventQuery(event: cudaEvent_t) {
         stream::prohibited(context::capture_mode())?;
-        stream::query_event(event.addr())
+        event::query(event.addr())
     }
     fn cudaEventSynchronize(event: cudaEvent_t) {
         stream::prohibited(context::capture_mode())?;
-        stream::synchronize_event(event.addr())
+        event::synchronize(event.addr())
     }
     fn cudaEventElapsedTime(place: *mut f32, from: cudaEvent_t, to: cudaEvent_t) {
         context::bind()?;
-        put(place, stream::elapsed(from.addr(), to.addr())?)
+        put(place, event::elapsed(from.addr(), to.addr())?)
     }
     fn cudaLaunchHostFunc(on: cudaStream_t, function: cudaHostFn_t, data: *mut c_void) {
         context::bind()?;
         let function = function.ok_or(Status::cudaErrorInvalidValue)?;
         let data = data.expose_provenance();
         let queued = stream::stream(on.addr())?.enqueue(move || {
-            // SAFETY: the caller vouches for the function and its argument.
+            // SAFETY: the caller guarantees the function and its argument.
             unsafe { function(memory::at(data).cast()) }
         });
         queued.map(drop)
@@ -384,8 +311,9 @@ export! {
     }
 }
 
-/// Of the functions that the bindings have, the runtime of CUDA 12.0 lacks this one, and those of 12.8 and 13.0
-/// lack none. Where it is not there, this answers what the loader answers, and it is no call of the runtime's.
+/// The only bound function that the runtime of CUDA 12.0 lacks. Those of 12.8 and 13.0 lack none.
+///
+/// If the simulated version lacks it, this returns the loader's status and counts no call.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaGetDriverEntryPointByVersion(
     name: *const c_char,
@@ -401,18 +329,18 @@ unsafe extern "C" fn cudaGetDriverEntryPointByVersion(
         c_ulonglong,
         *mut cudaDriverEntryPointQueryResult,
     ) -> Status = cudart_sys::cudaGetDriverEntryPointByVersion;
-    match context::version() {
-        // It came with 12.5.
+    match settings::version() {
+        // CUDA 12.5 introduced it.
         ..12050 => Status::SYMBOL_NOT_FOUND,
         _ => call("cudaGetDriverEntryPointByVersion", || entry_point(name, place, found)),
     }
 }
 
-/// Needs no driver and has no end: it answers before the first call that needs one, and in the exit.
+/// Needs no driver. It works before the first call that needs one, and during the exit.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaRuntimeGetVersion(place: *mut c_int) -> Status {
     const _: unsafe fn(*mut c_int) -> Status = cudart_sys::cudaRuntimeGetVersion;
-    put(place, context::version()).err().unwrap_or(Status::cudaSuccess)
+    put(place, settings::version()).err().unwrap_or(Status::cudaSuccess)
 }
 
 fn entry_point(
@@ -423,20 +351,18 @@ fn entry_point(
     if name.is_null() {
         return Err(Status::cudaErrorInvalidValue);
     }
-    // SAFETY: not null, and the caller of a C function passes NUL-terminated names.
+    // SAFETY: the name is not null, and C callers pass NUL-terminated names.
     let name = unsafe { std::ffi::CStr::from_ptr(name) };
-    let address = driver::entry_point(name);
-    put(
-        found,
-        match address.is_null() {
-            true => cudaDriverEntryPointQueryResult::cudaDriverEntryPointSymbolNotFound,
-            false => cudaDriverEntryPointQueryResult::cudaDriverEntryPointSuccess,
-        },
-    )?;
-    put(place, address.cast_mut())
+    let address = driver::entry_point(name).or_else(|| graph::entry_point(name));
+    let result = match address {
+        None => cudaDriverEntryPointQueryResult::cudaDriverEntryPointSymbolNotFound,
+        Some(_) => cudaDriverEntryPointQueryResult::cudaDriverEntryPointSuccess,
+    };
+    put(found, result)?;
+    put(place, address.unwrap_or(ptr::null()).cast_mut())
 }
 
-// These two answer the last error, and make none.
+// These two return the last error and never set it.
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudaGetLastError() -> Status {

@@ -1,31 +1,33 @@
-//! Statuses: the two that are this crate's own, and names and texts for all of them.
+//! The two statuses of this crate, and the names and texts of all statuses.
 
 use std::borrow::Cow;
 use std::ffi::{CStr, c_char};
 use std::fmt;
 
 use crate::bindings::{cudaError, cudaGetErrorName, cudaGetErrorString};
-use crate::runtime::runtime;
+use crate::loaded::runtime;
+use crate::runtime::Version;
 
 impl cudaError {
-    /// No CUDA runtime could be loaded. The text lists every place that was tried.
+    /// No CUDA runtime could be loaded. The text lists every candidate that was tried.
     ///
     /// ```
     /// use cudart_sys::{cudaDeviceSynchronize, cudaError};
     ///
-    /// // SAFETY: it takes no arguments, and waits for work that there may be.
+    /// // SAFETY: the function has no arguments and only waits.
     /// let status = unsafe { cudaDeviceSynchronize() };
     /// assert_eq!(status == cudaError::LIBRARY_NOT_LOADED, cudart_sys::runtime().is_err());
     /// ```
     pub const LIBRARY_NOT_LOADED: cudaError = cudaError(0x00c0_da01);
 
-    /// The loaded runtime has no function of this name. The text names the library, its version and
-    /// every function that it lacks.
+    /// The loaded runtime lacks the called function.
+    ///
+    /// The text names the library, its version and every function that it lacks.
     ///
     /// ```
     /// use cudart_sys::cudaError;
     ///
-    /// /// Whether a newer runtime, or any at all, would have answered otherwise.
+    /// /// Whether another installation of CUDA would help.
     /// fn is_absent(status: cudaError) -> bool {
     ///     matches!(status, cudaError::LIBRARY_NOT_LOADED | cudaError::SYMBOL_NOT_FOUND)
     /// }
@@ -33,7 +35,7 @@ impl cudaError {
     /// ```
     pub const SYMBOL_NOT_FOUND: cudaError = cudaError(0x00c0_da02);
 
-    /// The status's name as in CUDA's headers, `cudaErrorMemoryAllocation` say.
+    /// The name of the status in CUDA's headers, for example `cudaErrorMemoryAllocation`.
     ///
     /// ```
     /// use cudart_sys::cudaError;
@@ -45,17 +47,17 @@ impl cudaError {
         match self {
             Self::LIBRARY_NOT_LOADED => "cudartLibraryNotLoaded".into(),
             Self::SYMBOL_NOT_FOUND => "cudartSymbolNotFound".into(),
-            // Without a runtime these two still have a name.
+            // Success has a name without a runtime, too.
             Self::cudaSuccess => "cudaSuccess".into(),
             _ => {
-                // SAFETY: any integer is a valid argument.
+                // SAFETY: every integer is a valid argument.
                 let name = unsafe { cudaGetErrorName(self) };
                 known(name).unwrap_or("unknown CUDA status").into()
             }
         }
     }
 
-    /// What the status means, in CUDA's words where the status is CUDA's.
+    /// The meaning of the status. CUDA's statuses have CUDA's own text.
     ///
     /// ```
     /// use cudart_sys::cudaError;
@@ -63,7 +65,7 @@ impl cudaError {
     /// if let Err(error) = cudart_sys::runtime() {
     ///     assert_eq!(cudaError::LIBRARY_NOT_LOADED.text(), error.to_string());
     /// }
-    /// println!("{}", cudaError::cudaErrorMemoryAllocation.text()); // CUDA's words, where it is there
+    /// println!("{}", cudaError::cudaErrorMemoryAllocation.text()); // "out of memory"
     /// ```
     pub fn text(self) -> Cow<'static, str> {
         match self {
@@ -74,9 +76,9 @@ impl cudaError {
             Self::SYMBOL_NOT_FOUND => match runtime() {
                 Ok(runtime) => {
                     let mut text = format!(
-                        "{} is version {} and lacks {}",
+                        "{} is CUDA {} and lacks {}",
                         runtime.path().display(),
-                        runtime.version(),
+                        Version(runtime.version()),
                         runtime.absent().join(", "),
                     );
                     if !runtime.passed_over().is_empty() {
@@ -87,7 +89,7 @@ impl cudaError {
                 Err(error) => error.to_string().into(),
             },
             _ => {
-                // SAFETY: any integer is a valid argument.
+                // SAFETY: every integer is a valid argument.
                 let text = unsafe { cudaGetErrorString(self) };
                 known(text).unwrap_or("no text for this status").into()
             }
@@ -103,18 +105,18 @@ impl fmt::Display for cudaError {
 
 impl std::error::Error for cudaError {}
 
-/// The runtime's texts are constants of the library, which is never unloaded.
+/// Reads a constant text of the runtime. The library is never unloaded, so the text is static.
 fn known(text: *const c_char) -> Option<&'static str> {
     if text.is_null() {
         return None;
     }
-    // SAFETY: not null, and `cudaGetErrorName` and `cudaGetErrorString` return null or a constant,
-    // NUL-terminated string ("CUDA Runtime API, Error Handling").
+    // SAFETY: `text` is not null. `cudaGetErrorName` and `cudaGetErrorString` return null or a
+    // constant, NUL-terminated string ("CUDA Runtime API, Error Handling").
     let text = unsafe { CStr::from_ptr(text) };
     text.to_str().ok()
 }
 
-/// What a function answers that cannot be called.
+/// The values that functions return if they cannot be called.
 pub(crate) trait Absent {
     const LIBRARY: Self;
     const SYMBOL: Self;

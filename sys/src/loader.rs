@@ -1,9 +1,14 @@
-//! Finds the CUDA runtime and loads it.
+//! The search for the CUDA runtime.
 //!
-//! The search is a list of candidates, made from the environment before anything is opened. The
-//! first that opens, returns its version, is of a known major version, is not too new for the
-//! driver and has every function is kept for good. What the others said is kept too, for the text
-//! of the error.
+//! The search first makes a list of candidates from the environment. Then it opens them in order
+//! and keeps the first one that meets all conditions:
+//!
+//! - The library opens and returns its version.
+//! - The crate supports its major version.
+//! - It is not too new for the driver.
+//! - It has every function.
+//!
+//! The errors of the other candidates become part of the error text.
 //!
 //! A runtime is too new if its major version is newer than the driver's. A newer minor version
 //! works on an older driver ("CUDA Compatibility, Minor Version Compatibility").
@@ -16,27 +21,27 @@ use std::path::{Path, PathBuf};
 use libloading::Library;
 
 use crate::bindings::{Functions, cudaError};
-use crate::places::{self, Place};
 use crate::runtime::{LoadError, MAJORS, NEED, Runtime, Version};
+use crate::search_paths::{SearchRoot, search_roots};
 
-/// Looks for the runtime in every place, and loads the first that can be used.
+/// Loads the first usable runtime.
 pub(crate) fn find() -> Result<Runtime, LoadError> {
     load(candidates(|name| env::var_os(name), &loaded_in_process()))
 }
 
-/// A place to look, before it is known whether anything is there.
+/// One entry of the search.
 #[derive(Debug, PartialEq, Eq)]
 enum Candidate {
-    /// The value of `CUDART_LIBRARY`.
-    Demanded(PathBuf),
+    /// The path in `CUDART_LIBRARY`.
+    Named(PathBuf),
     /// A file that this process has already loaded.
     InProcess(PathBuf),
     /// A name for the system's loader.
     System(&'static str),
-    /// A file in a place where CUDA is installed.
+    /// A file below a folder in which CUDA is installed.
     File(PathBuf),
-    /// A place or a file that is not looked at, or a folder that has no runtime, and why.
-    Refused(String),
+    /// A root or file that the search skips, with the reason.
+    Skipped(String),
 }
 
 fn candidates(
@@ -45,72 +50,73 @@ fn candidates(
 ) -> Vec<Candidate> {
     if let Some(path) = variable("CUDART_LIBRARY") {
         return vec![if path.is_empty() {
-            Candidate::Refused("CUDART_LIBRARY is set but empty".into())
+            Candidate::Skipped("CUDART_LIBRARY is set but empty".into())
         } else {
-            Candidate::Demanded(path.into())
+            Candidate::Named(path.into())
         }];
     }
-    let mut list = vec![Candidate::Refused("CUDART_LIBRARY is not set".into())];
+    let mut list = vec![Candidate::Skipped("CUDART_LIBRARY is not set".into())];
     list.extend(in_process.iter().cloned().map(Candidate::InProcess));
     list.extend(LIBRARY_NAMES.map(Candidate::System));
-    for place in places::places(variable, (env::consts::OS, env::consts::ARCH)) {
-        match place {
-            Ok(place) => look_through(&place, &mut list),
-            Err(why) => list.push(Candidate::Refused(why)),
+    for root in search_roots(variable, (env::consts::OS, env::consts::ARCH)) {
+        match root {
+            Ok(root) => add_files(&root, &mut list),
+            Err(why) => list.push(Candidate::Skipped(why)),
         }
     }
     list
 }
 
-/// Adds the runtimes of a place, the files there that are refused, and the folders that have
-/// neither.
-fn look_through(place: &Place, list: &mut Vec<Candidate>) {
-    if !place.root.is_dir() {
-        return list.push(Candidate::Refused(format!("{}: no such folder", place.name)));
+/// Adds the runtimes below a root, the skipped files there, and the folders without either.
+fn add_files(root: &SearchRoot, list: &mut Vec<Candidate>) {
+    if !root.root.is_dir() {
+        return list.push(Candidate::Skipped(format!("{}: no such folder", root.label)));
     }
-    let mut without = Vec::new();
-    for folder in &place.folders {
-        let directory = place.root.join(folder);
+    let mut empty = Vec::new();
+    for folder in &root.folders {
+        let directory = root.root.join(folder);
         let files = LIBRARY_NAMES.map(|name| directory.join(name));
         let files: Vec<PathBuf> = files.into_iter().filter(|file| file.is_file()).collect();
-        let refused = refused_files(&directory, !files.is_empty());
-        if files.is_empty() && refused.is_empty() {
-            without.push(folder.display().to_string());
+        let skipped = skipped_files(&directory, !files.is_empty());
+        if files.is_empty() && skipped.is_empty() {
+            empty.push(folder.display().to_string());
         }
         for file in files.into_iter().map(Candidate::File) {
             if !list.contains(&file) {
                 list.push(file);
             }
         }
-        list.extend(refused.into_iter().map(Candidate::Refused));
+        list.extend(skipped.into_iter().map(Candidate::Skipped));
     }
-    if !without.is_empty() {
-        let without = without.join(", ");
-        list.push(Candidate::Refused(format!("{}: no {STEM} in {without}", place.name)));
+    if !empty.is_empty() {
+        let empty = empty.join(", ");
+        list.push(Candidate::Skipped(format!("{}: no {FILE_PREFIX} in {empty}", root.label)));
     }
 }
 
-/// Files that look like a runtime and are not opened, each with the reason. Beside a runtime that
-/// is opened, other names of the same major version say nothing.
-fn refused_files(directory: &Path, beside_one: bool) -> Vec<String> {
+/// The files of a directory that look like a runtime but are not opened, each with the reason.
+///
+/// If the directory has a usable name, other names of supported versions are links to the same
+/// library. They are not listed.
+fn skipped_files(directory: &Path, has_runtime: bool) -> Vec<String> {
     let Ok(entries) = directory.read_dir() else { return Vec::new() };
     let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let mut names: Vec<String> = names.filter(|name| name.starts_with(STEM)).collect();
+    let mut names: Vec<String> = names.filter(|name| name.starts_with(FILE_PREFIX)).collect();
     names.sort();
     let mut reasons: Vec<String> = Vec::new();
     for name in names {
-        let why = match major(&name) {
+        let why = match major_version(&name) {
             Some(major) if !MAJORS.contains(&major) => format!("CUDA {major}, {NEED}"),
-            _ if beside_one => continue,
-            Some(_) if LIBRARY_NAMES.contains(&name.as_str()) => "a link to nothing".into(),
-            Some(_) => format!("its name is none of {}", LIBRARY_NAMES.join(", ")),
-            None if name == STEM => {
-                reasons.push(format!("{}: {STEM} without a version", directory.display()));
+            _ if has_runtime => continue,
+            Some(_) if LIBRARY_NAMES.contains(&name.as_str()) => "a broken link".into(),
+            Some(_) => format!("not named {}", LIBRARY_NAMES.join(" or ")),
+            None if name == FILE_PREFIX => {
+                reasons.push(format!("{}: {FILE_PREFIX} without a version", directory.display()));
                 continue;
             }
             None => continue,
         };
-        // One line for each major version: `libcudart.so.11.0` is a link to `libcudart.so.11.8.89`.
+        // One line for each major version: `libcudart.so.11.0` links to `libcudart.so.11.8.89`.
         if !reasons.iter().any(|reason| reason.ends_with(&why)) {
             reasons.push(format!("{}: {why}", directory.join(name).display()));
         }
@@ -118,25 +124,25 @@ fn refused_files(directory: &Path, beside_one: bool) -> Vec<String> {
     reasons
 }
 
-/// The major version in a file's name.
+/// The major version in a file name.
 #[cfg(not(windows))]
-fn major(name: &str) -> Option<i32> {
-    name.strip_prefix(STEM)?.strip_prefix('.')?.split('.').next()?.parse().ok()
+fn major_version(name: &str) -> Option<i32> {
+    name.strip_prefix(FILE_PREFIX)?.strip_prefix('.')?.split('.').next()?.parse().ok()
 }
 
-/// The major version in a file's name: `cudart64_12.dll`, and `cudart64_110.dll` for 11.0.
+/// The major version in a file name: 12 in `cudart64_12.dll`, and 11 in `cudart64_110.dll`.
 #[cfg(windows)]
-fn major(name: &str) -> Option<i32> {
+fn major_version(name: &str) -> Option<i32> {
     let number: i32 =
-        name.strip_prefix(STEM)?.strip_prefix('_')?.split('.').next()?.parse().ok()?;
+        name.strip_prefix(FILE_PREFIX)?.strip_prefix('_')?.split('.').next()?.parse().ok()?;
     Some(if number < 100 { number } else { number / 10 })
 }
 
-/// The beginning of every runtime's name.
+/// The beginning of every runtime's file name.
 #[cfg(not(windows))]
-const STEM: &str = "libcudart.so";
+const FILE_PREFIX: &str = "libcudart.so";
 #[cfg(windows)]
-const STEM: &str = "cudart64";
+const FILE_PREFIX: &str = "cudart64";
 
 #[cfg(not(windows))]
 const LIBRARY_NAMES: [&str; 2] = ["libcudart.so.13", "libcudart.so.12"];
@@ -145,19 +151,19 @@ const LIBRARY_NAMES: [&str; 2] = ["cudart64_13.dll", "cudart64_12.dll"];
 
 fn load(candidates: Vec<Candidate>) -> Result<Runtime, LoadError> {
     let mut tried = Vec::new();
-    // The first that was loaded and passed over, and its line in the list. One that the caller
-    // names has no other after it, and is taken for this reason.
+    // The first runtime that was passed over, and the index of its line in `tried`. A runtime that
+    // `CUDART_LIBRARY` names is the only candidate, so it is used in any case.
     let mut spare: Option<(Runtime, usize)> = None;
     for candidate in candidates {
         let in_process = matches!(candidate, Candidate::InProcess(_));
         let (label, name) = match candidate {
-            Candidate::Demanded(path) => (format!("CUDART_LIBRARY={}", path.display()), path),
+            Candidate::Named(path) => (format!("CUDART_LIBRARY={}", path.display()), path),
             Candidate::InProcess(path) => {
                 (format!("already in the process: {}", path.display()), path)
             }
             Candidate::System(name) => (format!("system loader: {name}"), name.into()),
             Candidate::File(path) => (path.display().to_string(), path),
-            Candidate::Refused(why) => {
+            Candidate::Skipped(why) => {
                 tried.push(why);
                 continue;
             }
@@ -184,63 +190,68 @@ fn load(candidates: Vec<Candidate>) -> Result<Runtime, LoadError> {
     }
 }
 
-/// Functions that the oldest supported versions lack, and without which callers manage.
+/// Functions that callers can do without. The oldest supported versions lack them.
 const NEWER: [&str; 1] = ["cudaGetDriverEntryPointByVersion"];
 
-/// Why the search goes on although this runtime could be loaded. Without a driver every runtime is
-/// as good as another, and the first one says that there is none.
+/// The reason to pass over a runtime that was loaded.
+///
+/// Without a driver the version does not matter. Every runtime then returns the same error.
 fn shortcoming(runtime: &Runtime) -> Option<String> {
     let driver = driver_version(runtime).unwrap_or(0);
     if driver != 0 && runtime.version() / 1000 > driver / 1000 {
         let (runtime, driver) = (Version(runtime.version()), Version(driver));
-        return Some(format!("CUDA {runtime} is too new for the driver, which is one of {driver}"));
+        return Some(format!(
+            "CUDA {runtime} is too new for the driver, which supports CUDA {driver}"
+        ));
     }
     let mut lacking = runtime.absent();
     lacking.retain(|name| !NEWER.contains(name));
     match lacking[..] {
         [] => None,
-        [name] => Some(format!("it lacks {name}")),
-        [name, ..] => Some(format!("it lacks {} functions, {name} for one", lacking.len())),
+        [name] => Some(format!("function {name} is missing")),
+        [name, ..] => Some(format!("{} functions are missing, for example {name}", lacking.len())),
     }
 }
 
 fn driver_version(runtime: &Runtime) -> Option<i32> {
     let get_version = runtime.functions.cudaDriverGetVersion?;
     let mut version = 0;
-    // SAFETY: `version` is a valid place for an int. The function may be called before any other
+    // SAFETY: `version` is valid for a write of an int. The function may be called before any other
     // and needs no device ("CUDA Runtime API, Version Management").
     let status = unsafe { get_version(&mut version) };
     (status == cudaError::cudaSuccess).then_some(version)
 }
 
 fn open(name: &Path, in_process: bool) -> Result<Runtime, String> {
-    let library = open_library(name, in_process).map_err(|error| reason(&error, name))?;
+    let library = open_library(name, in_process).map_err(|error| system_text(&error, name))?;
     let runtime = Runtime::of(Functions::of(&library), name.to_path_buf())?;
-    // Never unloaded: addresses of its functions and texts of its errors stay in use.
+    // The library is never unloaded. Its function addresses and error texts stay in use.
     std::mem::forget(library);
     Ok(runtime)
 }
 
-/// What the system says, which is the error's source; it begins with the name, which is said already.
-fn reason(error: &libloading::Error, name: &Path) -> String {
-    let said = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-    match said.strip_prefix(&format!("{}: ", name.display())) {
+/// The system's error text without the file name, which the caller already has.
+fn system_text(error: &libloading::Error, name: &Path) -> String {
+    let text = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+    match text.strip_prefix(&format!("{}: ", name.display())) {
         Some(rest) => rest.into(),
-        None => said,
+        None => text,
     }
 }
 
-/// One that is already in the process is found again, never loaded anew: its name may be relative.
+/// Opens a library. One that is already in the process is only looked up, as its name may be
+/// relative to the current directory.
 #[cfg(not(windows))]
 fn open_library(name: &Path, in_process: bool) -> Result<Library, libloading::Error> {
     use libloading::os::unix::{Library as Native, RTLD_LAZY, RTLD_LOCAL};
     let flags = RTLD_LAZY | RTLD_LOCAL | if in_process { libc::RTLD_NOLOAD } else { 0 };
-    // SAFETY: loading a library runs its initialisers; the CUDA runtime's have no preconditions, and
-    // whoever sets the variables that are searched chooses what runs in this process.
+    // SAFETY: loading a library runs its initialisers. Those of the CUDA runtime have no
+    // preconditions. The environment variables that name other files are trusted input.
     unsafe { Native::open(Some(name), flags) }.map(Into::into)
 }
 
-/// The default search of Windows includes the current directory; this one does not.
+/// Opens a library without a search of the current directory, which is part of the default search
+/// of Windows.
 #[cfg(windows)]
 fn open_library(name: &Path, _in_process: bool) -> Result<Library, libloading::Error> {
     use libloading::os::windows::{
@@ -254,8 +265,9 @@ fn open_library(name: &Path, _in_process: bool) -> Result<Library, libloading::E
     unsafe { Native::load_with_flags(name, flags) }.map(Into::into)
 }
 
-/// Files in this process whose name is that of a CUDA runtime. A wheel may carry it under a hashed
-/// name, so names are compared by their beginning; opening one again gives the copy that is there.
+/// The CUDA runtimes that this process has already loaded.
+///
+/// A wheel may contain a runtime under a hashed name, so only the beginning of the name counts.
 #[cfg(target_os = "linux")]
 fn loaded_in_process() -> Vec<PathBuf> {
     use std::ffi::{CStr, OsStr, c_int, c_void};
@@ -266,12 +278,12 @@ fn loaded_in_process() -> Vec<PathBuf> {
         _size: usize,
         found: *mut c_void,
     ) -> c_int {
-        // SAFETY: `dl_iterate_phdr` passes a record that is valid for the length of the call.
+        // SAFETY: `dl_iterate_phdr` passes a record that is valid during the callback.
         let info = unsafe { &*info };
-        // SAFETY: this is the vector below, which nobody else borrows during the call.
+        // SAFETY: `found` is the vector below, and nothing else borrows it during the call.
         let found = unsafe { &mut *found.cast::<Vec<PathBuf>>() };
         if !info.dlpi_name.is_null() {
-            // SAFETY: not null, and a NUL-terminated string for the length of the call.
+            // SAFETY: the name is not null, and is NUL-terminated and valid during the callback.
             let name = unsafe { CStr::from_ptr(info.dlpi_name) };
             let path = Path::new(OsStr::from_bytes(name.to_bytes()));
             let file = path.file_name().map(OsStr::as_bytes).unwrap_or_default();
@@ -305,7 +317,7 @@ mod tests {
         }
     }
 
-    /// A folder with empty files at the given places.
+    /// A new folder with files at the given paths. None of them is a library.
     fn folder(test: &str, files: &[&str]) -> PathBuf {
         let root = env::temp_dir().join(format!("cudart-sys-{test}-{}", std::process::id()));
         for file in files {
@@ -317,25 +329,25 @@ mod tests {
     }
 
     #[test]
-    fn a_demanded_library_is_the_only_candidate() {
-        let demanded = Path::new("/some/where/libcudart.so.13");
+    fn a_named_library_is_the_only_candidate() {
+        let named = Path::new("/some/where/libcudart.so.13");
         let list = candidates(
-            environment(&[("CUDART_LIBRARY", demanded), ("CUDA_HOME", Path::new("/x"))]),
+            environment(&[("CUDART_LIBRARY", named), ("CUDA_HOME", Path::new("/x"))]),
             &["/in/process/libcudart.so.13".into()],
         );
-        assert_eq!(list, [Candidate::Demanded(demanded.into())]);
+        assert_eq!(list, [Candidate::Named(named.into())]);
     }
 
     #[test]
-    fn an_empty_demand_is_refused_and_nothing_else_is_tried() {
+    fn an_empty_variable_is_an_error_and_ends_the_search() {
         let list = candidates(environment(&[("CUDART_LIBRARY", Path::new(""))]), &[]);
         let error = load(list).unwrap_err();
         assert_eq!(error.tried(), ["CUDART_LIBRARY is set but empty"]);
     }
 
     #[test]
-    fn a_demanded_library_that_is_absent_or_no_library_is_an_error_that_names_it() {
-        let root = folder("demanded", &["libcudart.so.13"]);
+    fn a_named_library_that_is_missing_or_invalid_is_an_error_that_names_it() {
+        let root = folder("named", &["libcudart.so.13"]);
         for (file, why) in [("nothing-here.so", "No such file"), ("libcudart.so.13", "too short")] {
             let path = root.join(file);
             let error =
@@ -343,7 +355,7 @@ mod tests {
             assert_eq!(error.tried().len(), 1, "{error}");
             let named = format!("CUDART_LIBRARY={}: ", path.display());
             assert!(error.tried()[0].starts_with(&named), "{error}");
-            // In the words of Linux's loader.
+            // The texts are those of Linux's loader.
             assert!(!cfg!(target_os = "linux") || error.to_string().contains(why), "{error}");
         }
         fs::remove_dir_all(root).unwrap();
@@ -352,8 +364,8 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn a_library_that_is_no_runtime_says_so() {
-        let error = load(vec![Candidate::Demanded("libc.so.6".into())]).unwrap_err();
-        assert!(error.to_string().contains("no CUDA runtime: it has no cuda"), "{error}");
+        let error = load(vec![Candidate::Named("libc.so.6".into())]).unwrap_err();
+        assert!(error.to_string().contains("not a CUDA runtime: cuda"), "{error}");
     }
 
     #[test]
@@ -382,7 +394,7 @@ mod tests {
             .iter()
             .filter(|candidate| match candidate {
                 Candidate::File(path) => path.starts_with(&root),
-                Candidate::Refused(_) => false,
+                Candidate::Skipped(_) => false,
                 _ => true,
             })
             .collect();
@@ -404,28 +416,28 @@ mod tests {
         fs::remove_dir_all(root).unwrap();
     }
 
-    /// What the search says of places below a folder of a test's own, in which it finds no runtime.
-    fn refused(root: &Path, variables: &[(&str, &Path)]) -> Vec<String> {
+    /// The skipped entries of a search, limited to variables and to files below `root`.
+    fn skipped(root: &Path, variables: &[(&str, &Path)]) -> Vec<String> {
         let list = candidates(environment(variables), &[]).into_iter();
-        let refused = list.filter_map(|candidate| match candidate {
-            Candidate::Refused(why) => Some(why),
+        let skipped = list.filter_map(|candidate| match candidate {
+            Candidate::Skipped(why) => Some(why),
             _ => None,
         });
-        // Of the machine's own toolkits nothing is known.
+        // The machine may have toolkits of its own.
         let ours =
-            refused.filter(|why| why.contains(" is ") || why.contains(root.to_str().unwrap()));
+            skipped.filter(|why| why.contains(" is ") || why.contains(root.to_str().unwrap()));
         ours.map(|why| why.replace(root.to_str().unwrap(), "ROOT")).collect()
     }
 
     #[test]
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-    fn every_variable_and_every_folder_that_gives_nothing_is_named() {
+    fn every_variable_and_every_folder_without_a_runtime_is_listed() {
         let root = folder(
             "nothing",
             &["path/lib/README", "venv/lib/python3.12/site-packages/nvidia/cu13/lib/README"],
         );
         assert_eq!(
-            refused(
+            skipped(
                 &root,
                 &[
                     ("CUDA_HOME", Path::new("")),
@@ -446,14 +458,14 @@ mod tests {
         );
         fs::remove_dir_all(&root).unwrap();
         let unset = ["CUDART_LIBRARY", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"];
-        assert_eq!(refused(&root, &[]), unset.map(|name| format!("{name} is not set")));
+        assert_eq!(skipped(&root, &[]), unset.map(|name| format!("{name} is not set")));
     }
 
     #[test]
     #[cfg(target_os = "linux")]
-    fn every_file_that_is_refused_is_named_with_the_reason() {
+    fn every_skipped_file_is_listed_with_the_reason() {
         let root = folder(
-            "refused",
+            "skipped",
             &[
                 "home/lib64/libcudart.so.11.0",
                 "home/lib64/libcudart.so.11.8.89",
@@ -461,7 +473,7 @@ mod tests {
                 "home/lib64/libcudart_static.a",
                 "home/lib/libcudart.so",
                 "path/lib64/libcudart.so.12.4.127",
-                // Beside one that is opened, its other names say nothing, and other versions do.
+                // A folder with a usable name. Only other major versions are listed.
                 "venv/lib/libcudart.so",
                 "venv/lib/libcudart.so.12",
                 "venv/lib/libcudart.so.12.4.127",
@@ -469,7 +481,7 @@ mod tests {
             ],
         );
         std::os::unix::fs::symlink("nowhere", root.join("path/lib64/libcudart.so.13")).unwrap();
-        let named = refused(
+        let named = skipped(
             &root,
             &[
                 ("CUDA_HOME", &root.join("home")),
@@ -485,9 +497,8 @@ mod tests {
                 "ROOT/home/lib64/libcudart.so.10.2: CUDA 10, need 12 or 13",
                 "ROOT/home/lib64/libcudart.so.11.0: CUDA 11, need 12 or 13",
                 "ROOT/home/lib: libcudart.so without a version",
-                "ROOT/path/lib64/libcudart.so.12.4.127: its name is none of libcudart.so.13, \
-                 libcudart.so.12",
-                "ROOT/path/lib64/libcudart.so.13: a link to nothing",
+                "ROOT/path/lib64/libcudart.so.12.4.127: not named libcudart.so.13 or libcudart.so.12",
+                "ROOT/path/lib64/libcudart.so.13: a broken link",
                 "ROOT/venv/lib/libcudart.so.11.0: CUDA 11, need 12 or 13",
             ]
         );
@@ -495,12 +506,12 @@ mod tests {
     }
 
     #[test]
-    fn a_relative_root_is_refused_by_name() {
+    fn a_relative_root_is_skipped_by_name() {
         let list = candidates(environment(&[("CUDA_HOME", Path::new("cuda"))]), &[]);
-        let refused = list.iter().any(|candidate| {
-            matches!(candidate, Candidate::Refused(why) if why.contains("CUDA_HOME=cuda"))
+        let skipped = list.iter().any(|candidate| {
+            matches!(candidate, Candidate::Skipped(why) if why.contains("CUDA_HOME=cuda"))
         });
-        assert!(refused, "{list:?}");
+        assert!(skipped, "{list:?}");
     }
 
     #[test]
@@ -516,17 +527,17 @@ mod tests {
         ] {
             let (home, venv) = (Path::new("/home"), Path::new("/venv"));
             let variables = [("CUDA_HOME", home), ("VIRTUAL_ENV", venv)];
-            let found: Vec<Place> =
-                places::places(environment(&variables), target).into_iter().flatten().collect();
+            let found: Vec<SearchRoot> =
+                search_roots(environment(&variables), target).into_iter().flatten().collect();
             let directories: Vec<PathBuf> = found
                 .iter()
-                .flat_map(|place| place.folders.iter().map(|folder| place.root.join(folder)))
+                .flat_map(|root| root.folders.iter().map(|folder| root.root.join(folder)))
                 .collect();
             let roots = ["/home", "/usr/local/cuda", "/opt/cuda", "/venv"].map(Path::new);
             let mut expected: Vec<PathBuf> =
                 roots.iter().flat_map(|root| subs.iter().map(|sub| root.join(sub))).collect();
             if target.0 == "windows" {
-                // Elsewhere these depend on the Pythons that are there.
+                // On other systems these folders depend on the installed Pythons.
                 let packages = Path::new("/venv/Lib/site-packages/nvidia");
                 expected
                     .extend(["cu13/bin/x86_64", "cuda_runtime/bin"].map(|sub| packages.join(sub)));

@@ -1,20 +1,17 @@
-//! The CUDA runtime of this process: one that was loaded, or the one that is linked (feature `static`).
+//! A usable CUDA runtime, and the error if there is none.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use crate::bindings::{Functions, cudaError};
-#[cfg(not(feature = "static"))]
-use crate::loader::find;
 
 /// Major versions whose functions have the signatures in the bindings, newest first.
 pub(crate) const MAJORS: [i32; 2] = [13, 12];
 
-/// What is said of a runtime of another major version.
+/// The end of the error text for another major version.
 pub(crate) const NEED: &str = "need 12 or 13";
 
-/// A version as people write it: `12.8` for 12080.
+/// A version in CUDA's encoding. Displays 12080 as `12.8`.
 pub(crate) struct Version(pub(crate) i32);
 
 impl fmt::Display for Version {
@@ -42,13 +39,14 @@ pub struct Runtime {
 }
 
 impl Runtime {
-    /// The runtime of these functions, or why it cannot be used.
+    /// Checks that these functions are those of a supported runtime.
     pub(crate) fn of(functions: Functions, path: PathBuf) -> Result<Runtime, String> {
         let get_version = functions
             .cudaRuntimeGetVersion
-            .ok_or("it is no CUDA runtime: it has no cudaRuntimeGetVersion")?;
+            .ok_or("not a CUDA runtime: cudaRuntimeGetVersion is missing")?;
         let mut version = 0;
-        // SAFETY: `version` is a valid place for an int, and the function needs neither driver nor device.
+        // SAFETY: `version` is valid for a write of an int. The function needs no driver and no
+        // device.
         let status = unsafe { get_version(&mut version) };
         if status != cudaError::cudaSuccess {
             return Err(format!("cudaRuntimeGetVersion returned {}", status.0));
@@ -59,13 +57,13 @@ impl Runtime {
         Ok(Runtime { functions, path, version, passed_over: Vec::new() })
     }
 
-    /// This runtime, for which the search passed over all these.
+    /// Adds the lines for [`passed_over`](Runtime::passed_over).
     #[cfg(not(feature = "static"))]
     pub(crate) fn instead_of(self, passed_over: Vec<String>) -> Runtime {
         Runtime { passed_over, ..self }
     }
 
-    /// The version as CUDA writes it: 13000 for 13.0, 12080 for 12.8.
+    /// The version in CUDA's encoding: 13000 is 13.0, and 12080 is 12.8.
     ///
     /// ```
     /// if let Ok(runtime) = cudart_sys::runtime() {
@@ -77,11 +75,13 @@ impl Runtime {
         self.version
     }
 
-    /// The file it was loaded from, or the name that the system's loader resolved; `libcudart_static.a`
-    /// where it is linked.
+    /// The file that the runtime was loaded from.
+    ///
+    /// This is a bare file name if the system's loader resolved it. A linked runtime has the path
+    /// `libcudart_static.a`.
     ///
     /// ```
-    /// // Which of several runtimes on the machine it is.
+    /// // A machine may have several runtimes. Print the one in use.
     /// if let Ok(runtime) = cudart_sys::runtime() {
     ///     println!("{}", runtime.path().display());
     /// }
@@ -102,17 +102,20 @@ impl Runtime {
         self.functions.absent()
     }
 
-    /// The places of the search that were passed over for this runtime: one line each, with the
-    /// reason.
+    /// The candidates that the search passed over, one line each with the reason.
     ///
-    /// A runtime is passed over if the driver is of an older major version, or if the runtime lacks
-    /// functions that every supported version has. If no other one is found, the first of those is
-    /// taken all the same, since its calls say what is wrong.
+    /// A runtime is passed over for one of two reasons:
+    ///
+    /// - Its major version is newer than the driver's.
+    /// - It lacks functions that every supported version has.
+    ///
+    /// If the search finds no better one, it takes the first of these. Their calls then return the
+    /// error that explains the problem.
     ///
     /// ```
     /// if let Ok(runtime) = cudart_sys::runtime() {
     ///     for line in runtime.passed_over() {
-    ///         println!("not {line}"); // CUDA 13.0 is too new for the driver, say
+    ///         println!("not {line}"); // for example: CUDA 13.0 is too new for the driver
     ///     }
     /// }
     /// ```
@@ -125,17 +128,18 @@ impl fmt::Debug for Runtime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Runtime")
             .field("path", &self.path)
-            .field("version", &self.version)
+            .field("version", &format_args!("{}", Version(self.version)))
+            .field("absent", &self.absent())
             .field("passed_over", &self.passed_over)
-            .finish_non_exhaustive()
+            .finish()
     }
 }
 
-/// Why there is no runtime: every place that was tried, and what it answered.
+/// The error of a process without a CUDA runtime. Lists every candidate with its error.
 ///
 /// ```
 /// if let Err(error) = cudart_sys::runtime() {
-///     // As many lines as places: for a message to whoever set the machine up.
+///     // The text has a part for each candidate. It tells an administrator what to fix.
 ///     eprintln!("{error}");
 ///     assert!(!error.tried().is_empty());
 /// }
@@ -150,12 +154,12 @@ impl LoadError {
         LoadError { tried }
     }
 
-    /// One line for each place, in the order of the search.
+    /// One line for each candidate, in search order.
     ///
     /// ```
     /// if let Err(error) = cudart_sys::runtime() {
     ///     let missing = error.tried().iter().filter(|line| line.contains("No such file")).count();
-    ///     println!("{missing} of {} places have no such file", error.tried().len());
+    ///     println!("{missing} of {} candidates do not exist", error.tried().len());
     /// }
     /// ```
     pub fn tried(&self) -> &[String] {
@@ -170,29 +174,3 @@ impl fmt::Display for LoadError {
 }
 
 impl std::error::Error for LoadError {}
-
-/// The process's CUDA runtime, loaded by the first call. Success and failure are both final.
-///
-/// ```
-/// match cudart_sys::runtime() {
-///     Ok(runtime) => println!("{}: CUDA {}", runtime.path().display(), runtime.version()),
-///     Err(error) => println!("{error}"),
-/// }
-/// ```
-pub fn runtime() -> Result<&'static Runtime, &'static LoadError> {
-    static RUNTIME: OnceLock<Result<Runtime, LoadError>> = OnceLock::new();
-    RUNTIME.get_or_init(find).as_ref()
-}
-
-/// The runtime that is part of this program.
-#[cfg(feature = "static")]
-fn find() -> Result<Runtime, LoadError> {
-    let archive = "libcudart_static.a";
-    Runtime::of(Functions::linked(), archive.into())
-        .map_err(|why| LoadError::of(vec![format!("linked: {archive}: {why}")]))
-}
-
-#[inline]
-pub(crate) fn functions() -> Option<&'static Functions> {
-    runtime().ok().map(|runtime| &runtime.functions)
-}

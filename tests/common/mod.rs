@@ -1,4 +1,4 @@
-//! What the tests share: which devices there are, gates that hold a stream, and raw looks at device memory.
+//! The tests' shared code: devices, gates that hold a stream, and raw access to device memory.
 
 #![allow(dead_code)]
 
@@ -18,7 +18,7 @@ pub use runtime::*;
 
 const SUCCESS: sys::cudaError_t = sys::cudaError::cudaSuccess;
 
-/// The CPU, and the first CUDA device where there is one.
+/// The CPU, and the first CUDA device if there is one.
 pub fn devices() -> Vec<Device> {
     match Device::auto() {
         Device::Cpu => vec![Device::Cpu],
@@ -26,9 +26,10 @@ pub fn devices() -> Vec<Device> {
     }
 }
 
-/// The first CUDA device, and this thread's turn on it; where there is none, says what is left out.
+/// The first CUDA device, and this thread's turn on it. Prints that the test is left out if there
+/// is no device.
 pub fn cuda(test: &str) -> Option<(Device, MutexGuard<'static, ()>)> {
-    // First: also what is asked here is a call, where the one whose turn it is counts them or makes one fail.
+    // The turn comes first. The next line makes calls, too, and another test may be counting calls.
     let turn = turn();
     match Device::auto() {
         Device::Cpu => {
@@ -39,14 +40,14 @@ pub fn cuda(test: &str) -> Option<(Device, MutexGuard<'static, ()>)> {
     }
 }
 
-/// Tests that hold streams take turns: a held stream makes `cudaFree` wait in every thread.
+/// Tests that hold streams take turns, since a held stream makes `cudaFree` wait in every thread.
 pub fn turn() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(|poison| poison.into_inner())
 }
 
-/// `gate` holds its stream until the word at `flag` is not 0, for 20 seconds at most; `store` writes
-/// `value` to `count` words.
+/// Two kernels. `gate` holds its stream until the word at `flag` is not 0, but at most for 20
+/// seconds. `store` writes `value` to `count` words.
 static KERNELS: &CStr = c"
 .version 8.0
 .target sm_75
@@ -109,7 +110,7 @@ unsafe impl Sync for Kernels {}
 fn entry<F>(name: &CStr) -> F {
     let mut address = ptr::null_mut();
     let mut found = sys::cudaDriverEntryPointQueryResult(0);
-    // SAFETY: the places are valid.
+    // SAFETY: all pointers are valid.
     let mut status = unsafe {
         sys::cudaGetDriverEntryPointByVersion(name.as_ptr(), &mut address, 12000, 0, &mut found)
     };
@@ -153,12 +154,12 @@ fn load_kernels() -> Kernels {
     Kernels { gate: function(c"gate"), store: function(c"store") }
 }
 
-/// Whether the device's primary context exists.
+/// True if the device's primary context exists.
 pub fn has_context(device: i32) -> bool {
     type GetState = unsafe extern "C" fn(i32, *mut u32, *mut i32) -> sys::CUresult;
     let get_state: GetState = entry(c"cuDevicePrimaryCtxGetState");
     let (mut flags, mut active) = (0, 0);
-    // SAFETY: the places are valid.
+    // SAFETY: all pointers are valid.
     let status = unsafe { get_state(device, &mut flags, &mut active) };
     assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
     active != 0
@@ -176,7 +177,7 @@ pub fn use_device(ordinal: i32) {
 fn launch(function: sys::CUfunction, blocks: u32, parameters: &mut [*mut c_void], stream: &Stream) {
     let launch: sys::PFN_cuLaunchKernel_v4000 = entry(c"cuLaunchKernel");
     let (launch, parameters) = (launch.unwrap(), parameters.as_mut_ptr());
-    // SAFETY: the callers pass the parameters of the kernel, and its context is current.
+    // SAFETY: the callers pass the parameters of the kernel. Its context is current.
     let status = unsafe {
         let raw = stream.as_raw();
         launch(function, blocks, 1, 1, 128, 1, 1, 0, raw, parameters, ptr::null_mut())
@@ -193,12 +194,12 @@ pub fn store(to: *mut u32, count: usize, value: u32, stream: &Stream) {
     launch(kernels.store, 64, parameters, stream);
 }
 
-/// Sends a kernel that breaks the context: it writes where there is no memory.
+/// Enqueues a kernel that breaks the context by writing to an invalid address.
 pub fn break_context(stream: &Stream) {
     store(ptr::without_provenance_mut(0x10), 4, 1, stream);
 }
 
-/// As [`store`], on a stream of any device, which is this thread's current one from now on.
+/// The same as [`store`], on a stream of any device. Makes that device current.
 pub fn store_on(ordinal: i32, to: *mut u32, count: usize, value: u32, stream: &Stream) {
     use_device(ordinal);
     let (mut to, mut count, mut value) = (to, count as u64, value);
@@ -206,14 +207,14 @@ pub fn store_on(ordinal: i32, to: *mut u32, count: usize, value: u32, stream: &S
     launch(load_kernels().store, 64, parameters, stream);
 }
 
-/// Breaks the context of any device, which is this thread's current one from now on.
+/// Breaks the context of any device. Makes that device current.
 pub fn break_device(ordinal: i32) {
     let stream = Stream::new(Device::Cuda(ordinal as u32)).unwrap();
     store_on(ordinal, ptr::without_provenance_mut(0x10), 4, 1, &stream);
     assert!(stream.synchronize().is_err());
 }
 
-/// Holds a stream: what is sent to it after the gate waits until the gate is opened.
+/// A gate on a stream. Later work of the stream waits until the gate opens.
 pub struct Gate(&'static AtomicU32);
 
 impl Gate {
@@ -221,9 +222,10 @@ impl Gate {
     pub fn close(stream: &Stream) -> Gate {
         let kernels = kernels();
         let mut flag: *mut c_void = ptr::null_mut();
-        // SAFETY: a valid place; the page is never freed, since a kernel may look at it.
+        // SAFETY: the pointer is valid for a write. The page is never freed, since a kernel may
+        // read it.
         assert_eq!(unsafe { sys::cudaHostAlloc(&mut flag, 4096, 3) }, SUCCESS);
-        // SAFETY: aligned, large enough, and never freed.
+        // SAFETY: the word is aligned, large enough, and never freed.
         let word = unsafe { &*flag.cast::<AtomicU32>() };
         word.store(0, Ordering::SeqCst);
         launch_single(kernels.gate, flag, stream);
@@ -238,11 +240,10 @@ impl Gate {
         self.0.load(Ordering::SeqCst) != 0
     }
 
-    /// Runs `action` with the gate closed. The gate opens when the action has returned, or when it
-    /// has waited for `patience`; the answer says whether it returned before that.
+    /// Runs `action` with the gate closed, and returns whether it finished before the gate opened.
     ///
-    /// An action that must wait and does not has thus done its harm before what it should have waited
-    /// for begins, every time.
+    /// The gate opens when the action has returned, or after `patience`. An action that fails to
+    /// wait thus does its harm before the held work begins, every time.
     pub fn during<R>(&self, patience: Duration, action: impl FnOnce() -> R) -> (R, bool) {
         let returned = AtomicBool::new(false);
         let result = thread::scope(|scope| {
@@ -256,14 +257,14 @@ impl Gate {
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action));
             let before = !self.is_open();
             returned.store(true, Ordering::SeqCst);
-            // Joined, not only waited for: ThreadSanitizer sees the one and not the other.
+            // ThreadSanitizer understands a join, but not the flag.
             opener.join().unwrap();
             result.map(|result| (result, before))
         });
         result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
-    /// Runs an action that has to wait for the gate.
+    /// Runs an action that must wait for the gate.
     pub fn waits<R>(&self, action: impl FnOnce() -> R) -> R {
         self.during(Duration::from_millis(100), action).0
     }
@@ -324,7 +325,7 @@ fn look(device: Device, from: *const u8, seen: &mut [u8]) {
     }
 }
 
-/// Device memory of the test's own.
+/// Device memory that belongs to a test.
 pub struct Foreign {
     address: *mut u32,
     count: usize,
@@ -334,7 +335,7 @@ impl Foreign {
     pub fn new(count: usize, value: u8) -> Foreign {
         let mut address = ptr::null_mut();
         use_first_device();
-        // SAFETY: a valid place.
+        // SAFETY: the pointer is valid for a write.
         assert_eq!(unsafe { sys::cudaMalloc(&mut address, count * 4) }, SUCCESS);
         // SAFETY: just allocated.
         let status = unsafe { sys::cudaMemset(address, value.into(), count * 4) };
@@ -360,7 +361,7 @@ impl Drop for Foreign {
     }
 }
 
-/// Never drops a value, as `mem::forget`, but keeps its address, so that a leak detector takes it for wanted.
+/// Never drops a value, like `mem::forget`. Keeps its address, so that leak detectors ignore it.
 pub fn forget<T: 'static>(value: T) {
     static FORGOTTEN: Mutex<Vec<usize>> = Mutex::new(Vec::new());
     let kept = Box::into_raw(Box::new(std::mem::ManuallyDrop::new(value)));
@@ -371,7 +372,7 @@ pub fn forget<T: 'static>(value: T) {
 #[track_caller]
 pub fn all(words: &[u32], value: u32) {
     let Some(first) = words.first() else { return };
-    // Each is compared with the next, in one call: a sanitizer does not look at every word by itself.
+    // One call compares all neighbours. Sanitizers would check a loop word by word.
     if *first != value || words[1..] != words[..words.len() - 1] {
         let at = words.iter().position(|word| *word != value).unwrap();
         panic!("word {at} of {} is {:#x}, not {value:#x}", words.len(), words[at]);
@@ -389,26 +390,26 @@ pub fn begin_capture(stream: &Stream) {
 /// Ends a capture that must still be valid.
 pub fn end_capture(stream: &Stream) {
     let mut graph = ptr::null_mut();
-    // SAFETY: the stream is live, the place valid.
+    // SAFETY: the stream is live, and the pointer is valid for a write.
     let status = unsafe { sys::cudaStreamEndCapture(stream.as_raw(), &mut graph) };
     assert_eq!(status, SUCCESS);
     // SAFETY: the capture made it.
     assert_eq!(unsafe { sys::cudaGraphDestroy(graph) }, SUCCESS);
 }
 
-/// Runs in a forked child, which must end well.
+/// Runs `action` in a forked child, which must succeed.
 #[cfg(target_os = "linux")]
 pub fn in_child(action: impl FnOnce()) {
-    // SAFETY: the child calls nothing that another thread of the parent could have left half done,
-    // but the allocator, which takes care of itself.
+    // SAFETY: the child calls nothing that another thread of the parent could have left half done.
+    // The allocator protects itself.
     let child = unsafe { libc::fork() };
     if child == 0 {
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(action));
-        // SAFETY: ends the child at once, without the parent's exit handlers.
+        // SAFETY: the call ends the child at once, without exit handlers of the parent.
         unsafe { libc::_exit(outcome.is_err().into()) };
     }
     let mut status = -1;
-    // SAFETY: the child is ours, the place valid.
+    // SAFETY: the child belongs to this process, and the pointer is valid for a write.
     assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
     assert_eq!(status, 0, "the child failed");
 }

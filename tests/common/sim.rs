@@ -1,4 +1,4 @@
-//! The simulated runtime's controls.
+//! The controls of the simulated runtime.
 
 use std::ffi::{CStr, CString, c_char};
 use std::sync::MutexGuard;
@@ -10,7 +10,7 @@ use cpu_gpu_buffer::{CpuGpuBuffer, Device};
 /// A function of the simulation's, in the copy of it that the loader loaded.
 fn function<F>(name: &CStr) -> F {
     let library = CString::new(std::env::var("CUDART_LIBRARY").unwrap()).unwrap();
-    // SAFETY: a NUL-terminated name; nothing is loaded that was not.
+    // SAFETY: the name is NUL-terminated. The flags load no new library.
     let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
     assert!(!handle.is_null(), "the simulated runtime is not loaded yet");
     // SAFETY: the library is never unloaded.
@@ -20,12 +20,13 @@ fn function<F>(name: &CStr) -> F {
     unsafe { std::mem::transmute_copy(&address) }
 }
 
-/// Counts calls from 0 again, and makes none fail.
+/// Starts counting at 0, and ends all faults.
 pub fn reset() {
     function::<extern "C" fn()>(c"cudart_sim_reset")();
 }
 
-/// Makes the call of this number fail, counted from the reset: once or for ever, with or without its effect.
+/// Makes a call fail. `number` counts from the last reset, `once` limits the fault to one call, and
+/// `effect` lets the call do its work.
 pub fn fail(number: u64, code: u32, once: bool, effect: bool) {
     type Fail = unsafe extern "C" fn(*const c_char, u64, u32, bool, bool);
     // SAFETY: null stands for every function.
@@ -44,29 +45,29 @@ pub fn fail_call(name: &CStr, number: u64, code: u32, once: bool, effect: bool) 
     unsafe { function::<Fail>(c"cudart_sim_fail")(name.as_ptr(), number, code, once, effect) };
 }
 
-/// Breaks the context at the call of this number, counted from the reset: that call and every later one on the
-/// device answers `code`.
+/// Breaks the context at a call, whose number counts from the last reset. That call and all later
+/// ones on the device return `code`.
 pub fn break_at(number: u64, code: u32) {
     type Break = unsafe extern "C" fn(*const c_char, u64, u32);
     // SAFETY: null stands for every function.
     unsafe { function::<Break>(c"cudart_sim_break")(std::ptr::null(), number, code) };
 }
 
-/// Makes no call fail any more, and broken contexts work again.
+/// Ends all faults and repairs broken contexts.
 pub fn heal() {
     function::<extern "C" fn()>(c"cudart_sim_heal")();
 }
 
-/// The host memory that is pinned now is nobody's any more, and [`heal`] looks at it no more.
+/// Excludes the memory that is pinned now from the checks of [`heal`].
 pub fn leave_behind() {
     function::<extern "C" fn()>(c"cudart_sim_leave_behind")();
 }
 
-/// A call that is held back at its beginning, before it has done anything.
+/// A call that is held at its beginning, before it has any effect.
 pub struct Held(());
 
 impl Held {
-    /// Holds back the next call of a function, of whatever thread.
+    /// Holds the next call of a function, in any thread.
     pub fn next(name: &CStr) -> Held {
         type Hold = unsafe extern "C" fn(*const c_char);
         // SAFETY: a NUL-terminated name.
@@ -74,7 +75,7 @@ impl Held {
         Held(())
     }
 
-    /// Waits until the call has come.
+    /// Waits until the call begins.
     pub fn wait(&self) {
         let is_held: extern "C" fn() -> bool = function(c"cudart_sim_is_held");
         let start = Instant::now();
@@ -110,19 +111,19 @@ pub fn injected() -> u64 {
     function::<extern "C" fn() -> u64>(c"cudart_sim_injected")()
 }
 
-/// The calls that were to give something back and were made to fail, or met a broken context, and so left it
+/// The number of releases that a test made fail, or that found a broken context. Their memory stays
 /// behind.
 pub fn injected_releases() -> u64 {
     function::<extern "C" fn() -> u64>(c"cudart_sim_injected_releases")()
 }
 
-/// Device allocations, pinned pieces, streams, events and graphs that live.
+/// The numbers of live device allocations, pinned ranges, streams, events and graphs.
 pub fn live() -> [i64; 5] {
     let live: extern "C" fn(usize) -> i64 = function(c"cudart_sim_live");
     [0, 1, 2, 3, 4].map(|kind| live(kind))
 }
 
-/// What is pinned now, in bytes.
+/// The number of pinned bytes.
 pub fn pinned_bytes() -> usize {
     function::<extern "C" fn() -> usize>(c"cudart_sim_pinned_bytes")()
 }
@@ -140,13 +141,14 @@ pub fn limit_device(bytes: usize) {
     function::<extern "C" fn(usize)>(c"cudart_sim_limit_device")(bytes);
 }
 
-/// Limits of memory. There is enough again, and nothing fails any more, however the test ends.
+/// Limits of memory. Dropping the value removes all limits and faults.
 pub struct Limits {
     _turn: MutexGuard<'static, ()>,
 }
 
 impl Limits {
-    /// `None` where only the simulated runtime can run out of memory when it is told to.
+    /// Takes the turn of the first device. `None` except on the simulated runtime, since only that
+    /// can run out of memory on request.
     pub fn of(test: &str) -> Option<(Device, Limits)> {
         let (device, turn) = super::cuda(test)?;
         if !super::is_simulated() {
@@ -158,17 +160,17 @@ impl Limits {
         Some((device, Limits { _turn: turn }))
     }
 
-    /// No more than this many bytes can be pinned beside what is pinned now.
+    /// Limits further pinning to this many bytes.
     pub fn pin(&self, bytes: usize) {
         limit_pinned(pinned_bytes() + bytes);
     }
 
-    /// No more than this many bytes can be registered at once.
+    /// Limits a single registration to this many bytes.
     pub fn register(&self, bytes: usize) {
         limit_registration(bytes);
     }
 
-    /// No more than this many bytes of the first device can be allocated beside what is now.
+    /// Limits further allocations on the first device to this many bytes.
     pub fn allocate(&self, bytes: usize, device: Device) {
         let memory = device.memory().unwrap();
         limit_device(memory.total - memory.free + bytes);

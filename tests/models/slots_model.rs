@@ -1,8 +1,9 @@
-//! The slots of a pool, model-checked: loom runs the shipped `src/slots/mod.rs` through every interleaving that
-//! matters, and the same models fail when an ordering or a step is broken.
+//! Model checks of the slots of a pool.
 //!
-//! What a slot holds is a cell of loom's, which fails when two threads touch it without an order between them.
-//! That is the whole of what a pool promises: one holder at a time, who sees what the last one did.
+//! loom runs the shipped `src/slots/mod.rs` through every relevant interleaving. The same models fail if
+//! an ordering or a step is broken. The content of a slot is one of loom's cells, which fails if two
+//! threads access it without an order. This covers the whole promise of a pool: there is one holder
+//! at a time, and it sees the writes of the previous one.
 
 #![allow(dead_code)]
 

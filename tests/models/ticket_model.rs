@@ -1,8 +1,8 @@
-//! The order of copy, ticket and event, model-checked: loom runs the shipped `src/stream/ticket.rs` through every
-//! interleaving that matters, and the same models fail when the order or a memory ordering is broken.
+//! Model checks of the order between copy, ticket and event.
 //!
-//! The model of CUDA is as weak as the proof allows: what one thread enqueues is visible to another
-//! only as far as the tickets' own orderings carry it.
+//! loom runs the shipped `src/stream/ticket.rs` through every relevant interleaving. The same models fail
+//! if the order or a memory ordering is broken. The model of CUDA is as weak as the proof allows.
+//! Work that one thread enqueues becomes visible to another only through the tickets' own orderings.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 

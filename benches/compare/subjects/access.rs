@@ -1,5 +1,7 @@
-//! What it costs to get at the host side: of an idle buffer, of one whose copy has finished without anybody having
-//! asked, and of one in flight. Beside it, what others ask then.
+//! The cost of accessing the host side.
+//!
+//! The buffer is idle, or its copy has finished unnoticed, or its copy is in flight. The contenders
+//! are the queries that other programs make instead.
 
 use std::hint::black_box;
 
@@ -69,7 +71,7 @@ fn idle(setup: &Setup, run: &mut Run, case: &str) {
     compare(run, setup.rounds(100), ("access", case, BYTES), "ns", contenders);
 }
 
-/// Many buffers whose copies have finished; each is asked once.
+/// Accesses many buffers once each, after their copies have finished.
 fn unasked(setup: &Setup, run: &mut Run) {
     let stream = Stream::new(setup.device).unwrap();
     let mut buffers: Vec<_> = (0..BATCH).map(|_| buffer(setup.device)).collect();
@@ -78,7 +80,7 @@ fn unasked(setup: &Setup, run: &mut Run) {
     }
     let mut contenders = vec![Named::new(OURS, || {
         buffers.iter_mut().for_each(|buffer| buffer.copy_to_gpu(.., &stream).unwrap());
-        // Not by the crate's own call, which would tell it.
+        // The raw call, since the crate's own would update the buffers' state.
         raw::synchronize(stream.as_raw());
         let mut buffers = buffers.iter_mut();
         each(BATCH, || {
@@ -107,7 +109,7 @@ fn unasked(setup: &Setup, run: &mut Run) {
     compare(run, setup.rounds(200), ("access", UNASKED, BYTES), "ns", contenders);
 }
 
-/// Behind a copy that takes long.
+/// The buffer's copy is in flight behind a long copy.
 fn in_flight(setup: &Setup, run: &mut Run) {
     const CASE: &str = "in flight";
     let long = if setup.short { 16 << 20 } else { 256 << 20 };
@@ -131,7 +133,7 @@ fn in_flight(setup: &Setup, run: &mut Run) {
         let mut all_in_flight = true;
         let cost = each(BATCH, || all_in_flight &= !finished(&mut buffer));
         stream.synchronize().unwrap();
-        // Where the copy in front was over too soon, something else was measured.
+        // A round counts only if the long copy outlasted it.
         all_in_flight.then_some(cost)
     });
     for ((name, _), spread) in contenders.iter().zip(spreads) {

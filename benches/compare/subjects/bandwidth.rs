@@ -1,4 +1,4 @@
-//! How many bytes a second copies move, in either direction and in both at once, as the device's clock sees it.
+//! The bandwidth of copies in one direction and in both, by the clock of the device.
 
 use std::hint::black_box;
 
@@ -78,15 +78,16 @@ fn job(setup: &Setup, run: &mut Run, bytes: usize) {
     }
 }
 
-/// What was written last is still in the processor's caches, more of one contender's than of another's, and is read
-/// from there more slowly: other data takes its place.
+/// Evicts recently written data from the caches of the processor.
+///
+/// Cached data is slower to copy, and some contenders would have more of it than others.
 fn displace() {
     let mut other = vec![0u8; 512 << 20];
     fastrand::fill(&mut other);
     black_box(&other);
 }
 
-/// Seconds that so many copies take on the device, or on the CPU.
+/// Seconds that the copies take on the device, or on the CPU.
 fn one_way(
     timer: &Option<Timer>,
     lane: &mut dyn Lane,

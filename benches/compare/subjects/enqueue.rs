@@ -1,4 +1,4 @@
-//! What enqueueing a copy costs the thread that does it.
+//! The cost of enqueueing a copy, for the calling thread.
 
 use super::job::{BATCH, Job};
 use crate::figures::Run;

@@ -1,5 +1,7 @@
-//! Filling device memory with elements of several sizes: how fast the device does it, and what it costs to enqueue.
-//! All contenders fill the same memory on the same stream.
+//! Fills of device memory with elements of several sizes.
+//!
+//! The subject measures the bandwidth on the device and the cost of enqueueing. All contenders fill
+//! the same memory on the same stream.
 
 use std::ffi::c_void;
 use std::mem;
@@ -17,7 +19,8 @@ use crate::setup::Setup;
 pub const MEMSET: &str = "cudaMemsetAsync";
 const MEMSET32: &str = "cuMemsetD32Async";
 const SIZES: [usize; 7] = [4 << 10, 64 << 10, 1 << 20, 16 << 20, 256 << 20, 1 << 30, 8 << 30];
-/// The largest size whose enqueueing is timed: a batch of larger ones takes the device long.
+/// The largest size whose enqueueing is timed. A batch of larger fills keeps the device busy too
+/// long.
 const ENQUEUED: usize = 1 << 20;
 
 pub fn plan(setup: &Setup) -> Vec<Job> {
@@ -45,7 +48,7 @@ fn job<E: Pod>(setup: &Setup, run: &mut Run, element: &str, value: E, bytes: usi
         return run.leave_out(format!("fill of {bytes} bytes, {element}: {why}"));
     }
     let stream = Stream::new(setup.device).unwrap();
-    // The host side is not touched, and pages that nobody touches cost nothing.
+    // Nothing touches the host side, and untouched pages cost nothing.
     let options = BufferOptions { pinning: Pinning::Never, ..Default::default() };
     let count = bytes / size_of::<E>();
     let mut buffer = CpuGpuBuffer::<E>::with_options(count, setup.device, options).unwrap();
@@ -117,36 +120,37 @@ type Memset32 = unsafe extern "C" fn(u64, u32, usize, sys::CUstream) -> sys::CUr
 fn memset32() -> Option<Memset32> {
     const _: fn(Memset32) -> sys::PFN_cuMemsetD32Async_v3020 = Some;
     let address = raw::driver_function(c"cuMemsetD32Async")?;
-    // SAFETY: the driver gave the address for this name, whose declaration has this type.
+    // SAFETY: the driver returned the address for this name, which its headers declare with this
+    // type.
     Some(unsafe { mem::transmute::<*mut c_void, Memset32>(address) })
 }
 
 impl Raw {
     fn memset(self, byte: u8) {
-        // SAFETY: a device side that is kept, on the stream that all its work is sent to.
+        // SAFETY: the device side outlives the fill. All its work is on this stream.
         unsafe { raw::memset(self.to, byte, self.bytes, self.stream) };
     }
 
     fn memset32(self, memset: Memset32, word: u32) {
-        // SAFETY: as above, and the length is a multiple of 4 where an element is a word.
+        // SAFETY: as above. The length is a multiple of 4, since the element is a word.
         let status = unsafe { memset(self.to.addr() as u64, word, self.bytes / 4, self.stream) };
         assert_eq!(status, sys::CUresult::CUDA_SUCCESS);
     }
 }
 
-/// Fills over something else, and looks at both ends and places in between.
+/// Fills over other contents, and checks both ends and random ranges in between.
 fn verify<E: Pod>(buffer: &mut CpuGpuBuffer<E>, value: E, stream: &Stream, raw: Option<Raw>) {
     if let Some(raw) = raw {
         raw.memset(0x5e);
     }
     buffer.fill_gpu(value, stream).unwrap();
     let count = buffer.numel();
-    let piece = count.min(1000);
+    let length = count.min(1000);
     let starts =
-        [0, count - piece].into_iter().chain((0..6).map(|_| fastrand::usize(..=count - piece)));
+        [0, count - length].into_iter().chain((0..6).map(|_| fastrand::usize(..=count - length)));
     for start in starts {
-        buffer.copy_to_cpu(start..start + piece, stream).unwrap();
-        let seen = &buffer.cpu().unwrap()[start..start + piece];
+        buffer.copy_to_cpu(start..start + length, stream).unwrap();
+        let seen = &buffer.cpu().unwrap()[start..start + length];
         let expected = bytemuck::bytes_of(&value);
         let mut seen = bytemuck::cast_slice::<E, u8>(seen).chunks_exact(size_of::<E>());
         assert!(seen.all(|element| element == expected), "not filled, of {count} from {start}");

@@ -1,4 +1,6 @@
-//! Sixteen small arrays that go up together, each by a prefix of a length of its own, as a step's input does.
+//! Sixteen small arrays that are uploaded together, like the inputs of one step.
+//!
+//! Each upload covers a prefix of a different length.
 
 use cpu_gpu_buffer::{
     BufferGroup, CpuGpuBuffer, Device, GroupLayoutBuilder, MemberKey, Stream, sys,
@@ -11,7 +13,7 @@ use crate::raw::{self, DeviceMemory, Pinned};
 use crate::setup::Setup;
 
 const MEMBERS: usize = 16;
-/// What an array has room for; the prefixes are half of that on average.
+/// The size of an array. The prefixes are side as long on average.
 const ROOM: usize = 16 << 10;
 /// All prefixes together.
 pub const BYTES: usize = MEMBERS * ROOM / 2;
@@ -78,16 +80,16 @@ fn job(setup: &Setup, run: &mut Run) {
 trait Bundle {
     fn name(&self) -> &'static str;
 
-    /// Enqueues the prefixes' way up.
+    /// Enqueues the uploads of all prefixes.
     fn upload(&mut self);
 
     /// Waits for the stream.
     fn finish(&mut self);
 
-    /// Writes the host sides' prefixes, one after the other.
+    /// Writes the prefixes on the host side, one after another.
     fn write(&mut self, bytes: &[u8]);
 
-    /// The device sides' prefixes, one after the other.
+    /// Reads the prefixes on the device side, one after another.
     fn read(&mut self) -> Vec<u8>;
 }
 
@@ -229,7 +231,8 @@ impl Bundle for Raw {
         let kind = sys::cudaMemcpyKind::cudaMemcpyHostToDevice;
         for (host, device, bytes) in &self.parts {
             let (to, from) = (device.as_ptr(), host.as_ptr());
-            // SAFETY: both have as many bytes, and the stream is waited for before they go.
+            // SAFETY: both pointers are valid for this many bytes. `drop` waits for the stream
+            // first.
             unsafe { raw::copy(to, from, *bytes, kind, self.stream.as_raw()) };
         }
     }

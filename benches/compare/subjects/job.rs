@@ -1,4 +1,4 @@
-//! The work of a subject.
+//! Jobs, and the comparisons that they make.
 
 use crate::figures::Run;
 use crate::measure::{Named, Spread, seconds, turns};
@@ -6,10 +6,10 @@ use crate::setup::Setup;
 
 pub type Job = Box<dyn FnOnce(&Setup, &mut Run)>;
 
-/// Calls that are timed together: few enough for the driver's queue to take them without a wait.
+/// The number of calls that are timed together. They fit into the driver's queue without a wait.
 pub const BATCH: usize = 64;
 
-/// Lets contenders take turns, and keeps what comes of it.
+/// Lets the contenders take turns, and adds their figures to the run.
 pub fn compare(
     run: &mut Run,
     rounds: usize,
@@ -23,7 +23,7 @@ pub fn compare(
     }
 }
 
-/// One way to make something; the answer is the seconds that making it took, and dropping it.
+/// A function that makes and drops something. It returns the seconds of both.
 pub type Lifecycle<'a> = (&'static str, Box<dyn Fn() -> [f64; 2] + 'a>);
 
 pub fn lifecycle<'a, V>(name: &'static str, make: impl Fn() -> V + 'a) -> Lifecycle<'a> {
@@ -35,7 +35,7 @@ pub fn lifecycle<'a, V>(name: &'static str, make: impl Fn() -> V + 'a) -> Lifecy
     (name, Box::new(life))
 }
 
-/// Lets the lifecycles take turns; the two cases are making and dropping.
+/// Lets the lifecycles take turns. The two cases are making and dropping.
 pub fn compare_lifecycles(
     run: &mut Run,
     rounds: usize,
@@ -51,7 +51,7 @@ pub fn compare_lifecycles(
     });
     for (((name, _), made), dropped) in lifecycles.iter().zip(made).zip(dropped) {
         run.add((subject, cases[0], at), name, "ms", made.expect("each round gives a sample"));
-        // Those of the warm-up came first.
+        // The first samples belong to the warm-up.
         let dropped = dropped[dropped.len() - rounds..].to_vec();
         run.add((subject, cases[1], at), name, "ms", Spread::of(dropped));
     }

@@ -1,4 +1,4 @@
-//! From the call that enqueues a copy to the first byte that may be read, or written again.
+//! The time from the call that enqueues a copy until the bytes may be read, or written again.
 
 use super::job::Job;
 use crate::figures::Run;

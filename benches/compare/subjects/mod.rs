@@ -1,4 +1,4 @@
-//! What is measured. Each subject plans its jobs, which are then done one after the other.
+//! The subjects of the benchmarks. Each plans jobs, which run one after another.
 
 pub mod access;
 mod bandwidth;

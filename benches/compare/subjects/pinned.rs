@@ -1,7 +1,8 @@
-//! Allocating zeroed pinned memory, and giving it back.
+//! Allocating and releasing zeroed pinned memory.
 //!
-//! A buffer of this crate has a device side, too, so it stands beside `cudaHostAlloc` and `cudaMalloc` together.
-//! What the others pin has no device side, and they do not promise zeroes.
+//! A buffer of this crate also has a device side. It is therefore compared with `cudaHostAlloc` and
+//! `cudaMalloc` together. The memory of the other libraries has no device side, and is not promised
+//! to be zeroed.
 
 use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
 
@@ -55,7 +56,7 @@ fn job(setup: &Setup, run: &mut Run, bytes: usize, cases: [&str; 2]) {
     verify(setup.device, bytes);
 }
 
-/// Both sides of a new buffer are zeroes, also where memory was in use before.
+/// Checks that both sides of a new buffer are zeroes, also in reused memory.
 fn verify(device: Device, bytes: usize) {
     let stream = Stream::new(device).unwrap();
     let mut buffer = CpuGpuBuffer::<u8>::new(bytes, device).unwrap();
@@ -63,8 +64,8 @@ fn verify(device: Device, bytes: usize) {
         let (front, words, end) = bytemuck::pod_align_to::<u8, u64>(bytes);
         front.iter().chain(end).all(|byte| *byte == 0) && words.iter().all(|word| *word == 0)
     };
-    assert!(zeroes(buffer.cpu().unwrap()), "a host side is not zeroed");
+    assert!(zeroes(buffer.cpu().unwrap()), "the host side is not zeroed");
     buffer.cpu_mut().unwrap().fill(1);
     buffer.copy_to_cpu(.., &stream).unwrap();
-    assert!(zeroes(buffer.cpu().unwrap()), "a device side is not zeroed");
+    assert!(zeroes(buffer.cpu().unwrap()), "the device side is not zeroed");
 }

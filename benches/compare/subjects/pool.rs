@@ -1,5 +1,7 @@
-//! What acquiring and giving back costs each thread, beside what else holds free things: crossbeam's queues, a
-//! locked stack, and a plain bitmap of one word. And what it costs to make a pool, beside as many single buffers.
+//! The cost of acquiring and releasing, for each thread.
+//!
+//! The contenders are crossbeam's queues, a stack with a lock and a bitmap of one word. A second
+//! case makes a pool, and the same number of single buffers.
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +18,7 @@ use crate::measure::Named;
 use crate::setup::Setup;
 
 pub const ACQUIRE: &str = "BufferPool::acquire";
-/// One or several things held at a time.
+/// The number of things that a thread holds at a time.
 pub const HELD: [(&str, usize); 2] = [("1 held at a time", 1), ("4 held at a time", 4)];
 
 const SLOTS: usize = 64;
@@ -33,8 +35,9 @@ pub fn plan(_setup: &Setup) -> Vec<Job> {
     contention.chain([Box::new(creation) as Job]).collect()
 }
 
-/// Nanoseconds that one thread of several spends on taking and giving back one thing, `hold` at a time, in rounds of
-/// about a time.
+/// Nanoseconds for one acquire and release, in one of several threads.
+///
+/// A thread holds `hold` things at a time. A round takes about `time`.
 fn cost<T>(
     threads: usize,
     hold: usize,
@@ -49,12 +52,12 @@ fn cost<T>(
         start.wait();
         let begin = Instant::now();
         while begin.elapsed() < time {
-            // Enough of them that the clock does not count.
+            // Many iterations between two looks at the clock.
             for _ in 0..64 {
                 while held.len() < hold {
                     match take() {
                         Some(thing) => held.push(thing),
-                        // One of the others that says so while there is one.
+                        // A contender may be empty for a moment.
                         None => std::hint::spin_loop(),
                     }
                 }
@@ -71,7 +74,7 @@ fn cost<T>(
     costs / threads as f64
 }
 
-/// One word, and where to look first.
+/// A bitmap, and the first bit to try.
 struct Bitmap {
     bits: AtomicU64,
     hint: AtomicU64,
@@ -115,7 +118,7 @@ fn contention(setup: &Setup, run: &mut Run, case: &str, hold: usize, threads: us
 
     let time = Duration::from_millis(if setup.short { 1 } else { 20 });
     let contenders = vec![
-        // An error would be told that the pool is exhausted, which it never is.
+        // Running out of buffers would be an error. The pool has enough for all threads.
         Named::new(ACQUIRE, || cost(threads, hold, time, &|| Some(pool.acquire().unwrap()), &drop)),
         Named::new("BufferPool::try_acquire", || {
             cost(threads, hold, time, &|| pool.try_acquire(), &drop)
@@ -139,7 +142,7 @@ fn contention(setup: &Setup, run: &mut Run, case: &str, hold: usize, threads: us
     assert_eq!(pool.available(), SLOTS, "slots are lost");
 }
 
-/// What it takes to make many buffers, in one pool and one by one, and to drop them.
+/// Makes and drops many buffers, in one pool and one by one.
 fn creation(setup: &Setup, run: &mut Run) {
     let device = setup.device;
     let buffers = if setup.short { 64 } else { BUFFERS };

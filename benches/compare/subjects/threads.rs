@@ -1,4 +1,5 @@
-//! What enqueueing an upload costs each of several threads at once, each with a stream and a buffer of its own.
+//! The cost of enqueueing an upload in each of several threads. Each thread has its own stream and
+//! buffer.
 
 use std::sync::Barrier;
 use std::thread;
@@ -38,7 +39,7 @@ fn round(lanes: &mut [Box<dyn Lane>]) -> f64 {
     let start = Barrier::new(lanes.len());
     let one = |lane: &mut dyn Lane| {
         lane.enter();
-        // What a thread's first calls cost is not what is asked for.
+        // The first calls of a thread cost more, so they are not timed.
         (0..8).for_each(|_| lane.upload());
         lane.finish();
         start.wait();
