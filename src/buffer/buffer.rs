@@ -18,7 +18,7 @@ use crate::buffer::handle::StorageHandle;
 use crate::buffer::storage::Storage;
 use crate::buffer::storage::{BOTH, Peer, SideLayout};
 use crate::buffer::view::GpuView;
-use crate::cuda::raw::Direction;
+use crate::cuda::calls::copy::Direction;
 use crate::device::Device;
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};

@@ -24,8 +24,9 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::cuda::calls;
+use crate::cuda::calls::copy::Direction;
 use crate::cuda::device::context;
-use crate::cuda::raw::{self, Direction};
 use crate::device::Device;
 use crate::error::{Error, Result, Side};
 use crate::flight::device_side::DeviceSide;
@@ -561,7 +562,7 @@ impl Storage {
                 // SAFETY: the caller vouches for the ranges. The record keeps the host side from being
                 // written (and, for a download, read), and both sides from being released, until the
                 // copy has finished.
-                unsafe { raw::memcpy(direction, to, from, bytes, entered.raw()) }
+                unsafe { calls::copy::memcpy(direction, to, from, bytes, entered.raw()) }
             })
         })?;
         self.device_side.device_use_mut().supersede();

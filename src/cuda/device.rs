@@ -9,9 +9,9 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock};
 
+use crate::cuda::calls;
 use crate::cuda::fork;
 use crate::cuda::kernels::Kernels;
-use crate::cuda::raw;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::sys;
@@ -91,17 +91,17 @@ unsafe impl Sync for Context {}
 impl Context {
     /// Makes the context this thread's current one while the answer lives.
     #[inline]
-    pub(crate) fn enter(&self) -> Result<raw::Entered> {
+    pub(crate) fn enter(&self) -> Result<calls::context::Entered> {
         fork::refuse_child()?;
         // SAFETY: the primary context was retained and is never released.
-        unsafe { raw::enter(self.handle) }
+        unsafe { calls::context::enter(self.handle) }
     }
 
     /// Makes the context current where it is not: enough where nothing makes another one current meanwhile.
     #[inline]
-    pub(crate) fn ensure_current(&self) -> Result<Option<raw::Entered>> {
+    pub(crate) fn ensure_current(&self) -> Result<Option<calls::context::Entered>> {
         fork::refuse_child()?;
-        match raw::current_context()? == self.handle {
+        match calls::context::current()? == self.handle {
             true => Ok(None),
             false => self.enter().map(Some),
         }
@@ -119,7 +119,7 @@ impl Context {
         {
             return;
         }
-        if raw::malloc(1).is_err() {
+        if calls::memory::malloc(1).is_err() {
             self.keeps_memory.store(false, Ordering::Relaxed);
         }
     }
@@ -147,16 +147,16 @@ pub(crate) fn context(ordinal: u32) -> Result<&'static Context> {
 }
 
 /// Waits for everything that was sent to any device of this process, by whomever: pinned memory serves them all. Devices
-/// that nobody uses have no primary context, and get none. Ends captures: see [`raw::context_synchronize`].
+/// that nobody uses have no primary context, and get none. Ends captures: see [`calls::context::synchronize`].
 #[cfg(feature = "dlpack")]
 pub(crate) fn synchronize_all() -> Result<()> {
     for ordinal in 0..count()? as u32 {
-        if raw::has_primary(ordinal)? {
-            let handle = raw::retain_primary(ordinal)?;
+        if calls::context::has_primary(ordinal)? {
+            let handle = calls::context::retain_primary(ordinal)?;
             // SAFETY: retained above, and released below.
-            let waited =
-                unsafe { raw::enter(handle) }.and_then(|_current| raw::context_synchronize());
-            let released = raw::release_primary(ordinal);
+            let waited = unsafe { calls::context::enter(handle) }
+                .and_then(|_current| calls::context::synchronize());
+            let released = calls::context::release_primary(ordinal);
             waited.and(released)?;
         }
     }
@@ -195,14 +195,14 @@ fn context_cell(ordinal: u32) -> Result<&'static ContextCell> {
 }
 
 fn make(ordinal: u32) -> Result<Context> {
-    let handle = raw::retain_primary(ordinal)?;
+    let handle = calls::context::retain_primary(ordinal)?;
     // SAFETY: the line above retained it.
-    let kernels = unsafe { raw::enter(handle) }.and_then(|_current| Kernels::load());
+    let kernels = unsafe { calls::context::enter(handle) }.and_then(|_current| Kernels::load());
     match kernels {
         Ok(kernels) => Ok(Context { handle, kernels, keeps_memory: AtomicBool::new(false) }),
         Err(error) => {
             // What went wrong first is what the caller should hear.
-            let _ = raw::release_primary(ordinal);
+            let _ = calls::context::release_primary(ordinal);
             Err(error)
         }
     }
@@ -211,7 +211,7 @@ fn make(ordinal: u32) -> Result<Context> {
 /// The number of CUDA devices, or why there is none.
 fn count() -> Result<usize> {
     let call = "cudaGetDeviceCount";
-    let counted = || match raw::device_count()? {
+    let counted = || match calls::context::device_count()? {
         0 => Err(Error::Cuda { code: sys::cudaError::cudaErrorNoDevice, call }),
         count => Ok(count),
     };
@@ -253,7 +253,7 @@ fn insufficient_driver() -> Result<String> {
         ),
         Err(error) => (error.to_string(), &[][..]),
     };
-    let driver = raw::driver_version()?;
+    let driver = calls::context::driver_version()?;
     if driver == 0 {
         return Ok(format!("there is no CUDA driver on this machine; {runtime}"));
     }

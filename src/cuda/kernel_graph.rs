@@ -10,9 +10,9 @@ use std::ffi::c_void;
 use std::mem;
 use std::ptr;
 
+use crate::cuda::calls;
 use crate::cuda::device::Context;
 use crate::cuda::fork;
-use crate::cuda::raw;
 use crate::error::Result;
 use crate::stream::stream::EnteredStream;
 use crate::sys;
@@ -43,16 +43,16 @@ impl KernelGraph {
     ) -> Result<KernelGraph> {
         // Whatever of it is made goes with it.
         let mut graph = KernelGraph {
-            graph: raw::graph_create()?,
+            graph: calls::graph::create()?,
             node: ptr::null_mut(),
             exec: ptr::null_mut(),
             context: entered.context(),
         };
-        let node = raw::kernel_node(kernel, grid, threads, parameters);
+        let node = calls::graph::kernel_node(kernel, grid, threads, parameters);
         // SAFETY: the graph was just made; the context is the kernel's, and the caller vouches for the parameters.
-        graph.node = unsafe { raw::graph_add_kernel(graph.graph, &node) }?;
+        graph.node = unsafe { calls::graph::add_kernel(graph.graph, &node) }?;
         // SAFETY: as above.
-        graph.exec = unsafe { raw::graph_instantiate(graph.graph) }?;
+        graph.exec = unsafe { calls::graph::instantiate(graph.graph) }?;
         Ok(graph)
     }
 
@@ -68,18 +68,18 @@ impl KernelGraph {
         threads: u32,
         parameters: &mut [*mut c_void],
     ) -> Result<()> {
-        let node = raw::kernel_node(kernel, grid, threads, parameters);
+        let node = calls::graph::kernel_node(kernel, grid, threads, parameters);
         // SAFETY: the exclusive reference keeps other threads from it, and all three live as long as this; the caller
         // vouches for the rest.
-        unsafe { raw::graph_set_kernel(self.exec, self.node, &node) }
+        unsafe { calls::graph::set_kernel(self.exec, self.node, &node) }
     }
 
     /// # Safety
     ///
-    /// As for [`raw::launch`] with what was set last, on the stream that it was made for.
+    /// As for [`calls::module::launch`] with what was set last, on the stream that it was made for.
     pub(crate) unsafe fn launch(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         // SAFETY: the exclusive reference keeps other threads from it, and the caller vouches for what the kernel does.
-        unsafe { raw::graph_launch(self.exec, entered.raw()) }
+        unsafe { calls::graph::launch(self.exec, entered.raw()) }
     }
 }
 
@@ -126,9 +126,9 @@ impl Drop for KernelGraph {
         // Nobody could act on the errors, and there is nothing left to give back.
         if !self.exec.is_null() {
             // SAFETY: the value owns it, and this is its end.
-            let _ = unsafe { raw::graph_exec_destroy(self.exec) };
+            let _ = unsafe { calls::graph::destroy_exec(self.exec) };
         }
         // SAFETY: as above.
-        let _ = unsafe { raw::graph_destroy(self.graph) };
+        let _ = unsafe { calls::graph::destroy(self.graph) };
     }
 }

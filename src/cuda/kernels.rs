@@ -1,7 +1,7 @@
 //! The kernels of this crate, loaded into a context when its device is first used: loading waits for the device,
 //! so that it is not left to the first fill, which may come while work is held up.
 
-use crate::cuda::raw;
+use crate::cuda::calls;
 use crate::error::{Error, Result};
 use crate::sys;
 
@@ -38,12 +38,12 @@ impl Kernels {
 
     /// # Safety
     ///
-    /// As for [`raw::module_load`].
+    /// As for [`calls::module::load`].
     pub(crate) unsafe fn of(image: &[u8]) -> Result<Kernels> {
         // SAFETY: the caller vouches for the image.
-        let module = unsafe { raw::module_load(image) }?;
+        let module = unsafe { calls::module::load(image) }?;
         // SAFETY: the module was just loaded.
-        let function = |name| unsafe { raw::module_function(module, name) };
+        let function = |name| unsafe { calls::module::function(module, name) };
         let load = || {
             Ok(Kernels {
                 short: function(c"cgb_fill_short")?,
@@ -56,7 +56,7 @@ impl Kernels {
         };
         load().inspect_err(|_: &Error| {
             // SAFETY: loaded above, and nothing of it was launched.
-            let _ = unsafe { raw::module_unload(module) };
+            let _ = unsafe { calls::module::unload(module) };
         })
     }
 }

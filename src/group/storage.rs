@@ -22,9 +22,10 @@ use std::ptr;
 
 use bytemuck::Pod;
 
+use crate::cuda::calls;
+use crate::cuda::calls::copy::Direction;
 use crate::cuda::device::context;
 use crate::cuda::fork;
-use crate::cuda::raw::{self, Direction};
 use crate::device::Device;
 use crate::error::{Error, Result, reserve};
 use crate::flight::left_behind::reclaim_before_allocating;
@@ -387,7 +388,7 @@ impl GroupStorage {
                     |at, bytes| {
                         let (to, from) = (to.wrapping_add(at), from.wrapping_add(at));
                         // SAFETY: as above.
-                        unsafe { raw::memcpy(direction, to, from, bytes, entered.raw()) }
+                        unsafe { calls::copy::memcpy(direction, to, from, bytes, entered.raw()) }
                     },
                 )
             }),

@@ -3,9 +3,9 @@
 use std::alloc::Layout;
 use std::mem;
 
+use crate::cuda::calls;
 use crate::cuda::device::Context;
 use crate::cuda::fork;
-use crate::cuda::raw;
 use crate::device::Device;
 use crate::error::{Error, Result, Side};
 use crate::memory::host::HostMemory;
@@ -50,7 +50,7 @@ impl DeviceMemory {
         };
         let _current = context.enter()?;
         let room = layout.size().saturating_add(layout.align().saturating_sub(Self::ALIGN));
-        let base = match raw::malloc(room) {
+        let base = match calls::memory::malloc(room) {
             Err(Error::Cuda { code: cudaError::cudaErrorMemoryAllocation, .. }) => {
                 return Err(out_of_memory);
             }
@@ -85,7 +85,7 @@ impl Drop for DeviceMemory {
             // The address says enough, should the context not be had.
             let _current = context.enter();
             // SAFETY: allocated by this value; whoever drops it saw its uses finish.
-            let released = unsafe { raw::free(*base) };
+            let released = unsafe { calls::memory::free(*base) };
             // With the context broken, there is nothing that could be done.
             let _ = released;
         }

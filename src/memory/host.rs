@@ -14,9 +14,9 @@ use std::ptr::{self, NonNull};
 #[cfg(unix)]
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::cuda::calls;
 use crate::cuda::device::Context;
 use crate::cuda::fork;
-use crate::cuda::raw;
 use crate::device::Device;
 use crate::error::{Error, Result, Side};
 #[cfg(unix)]
@@ -191,7 +191,7 @@ impl HostMemory {
     ) -> Result<HostMemory> {
         // `cudaHostAlloc` aligns to pages; more than that takes room to move in.
         let room = layout.size().saturating_add(layout.align() - 1);
-        let base = raw::host_alloc(room, flags.bits())?;
+        let base = calls::memory::host_alloc(room, flags.bits())?;
         let offset = base.align_offset(layout.align());
         // SAFETY: `room` leaves `align - 1` bytes before what is asked for.
         let address = unsafe { base.add(offset) };
@@ -223,7 +223,7 @@ impl HostMemory {
     pub(crate) fn is_mapped(&self, bytes: usize) -> bool {
         let reached = |at| {
             let range = self.as_ptr().wrapping_add(at);
-            raw::host_device_ptr(range).is_ok_and(|address| address == range)
+            calls::memory::host_device_ptr(range).is_ok_and(|address| address == range)
         };
         self.is_pinned()
             && split_by(0..bytes, self.registration_size).all(|range| reached(range.start))
@@ -270,7 +270,7 @@ impl Drop for HostMemory {
                 }
                 let _current = context.enter();
                 // SAFETY: allocated by this value; whoever drops it saw its transfers finish.
-                let released = unsafe { raw::free_host(*base) };
+                let released = unsafe { calls::memory::free_host(*base) };
                 // With the context broken, there is nothing that could be done.
                 let _ = released;
             }

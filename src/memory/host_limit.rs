@@ -12,8 +12,8 @@
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
+use crate::cuda::calls;
 use crate::cuda::device::context;
-use crate::cuda::raw;
 use crate::device::{Device, MemoryInfo};
 use crate::error::{Error, Result};
 
@@ -42,7 +42,7 @@ impl Device {
             }),
             Device::Cuda(ordinal) => {
                 let _current = context(ordinal)?.enter()?;
-                let (free, total) = raw::memory_info()?;
+                let (free, total) = calls::context::memory_info()?;
                 Ok(MemoryInfo { free, total })
             }
         }

@@ -8,9 +8,9 @@ use std::iter;
 use std::ops::Range;
 use std::ptr::NonNull;
 
+use crate::cuda::calls;
 use crate::cuda::device::Context;
 use crate::cuda::fork;
-use crate::cuda::raw;
 use crate::error::{Error, Result};
 use crate::memory::host::split_by;
 use crate::memory::pages::Mapping;
@@ -95,12 +95,13 @@ fn register(mapping: &Mapping, size: usize, flags: u32) -> std::result::Result<(
         // SAFETY: the piece lies within the mapping.
         let address = unsafe { mapping.address().add(range.start) }.as_ptr();
         // SAFETY: the pages are mapped, and unmapped only when they are known not to be registered.
-        let Err(error) = (unsafe { raw::host_register(address, range.len(), flags) }) else {
+        let Err(error) = (unsafe { calls::memory::host_register(address, range.len(), flags) })
+        else {
             continue;
         };
         // The error may be that of earlier work, and the pages registered all the same.
         // SAFETY: nothing was copied from or to them yet.
-        let gone = match unsafe { raw::host_unregister(address) } {
+        let gone = match unsafe { calls::memory::host_unregister(address) } {
             Ok(())
             | Err(Error::Cuda {
                 code:
@@ -124,7 +125,7 @@ fn unregister(mapping: &Mapping, ranges: impl Iterator<Item = Range<usize>>) -> 
         // SAFETY: the piece lies within the mapping.
         let address = unsafe { mapping.address().add(range.start) }.as_ptr();
         // SAFETY: registered, and nothing is in flight: whoever drops the memory saw its transfers finish.
-        gone &= unsafe { raw::host_unregister(address) }.is_ok();
+        gone &= unsafe { calls::memory::host_unregister(address) }.is_ok();
     }
     gone
 }

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use bitflags::bitflags;
 
+use crate::cuda::calls;
 use crate::cuda::device::Context;
 use crate::cuda::fork;
-use crate::cuda::raw;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::stream::stream::{EnteredStream, Stream, WaitPolicy};
@@ -42,7 +42,7 @@ impl EventHandle {
     /// An event of the device whose stream is entered.
     pub(crate) fn new(entered: &EnteredStream<'_>, flags: EventFlags) -> Result<EventHandle> {
         // The entry has the stream's context current.
-        let raw = raw::event_create(flags.bits())?;
+        let raw = calls::event::create(flags.bits())?;
         Ok(EventHandle { raw, context: entered.context() })
     }
 
@@ -54,20 +54,20 @@ impl EventHandle {
         // Its own context: another one might answer with an error of its own.
         let _current = self.context.ensure_current()?;
         // SAFETY: the event is destroyed with the value, not before.
-        unsafe { raw::event_query(self.raw) }
+        unsafe { calls::event::query(self.raw) }
     }
 
     pub(crate) fn synchronize(&self) -> Result<()> {
         let _current = self.context.ensure_current()?;
         // SAFETY: as above.
-        unsafe { raw::event_synchronize(self.raw) }
+        unsafe { calls::event::synchronize(self.raw) }
     }
 
     /// Milliseconds since `earlier`, an event of the same device.
     fn since(&self, earlier: &EventHandle) -> Result<f32> {
         let _current = self.context.ensure_current()?;
         // SAFETY: both are live, and of one device.
-        unsafe { raw::event_elapsed(earlier.raw, self.raw) }
+        unsafe { calls::event::elapsed(earlier.raw, self.raw) }
     }
 }
 
@@ -81,7 +81,7 @@ impl Drop for EventHandle {
         let _current = self.context.ensure_current();
         // SAFETY: the value owns the event, and this is its end. An event may be destroyed before it
         // has finished (CUDA Runtime API, `cudaEventDestroy`).
-        let destroyed = unsafe { raw::event_destroy(self.raw) };
+        let destroyed = unsafe { calls::event::destroy(self.raw) };
         // Nobody could act on the error, and there is nothing left to give back.
         let _ = destroyed;
     }

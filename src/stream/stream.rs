@@ -13,10 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use bitflags::bitflags;
 
+use crate::cuda::calls;
 use crate::cuda::device::{Context, context};
 use crate::cuda::fork;
 use crate::cuda::kernel_graph::StreamGraph;
-use crate::cuda::raw;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::stream::event::{Event, EventFlags, EventHandle};
@@ -161,7 +161,7 @@ impl Drop for CudaStream {
                 let _current = self.context.ensure_current();
                 // SAFETY: the last handle is gone. Destroying a stream does not wait for its work, and lets
                 // the work finish (CUDA Runtime API, `cudaStreamDestroy`).
-                let destroyed = unsafe { raw::stream_destroy(self.raw) };
+                let destroyed = unsafe { calls::stream::destroy(self.raw) };
                 // Nobody could act on the error, and there is nothing left to give back.
                 let _ = destroyed;
             }
@@ -221,7 +221,7 @@ impl Stream {
                 // No bits but those that have a name.
                 let flags = options.flags & StreamFlags::all();
                 Some(CudaStream {
-                    raw: raw::stream_create(flags.bits(), options.priority)?,
+                    raw: calls::stream::create(flags.bits(), options.priority)?,
                     context,
                     gather: Mutex::default(),
                     ownership: Ownership::Owned,
@@ -375,7 +375,7 @@ impl Stream {
         // Before the call: what is submitted while it waits, it does not wait for.
         let submitted = self.tickets().submitted();
         // SAFETY: the handle keeps the stream, and it is entered.
-        unsafe { raw::stream_synchronize(entered.raw) }?;
+        unsafe { calls::stream::synchronize(entered.raw) }?;
         self.tickets().complete(submitted);
         Ok(())
     }
@@ -404,7 +404,7 @@ impl Stream {
         entered.refuse_capture()?;
         let submitted = self.tickets().submitted();
         // SAFETY: as in `synchronize`.
-        let idle = unsafe { raw::stream_query(entered.raw) }?;
+        let idle = unsafe { calls::stream::query(entered.raw) }?;
         if idle {
             self.tickets().complete(submitted);
         }
@@ -504,7 +504,7 @@ pub(crate) struct EnteredStream<'a> {
     stream: &'a Stream,
     raw: sys::cudaStream_t,
     context: &'static Context,
-    _current: Option<raw::Entered>,
+    _current: Option<calls::context::Entered>,
 }
 
 impl<'a> EnteredStream<'a> {
@@ -533,7 +533,7 @@ impl<'a> EnteredStream<'a> {
     #[inline]
     pub(crate) fn refuse_capture(&self) -> Result<()> {
         // SAFETY: the handle keeps the stream, and it is entered.
-        unsafe { raw::refuse_capture(self.raw) }
+        unsafe { calls::stream::refuse_capture(self.raw) }
     }
 
     /// Records `event`, which is of this stream's device, behind what was sent so far.
@@ -545,14 +545,14 @@ impl<'a> EnteredStream<'a> {
     #[inline]
     pub(crate) fn record(&self, event: &EventHandle) -> Result<()> {
         // SAFETY: the handles keep both, they are of one device, and the stream is entered.
-        unsafe { raw::event_record(event.raw(), self.raw) }?;
+        unsafe { calls::event::record(event.raw(), self.raw) }?;
         self.refuse_capture()
     }
 
     /// Makes what is sent from now on wait for `event`.
     pub(crate) fn wait(&self, event: &EventHandle) -> Result<()> {
         // SAFETY: the handles keep both, and the stream is entered.
-        unsafe { raw::stream_wait(self.raw, event.raw()) }
+        unsafe { calls::stream::wait(self.raw, event.raw()) }
     }
 }
 

@@ -8,8 +8,8 @@
 use std::ffi::c_void;
 use std::ptr;
 
+use crate::cuda::calls;
 use crate::cuda::kernels::Kernels;
-use crate::cuda::raw;
 use crate::error::Result;
 use crate::stream::stream::EnteredStream;
 use crate::sys;
@@ -65,15 +65,15 @@ pub(crate) unsafe fn enqueue(
     let sent = match choose(element, to.addr(), bytes) {
         Method::One(value) => {
             // SAFETY: the caller vouches for the range.
-            unsafe { raw::memset_d8(to, value, bytes, raw) }
+            unsafe { calls::copy::memset_d8(to, value, bytes, raw) }
         }
         Method::Two(value) => {
             // SAFETY: the caller vouches for the range, and 2 divides its address and length.
-            unsafe { raw::memset_d16(to, value, bytes / 2, raw) }
+            unsafe { calls::copy::memset_d16(to, value, bytes / 2, raw) }
         }
         Method::Four(value) => {
             // SAFETY: the caller vouches for the range, and 4 divides its address and length.
-            unsafe { raw::memset_d32(to, value, bytes / 4, raw) }
+            unsafe { calls::copy::memset_d32(to, value, bytes / 4, raw) }
         }
         Method::Kernel(unit) => {
             // SAFETY: the caller vouches for the range, and the entry has the kernel's context current.
@@ -237,7 +237,7 @@ unsafe fn launch_pattern<const VECTORS: usize>(
     ];
     // SAFETY: the parameters are those of the fill kernels, which write `bytes` bytes at `to`; the caller
     // vouches for them and for the context.
-    unsafe { raw::launch(kernel, [blocks, 1], threads, &mut parameters, stream) }
+    unsafe { calls::module::launch(kernel, [blocks, 1], threads, &mut parameters, stream) }
 }
 
 /// The blocks of a fill, and the threads of each, at most so many where those hold a row: a row of whole periods, and, but for odd periods of more
@@ -285,7 +285,9 @@ unsafe fn launch_repeat<const WIDTH: usize>(
     ];
     // SAFETY: the parameters are those of `cgb_repeat1` and `cgb_repeat16`, which read the first period and
     // write behind it; the caller vouches for the range and for the context.
-    unsafe { raw::launch(kernel, [grid, 1], REPEAT_THREADS as u32, &mut parameters, stream) }
+    unsafe {
+        calls::module::launch(kernel, [grid, 1], REPEAT_THREADS as u32, &mut parameters, stream)
+    }
 }
 
 #[cfg(test)]
@@ -321,17 +323,17 @@ mod tests {
     ) -> Vec<u8> {
         let entered = stream.enter().unwrap().unwrap();
         let _current = entered.context().enter().unwrap();
-        let base = raw::malloc(room).unwrap();
+        let base = calls::memory::malloc(room).unwrap();
         let mut host = vec![0; room];
         // SAFETY: within the allocation, which only this stream uses.
-        unsafe { raw::memset_d8(base, 0xee, room, entered.raw()) }.unwrap();
+        unsafe { calls::copy::memset_d8(base, 0xee, room, entered.raw()) }.unwrap();
         fill(base, &entered).unwrap();
-        let (to, down) = (host.as_mut_ptr(), raw::Direction::Down);
+        let (to, down) = (host.as_mut_ptr(), calls::copy::Direction::Down);
         // SAFETY: as many bytes on both sides, and nothing looks before the stream is done.
-        unsafe { raw::memcpy(down, to, base, room, entered.raw()) }.unwrap();
+        unsafe { calls::copy::memcpy(down, to, base, room, entered.raw()) }.unwrap();
         stream.synchronize().unwrap();
         // SAFETY: allocated above, and nothing is in flight.
-        unsafe { raw::free(base) }.unwrap();
+        unsafe { calls::memory::free(base) }.unwrap();
         host
     }
 

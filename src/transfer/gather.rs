@@ -2,8 +2,8 @@
 
 use std::ffi::c_void;
 
+use crate::cuda::calls;
 use crate::cuda::kernel_graph::KernelGraph;
-use crate::cuda::raw;
 use crate::error::Result;
 use crate::stream::stream::EnteredStream;
 use crate::transfer::plan::CopyRange;
@@ -105,7 +105,7 @@ unsafe fn enqueue_few(
         return unsafe { graph.launch(entered) };
     }
     // SAFETY: as above, and the entry has the kernel's context current.
-    unsafe { raw::launch(kernel, grid, THREADS, parameters, entered.raw()) }
+    unsafe { calls::module::launch(kernel, grid, THREADS, parameters, entered.raw()) }
 }
 
 /// # Safety
@@ -125,5 +125,5 @@ unsafe fn enqueue_many(
         &mut [(&raw mut to).cast(), (&raw mut from).cast(), (&raw mut entries).cast()];
     // SAFETY: the parameters are those of `cgb_gather_224`, which copies the first entries, as many as the grid has
     // columns; the caller vouches for them, and the entry has the kernel's context current.
-    unsafe { raw::launch(kernel, grid, THREADS, parameters, entered.raw()) }
+    unsafe { calls::module::launch(kernel, grid, THREADS, parameters, entered.raw()) }
 }

@@ -1,0 +1,14 @@
+//! Every call into CUDA that this crate makes, with its status as a [`Result`](crate::error::Result).
+//!
+//! Some calls end another thread's stream capture: allocation (also of graphs), release, queries and
+//! waiting ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"). They run within a
+//! [`RelaxedCapture`](crate::cuda::capture::RelaxedCapture). Copies, fills, launches and event records
+//! need none.
+
+pub(crate) mod context;
+pub(crate) mod copy;
+pub(crate) mod event;
+pub(crate) mod graph;
+pub(crate) mod memory;
+pub(crate) mod module;
+pub(crate) mod stream;
