@@ -130,7 +130,8 @@ pub use memory::options::{BufferOptions, HostFlags, Pinning};
 pub use pool::pool::{BufferPool, PoolGrowth, PoolOptions, PoolStats};
 pub use shape::Shape;
 pub use stream::event::Event;
-pub use stream::stream::{Stream, StreamFlags, StreamOptions, WaitPolicy};
+pub use stream::options::{StreamFlags, StreamOptions, WaitPolicy};
+pub use stream::stream::Stream;
 
 /// The guide, as a page of the documentation.
 ///

@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::cuda::calls;
 use crate::cuda::calls::copy::Direction;
-use crate::cuda::device::context;
+use crate::cuda::devices::context;
 use crate::device::Device;
 use crate::error::{Error, Result, Side};
 use crate::flight::device_side::DeviceSide;

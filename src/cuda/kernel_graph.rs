@@ -11,10 +11,9 @@ use std::mem;
 use std::ptr;
 
 use crate::cuda::calls;
-use crate::cuda::device::Context;
+use crate::cuda::context::Context;
 use crate::cuda::fork;
 use crate::error::Result;
-use crate::stream::stream::EnteredStream;
 use crate::sys;
 
 pub(crate) struct KernelGraph {
@@ -29,7 +28,7 @@ pub(crate) struct KernelGraph {
 unsafe impl Send for KernelGraph {}
 
 impl KernelGraph {
-    /// A graph of a kernel of the stream's context.
+    /// A graph of a kernel of `context`, which is current.
     ///
     /// # Safety
     ///
@@ -39,14 +38,14 @@ impl KernelGraph {
         grid: [u32; 2],
         threads: u32,
         parameters: &mut [*mut c_void],
-        entered: &EnteredStream<'_>,
+        context: &'static Context,
     ) -> Result<KernelGraph> {
         // Whatever of it is made goes with it.
         let mut graph = KernelGraph {
             graph: calls::graph::create()?,
             node: ptr::null_mut(),
             exec: ptr::null_mut(),
-            context: entered.context(),
+            context,
         };
         let node = calls::graph::kernel_node(kernel, grid, threads, parameters);
         // SAFETY: the graph was just made; the context is the kernel's, and the caller vouches for the parameters.
@@ -77,9 +76,9 @@ impl KernelGraph {
     /// # Safety
     ///
     /// As for [`calls::module::launch`] with what was set last, on the stream that it was made for.
-    pub(crate) unsafe fn launch(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
+    pub(crate) unsafe fn launch(&mut self, stream: sys::cudaStream_t) -> Result<()> {
         // SAFETY: the exclusive reference keeps other threads from it, and the caller vouches for what the kernel does.
-        unsafe { calls::graph::launch(self.exec, entered.raw()) }
+        unsafe { calls::graph::launch(self.exec, stream) }
     }
 }
 

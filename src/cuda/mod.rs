@@ -1,7 +1,9 @@
 pub(crate) mod calls;
 pub(crate) mod capture;
-pub(crate) mod device;
+pub(crate) mod context;
+pub(crate) mod devices;
 pub(crate) mod driver;
+pub(crate) mod event_handle;
 pub(crate) mod fork;
 pub(crate) mod kernel_graph;
 pub(crate) mod kernels;

@@ -32,7 +32,7 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crate::cuda::device;
+use crate::cuda::devices;
 use crate::device::Device;
 use crate::error::{Error, Result, Side};
 use crate::flight::left_behind::{ExportedStorage, leave_behind};
@@ -119,7 +119,7 @@ impl Exports {
         if sides.iter().any(|side| self.loans(*side).is_unknown()) {
             // Before the wait: it covers only what was queued by then.
             let over = [&self.host, &self.gpu].map(|loans| !loans.is_lent());
-            device::synchronize_all()?;
+            devices::synchronize_all()?;
             for (loans, over) in [&self.host, &self.gpu].into_iter().zip(over) {
                 if over {
                     loans.unknown.store(false, Ordering::Release);

@@ -16,7 +16,7 @@ use std::{
 use crate::device::Device;
 #[cfg(feature = "dlpack")]
 use crate::{
-    cuda::{device, fork},
+    cuda::{devices, fork},
     error::Result,
 };
 
@@ -115,7 +115,7 @@ pub(crate) fn reclaim() -> Result<()> {
     let Some(end) = end else {
         return Ok(());
     };
-    device::synchronize_all()?;
+    devices::synchronize_all()?;
     let rest: Vec<_> = with_left_behind(|left_behind| {
         // Another thread may have drained some of them.
         let covered = end.saturating_sub(left_behind.drained);

@@ -6,9 +6,10 @@
 //! given, and the event is recorded when somebody asks. A record also stays open if recording its
 //! event failed, because the work may be queued.
 
+use crate::cuda::event_handle::EventHandle;
 use crate::error::Result;
-use crate::stream::event::EventHandle;
-use crate::stream::stream::{EnteredStream, Stream, WaitPolicy};
+use crate::stream::options::WaitPolicy;
+use crate::stream::stream::{EnteredStream, Stream};
 use crate::stream::ticket::TicketCell;
 
 /// The last use of one kind.
@@ -46,7 +47,7 @@ impl Events {
             WaitPolicy::Block => &mut self.blocking,
         };
         if event.is_none() {
-            *event = Some(EventHandle::new(entered, stream.event_flags())?);
+            *event = Some(EventHandle::new(entered.context(), stream.event_flags())?);
         }
         Ok(())
     }

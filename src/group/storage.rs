@@ -24,7 +24,7 @@ use bytemuck::Pod;
 
 use crate::cuda::calls;
 use crate::cuda::calls::copy::Direction;
-use crate::cuda::device::context;
+use crate::cuda::devices::context;
 use crate::cuda::fork;
 use crate::device::Device;
 use crate::error::{Error, Result, reserve};

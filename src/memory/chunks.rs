@@ -15,7 +15,7 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
-use crate::cuda::device::Context;
+use crate::cuda::context::Context;
 use crate::cuda::fork;
 use crate::error::Result;
 use crate::memory::options::HostFlags;

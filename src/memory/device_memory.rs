@@ -4,7 +4,7 @@ use std::alloc::Layout;
 use std::mem;
 
 use crate::cuda::calls;
-use crate::cuda::device::Context;
+use crate::cuda::context::Context;
 use crate::cuda::fork;
 use crate::device::Device;
 use crate::error::{Error, Result, Side};

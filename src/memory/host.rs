@@ -15,7 +15,7 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::cuda::calls;
-use crate::cuda::device::Context;
+use crate::cuda::context::Context;
 use crate::cuda::fork;
 use crate::device::Device;
 use crate::error::{Error, Result, Side};

@@ -13,7 +13,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use crate::cuda::calls;
-use crate::cuda::device::context;
+use crate::cuda::devices::context;
 use crate::device::{Device, MemoryInfo};
 use crate::error::{Error, Result};
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::ptr::NonNull;
 
 use crate::cuda::calls;
-use crate::cuda::device::Context;
+use crate::cuda::context::Context;
 use crate::cuda::fork;
 use crate::error::{Error, Result};
 use crate::memory::host::split_by;

@@ -6,7 +6,7 @@
 use std::alloc::Layout;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::cuda::device::Context;
+use crate::cuda::context::Context;
 use crate::device::Device;
 use crate::error::Result;
 use crate::memory::device_memory::DeviceMemory;

@@ -6,86 +6,11 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
-use bitflags::bitflags;
-
-use crate::cuda::calls;
-use crate::cuda::device::Context;
-use crate::cuda::fork;
+use crate::cuda::event_handle::{EventFlags, EventHandle};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::stream::stream::{EnteredStream, Stream, WaitPolicy};
-use crate::sys;
-
-bitflags! {
-    /// How an event is made: `cudaEventCreateWithFlags`.
-    #[derive(Clone, Copy, PartialEq, Eq)]
-    pub(crate) struct EventFlags: u32 {
-        /// Waiting for the event yields the thread instead of spinning.
-        const BLOCKING_SYNC = sys::cudaEventBlockingSync;
-        /// The event takes no time stamp, which makes it cheaper.
-        const DISABLE_TIMING = sys::cudaEventDisableTiming;
-    }
-}
-
-/// An event of the runtime's, destroyed with the value.
-pub(crate) struct EventHandle {
-    raw: sys::cudaEvent_t,
-    context: &'static Context,
-}
-
-// SAFETY: the runtime's events may be used from any thread, by several at once.
-unsafe impl Send for EventHandle {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for EventHandle {}
-
-impl EventHandle {
-    /// An event of the device whose stream is entered.
-    pub(crate) fn new(entered: &EnteredStream<'_>, flags: EventFlags) -> Result<EventHandle> {
-        // The entry has the stream's context current.
-        let raw = calls::event::create(flags.bits())?;
-        Ok(EventHandle { raw, context: entered.context() })
-    }
-
-    pub(crate) fn raw(&self) -> sys::cudaEvent_t {
-        self.raw
-    }
-
-    pub(crate) fn is_complete(&self) -> Result<bool> {
-        // Its own context: another one might answer with an error of its own.
-        let _current = self.context.ensure_current()?;
-        // SAFETY: the event is destroyed with the value, not before.
-        unsafe { calls::event::query(self.raw) }
-    }
-
-    pub(crate) fn synchronize(&self) -> Result<()> {
-        let _current = self.context.ensure_current()?;
-        // SAFETY: as above.
-        unsafe { calls::event::synchronize(self.raw) }
-    }
-
-    /// Milliseconds since `earlier`, an event of the same device.
-    fn since(&self, earlier: &EventHandle) -> Result<f32> {
-        let _current = self.context.ensure_current()?;
-        // SAFETY: both are live, and of one device.
-        unsafe { calls::event::elapsed(earlier.raw, self.raw) }
-    }
-}
-
-impl Drop for EventHandle {
-    fn drop(&mut self) {
-        if fork::forked() {
-            return;
-        }
-        // Its own context: a broken one would refuse to destroy the event. The handle says enough,
-        // should the context not be had.
-        let _current = self.context.ensure_current();
-        // SAFETY: the value owns the event, and this is its end. An event may be destroyed before it
-        // has finished (CUDA Runtime API, `cudaEventDestroy`).
-        let destroyed = unsafe { calls::event::destroy(self.raw) };
-        // Nobody could act on the error, and there is nothing left to give back.
-        let _ = destroyed;
-    }
-}
+use crate::stream::options::WaitPolicy;
+use crate::stream::stream::Stream;
 
 /// A point in the work of a stream, made by [`Stream::record`]: it is complete when everything that was
 /// sent to the stream before it is.
@@ -108,21 +33,6 @@ enum Kind {
 }
 
 impl Event {
-    pub(crate) fn record(stream: &Stream) -> Result<Event> {
-        let Some(entered) = stream.enter()? else {
-            return Ok(Event(Kind::Cpu(Instant::now())));
-        };
-        entered.refuse_capture()?;
-        let flags = match stream.wait_policy() {
-            WaitPolicy::DeviceDefault => EventFlags::empty(),
-            WaitPolicy::Block => EventFlags::BLOCKING_SYNC,
-        };
-        let handle = EventHandle::new(&entered, flags)?;
-        let ticket = stream.tickets().submit(|| Ok(()), || entered.record(&handle))?;
-        let stream = stream.clone();
-        Ok(Event(Kind::Cuda { handle, stream, ticket }))
-    }
-
     /// The device whose stream it was recorded on.
     ///
     /// ```
@@ -238,6 +148,68 @@ impl Event {
                     .map_err(|_| Error::EventOrder)
             }
             _ => Err(Error::DeviceMismatch { expected: self.device(), actual: earlier.device() }),
+        }
+    }
+}
+
+impl Stream {
+    /// An event behind everything that was sent to the stream so far.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StreamCapturing`], or an error of the driver's.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<f32>::new(256, stream.device())?;
+    /// buffer.fill_gpu(1.0, &stream)?;
+    /// let filled = stream.record()?;
+    /// buffer.copy_to_cpu(.., &stream)?;
+    /// filled.synchronize()?; // the fill is over; the copy need not be
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn record(&self) -> Result<Event> {
+        let Some(entered) = self.enter()? else {
+            return Ok(Event(Kind::Cpu(Instant::now())));
+        };
+        entered.refuse_capture()?;
+        let flags = match self.wait_policy() {
+            WaitPolicy::DeviceDefault => EventFlags::empty(),
+            WaitPolicy::Block => EventFlags::BLOCKING_SYNC,
+        };
+        let handle = EventHandle::new(entered.context(), flags)?;
+        let ticket = self.tickets().submit(|| Ok(()), || entered.record(&handle))?;
+        let stream = self.clone();
+        Ok(Event(Kind::Cuda { handle, stream, ticket }))
+    }
+
+    /// Makes what is sent to the stream from now on wait for `event`, which may be of another device.
+    /// The calling thread does not wait, unless this is a stream of the CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StreamCapturing`], or an error of the driver's.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream};
+    ///
+    /// let (producer, consumer) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
+    /// // ... kernels on `producer`, whose results kernels on `consumer` read:
+    /// consumer.wait(&producer.record()?)?;
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        let Some(handle) = event.handle() else {
+            return Ok(());
+        };
+        match self.enter()? {
+            None => event.synchronize(),
+            Some(entered) => {
+                entered.refuse_capture()?;
+                entered.wait(handle)
+            }
         }
     }
 }

@@ -1,4 +1,5 @@
 pub(crate) mod event;
+pub(crate) mod options;
 #[allow(clippy::module_inception)] // The room has the name of its main type.
 pub(crate) mod stream;
 pub(crate) mod ticket;

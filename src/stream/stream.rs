@@ -11,86 +11,17 @@ use std::mem;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
-use bitflags::bitflags;
-
 use crate::cuda::calls;
-use crate::cuda::device::{Context, context};
+use crate::cuda::context::Context;
+use crate::cuda::devices::context;
+use crate::cuda::event_handle::{EventFlags, EventHandle};
 use crate::cuda::fork;
 use crate::cuda::kernel_graph::StreamGraph;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::stream::event::{Event, EventFlags, EventHandle};
+use crate::stream::options::{StreamFlags, StreamOptions, WaitPolicy};
 use crate::stream::ticket::Tickets;
 use crate::sys;
-
-bitflags! {
-    /// How a stream is made: `cudaStreamCreateWithPriority`.
-    ///
-    /// ```
-    /// use cpu_gpu_buffer::{Device, Stream, StreamFlags, StreamOptions};
-    ///
-    /// // One that stays in order with work on the legacy stream: of a library that knows no other, say.
-    /// let options = StreamOptions { flags: StreamFlags::empty(), ..Default::default() };
-    /// let stream = Stream::with_options(Device::auto(), options)?;
-    /// assert_eq!(StreamOptions::default().flags, StreamFlags::NON_BLOCKING);
-    /// # Ok::<(), cpu_gpu_buffer::Error>(())
-    /// ```
-    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-    pub struct StreamFlags: u32 {
-        /// The stream does not wait for the legacy stream, nor the legacy stream for it.
-        const NON_BLOCKING = sys::cudaStreamNonBlocking;
-    }
-}
-
-/// What a thread does that waits for a stream, or for a transfer on it.
-///
-/// ```
-/// use cpu_gpu_buffer::{Device, Stream, StreamOptions, WaitPolicy};
-///
-/// let of_a_thread_with_its_own_core = StreamOptions { wait: WaitPolicy::DeviceDefault, ..Default::default() };
-/// let of_one_among_many = StreamOptions { wait: WaitPolicy::Block, ..Default::default() };
-/// for options in [of_a_thread_with_its_own_core, of_one_among_many] {
-///     Stream::with_options(Device::auto(), options)?.synchronize()?;
-/// }
-/// # Ok::<(), cpu_gpu_buffer::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-pub enum WaitPolicy {
-    /// As the device is set to, which is to spin unless it was changed: quickest to notice.
-    #[default]
-    DeviceDefault,
-    /// Sleeps until the driver wakes it: leaves the core to others.
-    Block,
-}
-
-/// How a stream is made.
-///
-/// ```
-/// use cpu_gpu_buffer::{Device, Stream, StreamOptions, WaitPolicy};
-///
-/// let options = StreamOptions { wait: WaitPolicy::Block, ..Default::default() };
-/// let stream = Stream::with_options(Device::Cpu, options)?;
-/// # Ok::<(), cpu_gpu_buffer::Error>(())
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct StreamOptions {
-    /// Lower numbers go first; CUDA brings the number into the device's range. 0 unless given.
-    pub priority: i32,
-    /// [`StreamFlags::NON_BLOCKING`] unless given.
-    pub flags: StreamFlags,
-    /// [`WaitPolicy::DeviceDefault`] unless given.
-    pub wait: WaitPolicy,
-}
-
-impl Default for StreamOptions {
-    fn default() -> StreamOptions {
-        StreamOptions {
-            priority: 0,
-            flags: StreamFlags::NON_BLOCKING,
-            wait: WaitPolicy::DeviceDefault,
-        }
-    }
-}
 
 /// A handle to a queue of work that runs in order on one device.
 ///
@@ -409,55 +340,6 @@ impl Stream {
             self.tickets().complete(submitted);
         }
         Ok(idle)
-    }
-
-    /// An event behind everything that was sent to the stream so far.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::StreamCapturing`], or an error of the driver's.
-    ///
-    /// ```
-    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
-    ///
-    /// let stream = Stream::new(Device::auto())?;
-    /// let mut buffer = CpuGpuBuffer::<f32>::new(256, stream.device())?;
-    /// buffer.fill_gpu(1.0, &stream)?;
-    /// let filled = stream.record()?;
-    /// buffer.copy_to_cpu(.., &stream)?;
-    /// filled.synchronize()?; // the fill is over; the copy need not be
-    /// # Ok::<(), cpu_gpu_buffer::Error>(())
-    /// ```
-    pub fn record(&self) -> Result<Event> {
-        Event::record(self)
-    }
-
-    /// Makes what is sent to the stream from now on wait for `event`, which may be of another device.
-    /// The calling thread does not wait, unless this is a stream of the CPU.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::StreamCapturing`], or an error of the driver's.
-    ///
-    /// ```
-    /// use cpu_gpu_buffer::{Device, Stream};
-    ///
-    /// let (producer, consumer) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
-    /// // ... kernels on `producer`, whose results kernels on `consumer` read:
-    /// consumer.wait(&producer.record()?)?;
-    /// # Ok::<(), cpu_gpu_buffer::Error>(())
-    /// ```
-    pub fn wait(&self, event: &Event) -> Result<()> {
-        let Some(handle) = event.handle() else {
-            return Ok(());
-        };
-        match self.enter()? {
-            None => event.synchronize(),
-            Some(entered) => {
-                entered.refuse_capture()?;
-                entered.wait(handle)
-            }
-        }
     }
 
     #[inline]

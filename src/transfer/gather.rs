@@ -94,7 +94,7 @@ unsafe fn enqueue_few(
     let graph = stream_graph.as_mut().and_then(|stream_graph| {
         stream_graph.for_launch(|| {
             // SAFETY: the parameters are those of `cgb_gather_32`.
-            unsafe { KernelGraph::new(kernel, grid, THREADS, parameters, entered) }
+            unsafe { KernelGraph::new(kernel, grid, THREADS, parameters, entered.context()) }
         })
     });
     if let Some(graph) = graph
@@ -102,7 +102,7 @@ unsafe fn enqueue_few(
         && unsafe { graph.set(kernel, grid, THREADS, parameters) }.is_ok()
     {
         // SAFETY: as above; the kernel copies the entries that have bytes, for which the caller vouches.
-        return unsafe { graph.launch(entered) };
+        return unsafe { graph.launch(entered.raw()) };
     }
     // SAFETY: as above, and the entry has the kernel's context current.
     unsafe { calls::module::launch(kernel, grid, THREADS, parameters, entered.raw()) }

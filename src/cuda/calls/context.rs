@@ -4,11 +4,17 @@ use std::ffi::c_int;
 use std::marker::PhantomData;
 use std::ptr;
 
+#[cfg(feature = "dlpack")]
 use crate::cuda::capture::RelaxedCapture;
-use crate::cuda::driver::{Driver, driver, entry};
+#[cfg(feature = "dlpack")]
+use crate::cuda::driver::entry;
+use crate::cuda::driver::{Driver, driver};
 use crate::cuda::status::{check, check_driver};
-use crate::error::{Error, Result};
+#[cfg(feature = "dlpack")]
+use crate::error::Error;
+use crate::error::Result;
 use crate::sys;
+#[cfg(feature = "dlpack")]
 use crate::sys::cudaError as Status;
 
 /// The number of CUDA devices.
