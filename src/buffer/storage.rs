@@ -24,7 +24,6 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use crate::cuda::calls;
 use crate::cuda::calls::copy::Direction;
 use crate::cuda::devices::context;
 use crate::device::Device;
@@ -38,6 +37,7 @@ use crate::memory::options::BufferOptions;
 use crate::memory::slab::Slab;
 use crate::shape::Shape;
 use crate::stream::stream::{EnteredStream, Stream};
+use crate::transfer::copy;
 
 /// Both sides, which most operations touch.
 pub(crate) const BOTH: [Side; 2] = [Side::Host, Side::Device];
@@ -550,20 +550,17 @@ impl Storage {
             return Ok(());
         };
         self.host_is_writable = false;
-        let (record, host) = match direction {
-            Direction::Up => (&mut self.upload, from),
-            Direction::Down => (&mut self.download, to.cast_const()),
+        let record = match direction {
+            Direction::Up => &mut self.upload,
+            Direction::Down => &mut self.download,
         };
         let memory = self.slab.host();
         // One ticket and one event stand for all parts.
         record.submit(entered, || {
-            memory.for_each_registration(host, bytes, |at, bytes| {
-                let (to, from) = (to.wrapping_add(at), from.wrapping_add(at));
-                // SAFETY: the caller vouches for the ranges. The record keeps the host side from being
-                // written (and, for a download, read), and both sides from being released, until the
-                // copy has finished.
-                unsafe { calls::copy::memcpy(direction, to, from, bytes, entered.raw()) }
-            })
+            // SAFETY: the caller vouches for the ranges. The record keeps the host side from being
+            // written (and, for a download, read) and both sides from being released until the
+            // copies have finished.
+            unsafe { copy::enqueue(direction, memory, to, from, bytes, entered) }
         })?;
         self.device_side.device_use_mut().supersede();
         Ok(())

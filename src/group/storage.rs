@@ -22,7 +22,6 @@ use std::ptr;
 
 use bytemuck::Pod;
 
-use crate::cuda::calls;
 use crate::cuda::calls::copy::Direction;
 use crate::cuda::devices::context;
 use crate::cuda::fork;
@@ -36,6 +35,7 @@ use crate::memory::options::HostFlags;
 use crate::memory::slab::Slab;
 use crate::stream::stream::{EnteredStream, Stream};
 use crate::switches;
+use crate::transfer::copy;
 use crate::transfer::fill;
 use crate::transfer::gather;
 use crate::transfer::plan::{CopyPath, CopyRange, choose_path, join};
@@ -382,15 +382,8 @@ impl GroupStorage {
             CopyPath::Kernel => unsafe { gather::enqueue(to, from, ranges, entered) },
             CopyPath::Copies => ranges.iter().try_for_each(|CopyRange { bytes, .. }| {
                 let (to, from) = (to.wrapping_add(bytes.start), from.wrapping_add(bytes.start));
-                memory.for_each_registration(
-                    host.wrapping_add(bytes.start),
-                    bytes.len(),
-                    |at, bytes| {
-                        let (to, from) = (to.wrapping_add(at), from.wrapping_add(at));
-                        // SAFETY: as above.
-                        unsafe { calls::copy::memcpy(direction, to, from, bytes, entered.raw()) }
-                    },
-                )
+                // SAFETY: as above.
+                unsafe { copy::enqueue(direction, memory, to, from, bytes.len(), entered) }
             }),
         })
     }

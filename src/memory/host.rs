@@ -7,7 +7,6 @@
 //! child.
 
 use std::alloc::{self, Layout};
-use std::iter;
 use std::mem;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
@@ -26,6 +25,7 @@ use crate::memory::host_limit::room_in_groups;
 use crate::memory::options::{HostFlags, Pinning};
 #[cfg(unix)]
 use crate::memory::registered::Registered;
+use crate::memory::split::split_by;
 use crate::switches;
 #[cfg(unix)]
 use crate::sys::cudaError as Status;
@@ -229,23 +229,20 @@ impl HostMemory {
             && split_by(0..bytes, self.registration_size).all(|range| reached(range.start))
     }
 
-    /// Cuts the `bytes` at `from`, which lie in the memory, where registrations meet, and hands each part to `copy`, as
-    /// its offset from `from` and its length, until that fails. CUDA refuses a copy that spans two registrations.
+    /// The ranges of `bytes` bytes at `from` that one registration covers each, as offsets from
+    /// `from`. The bytes lie in this memory.
+    ///
+    /// CUDA refuses a copy that spans two registrations ("CUDA Driver API, Memory Management",
+    /// `cuMemcpyAsync`).
     #[inline]
-    pub(crate) fn for_each_registration(
+    pub(crate) fn registered_ranges(
         &self,
         from: *const u8,
         bytes: usize,
-        mut copy: impl FnMut(usize, usize) -> Result<()>,
-    ) -> Result<()> {
-        match self.registration_size {
-            usize::MAX => copy(0, bytes),
-            size => {
-                let start = from.addr() - self.address.addr().get();
-                split_by(start..start + bytes, size)
-                    .try_for_each(|range| copy(range.start - start, range.len()))
-            }
-        }
+    ) -> impl Iterator<Item = Range<usize>> + use<> {
+        let start = from.addr() - self.address.addr().get();
+        split_by(start..start + bytes, self.registration_size)
+            .map(move |range| range.start - start..range.end - start)
     }
 
     /// Never gives the memory back: something may still be reading or writing it.
@@ -276,16 +273,6 @@ impl Drop for HostMemory {
             }
         }
     }
-}
-
-/// Cuts a range at the multiples of `size`.
-pub(crate) fn split_by(range: Range<usize>, size: usize) -> impl Iterator<Item = Range<usize>> {
-    let mut rest = range;
-    iter::from_fn(move || {
-        let start = rest.start;
-        rest.start = rest.end.min((start / size + 1).saturating_mul(size));
-        (start < rest.start).then_some(start..rest.start)
-    })
 }
 
 /// Whether a failed registration says that this device refuses all of them, as it does under
@@ -324,30 +311,4 @@ fn lacks_room(bytes: usize) -> bool {
 /// ```
 pub fn is_pinned_memory_available() -> bool {
     Device::cuda_count() > 0 && !switches::is_pinning_off()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const MAX: usize = usize::MAX;
-
-    #[test]
-    fn a_range_is_cut_where_registrations_meet_and_nowhere_else() {
-        for (range, expected) in [
-            (0..1, &[0, 1][..]),
-            (0..10, &[0, 10]),
-            (9..10, &[9, 10]),
-            (10..20, &[10, 20]),
-            (9..11, &[9, 10, 10, 11]),
-            (0..30, &[0, 10, 10, 20, 20, 30]),
-            (7..33, &[7, 10, 10, 20, 20, 30, 30, 33]),
-            (5..5, &[]),
-            (MAX - 7..MAX, &[MAX - 7, MAX - 5, MAX - 5, MAX]),
-        ] {
-            let bounds = split_by(range, 10).flat_map(|range| [range.start, range.end]);
-            assert_eq!(bounds.collect::<Vec<_>>(), expected);
-        }
-        assert!(split_by(3..MAX, MAX).eq(iter::once(3..MAX)));
-    }
 }

@@ -9,3 +9,4 @@ pub(crate) mod pages;
 #[cfg(unix)]
 pub(crate) mod registered;
 pub(crate) mod slab;
+pub(crate) mod split;

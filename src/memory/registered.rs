@@ -12,8 +12,8 @@ use crate::cuda::calls;
 use crate::cuda::context::Context;
 use crate::cuda::fork;
 use crate::error::{Error, Result};
-use crate::memory::host::split_by;
 use crate::memory::pages::Mapping;
+use crate::memory::split::split_by;
 use crate::sys::cudaError;
 
 /// The sizes of pieces that are tried, in turn, where the whole cannot be registered. Multiples of a hugepage, which

@@ -356,6 +356,23 @@ mod tests {
     }
 
     #[test]
+    fn a_fill_on_the_cpu_repeats_the_element_and_touches_nothing_beside_it() {
+        for size in [1, 2, 3, 7, 16, 100] {
+            for count in [0, 1, 2, 3, 8, 13, 40_000] {
+                let (element, bytes) = (element(size), size * count);
+                let mut memory = vec![0xee; bytes + 2 * MARGIN];
+                let to = memory[MARGIN..].as_mut_ptr();
+                // SAFETY: within the vector, which nothing else uses.
+                unsafe { on_cpu(to, bytes, &element) };
+                let (before, rest) = memory.split_at(MARGIN);
+                let (filled, behind) = rest.split_at(bytes);
+                assert!(filled == element.repeat(count), "{count} of {size}");
+                assert!(before.iter().chain(behind).all(|byte| *byte == 0xee), "{count} of {size}");
+            }
+        }
+    }
+
+    #[test]
     fn a_fill_begins_and_ends_anywhere() {
         let Some(stream) = cuda("a_fill_begins_and_ends_anywhere") else { return };
         for size in (1..=17).chain([48, 100, 225, 3584, 3585, 4000, 4096]) {

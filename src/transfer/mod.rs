@@ -1,3 +1,4 @@
+pub(crate) mod copy;
 pub(crate) mod fill;
 pub(crate) mod gather;
 pub(crate) mod plan;

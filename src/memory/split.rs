@@ -1,0 +1,62 @@
+//! Ranges cut at multiples of a size, as pages are that CUDA registers in several pieces.
+
+use std::ops::Range;
+
+/// Cuts a range at the multiples of `size`.
+#[inline]
+pub(crate) fn split_by(range: Range<usize>, size: usize) -> SplitBy {
+    SplitBy { rest: range, size }
+}
+
+/// The pieces of a range, in order. None is empty.
+pub(crate) struct SplitBy {
+    rest: Range<usize>,
+    size: usize,
+}
+
+impl Iterator for SplitBy {
+    type Item = Range<usize>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Range<usize>> {
+        let Range { start, end } = self.rest;
+        if start >= end {
+            return None;
+        }
+        // A range that one registration covers costs no division.
+        let stop = match end <= self.size {
+            true => end,
+            false => end.min((start / self.size + 1).saturating_mul(self.size)),
+        };
+        self.rest.start = stop;
+        Some(start..stop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::iter;
+
+    use super::*;
+
+    const MAX: usize = usize::MAX;
+
+    #[test]
+    fn a_range_is_cut_at_multiples_of_the_size_and_nowhere_else() {
+        for (range, expected) in [
+            (0..1, &[0, 1][..]),
+            (0..10, &[0, 10]),
+            (9..10, &[9, 10]),
+            (10..20, &[10, 20]),
+            (9..11, &[9, 10, 10, 11]),
+            (0..30, &[0, 10, 10, 20, 20, 30]),
+            (7..33, &[7, 10, 10, 20, 20, 30, 30, 33]),
+            (5..5, &[]),
+            (MAX - 7..MAX, &[MAX - 7, MAX - 5, MAX - 5, MAX]),
+        ] {
+            let bounds = split_by(range, 10).flat_map(|range| [range.start, range.end]);
+            assert_eq!(bounds.collect::<Vec<_>>(), expected);
+        }
+        assert!(split_by(3..MAX, MAX).eq(iter::once(3..MAX)));
+    }
+}
