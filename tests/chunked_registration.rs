@@ -266,7 +266,7 @@ fn members_of_a_group_may_lie_across_the_bounds_of_registrations() {
     // The fourth and the last lie across bounds.
     let sizes = [100, 3000, REGISTRATION - 20_000, 50_000, 700, REGISTRATION - 50_000, 40_000];
     let keys: [MemberKey<u8>; 7] = sizes.map(|size| builder.add(size));
-    let layout = builder.build();
+    let layout = builder.build().unwrap();
     let stream = Stream::new(device).unwrap();
     let all = HostFlags::all();
     for host_flags in [all, all - HostFlags::MAPPED] {

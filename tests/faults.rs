@@ -52,7 +52,7 @@ impl Members {
     fn new() -> Members {
         let mut builder = GroupLayoutBuilder::new();
         let keys = [(); 7].map(|()| builder.add(WORDS));
-        Members { layout: builder.build(), keys }
+        Members { layout: builder.build().unwrap(), keys }
     }
 
     /// Rows that one kernel moves, or a copy where it is one member.

@@ -27,7 +27,7 @@ impl Fixture {
     fn new(device: Device) -> Fixture {
         let mut builder = GroupLayoutBuilder::new();
         let keys: Vec<_> = (0..MEMBERS).map(|_| builder.add(ROWS)).collect();
-        let mut group = BufferGroup::new(&builder.build(), device).unwrap();
+        let mut group = BufferGroup::new(&builder.build().unwrap(), device).unwrap();
         for (member, key) in keys.iter().enumerate() {
             group.cpu_mut(*key).unwrap().fill(word(member));
         }

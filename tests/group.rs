@@ -208,7 +208,7 @@ fn any_layout(random: &mut Random, mirrored: bool) -> (Vec<Member>, GroupLayout)
         let shape = [rows, 1 + random.next(3)];
         KINDS[random.next(KINDS.len())](&mut builder, shape, mirrored && random.next(2) == 0)
     });
-    (members.collect(), builder.build())
+    (members.collect(), builder.build().unwrap())
 }
 
 /// Rows of some members, in any order.
@@ -271,7 +271,7 @@ fn apart(lengths: impl IntoIterator<Item = usize>) -> (Vec<Member>, GroupLayout)
     let mut builder = GroupLayoutBuilder::new();
     let members =
         lengths.into_iter().map(|len| Member::add::<u8>(&mut builder, [len + 2, 1], false));
-    (members.collect(), builder.build())
+    (members.collect(), builder.build().unwrap())
 }
 
 /// All but the first and last byte of each member.
@@ -410,7 +410,7 @@ fn neighbours_with_nothing_but_padding_between_them_go_as_one() {
             Member::add::<u16>(&mut builder, [33, 1], true),
             Member::add::<f32>(&mut builder, [10, 1], false),
         ];
-        let mut model = Model::new(members, &builder.build(), device, options);
+        let mut model = Model::new(members, &builder.build().unwrap(), device, options);
         for (rows, ranges) in [
             // In any order, with the beginning of the first and the end of the last left out.
             (vec![(1, 0..51), (0, 7..100), (4, 0..33), (3, 0..2), (5, 0..9)], 1),
@@ -447,7 +447,7 @@ fn rows_that_the_host_owns_are_carried_along_by_uploads_where_that_makes_one_cop
             Member::add::<u8>(&mut builder, [100, 1], false),
             Member::add::<u8>(&mut builder, [100, 1], true),
         ];
-        let mut model = Model::new(members, &builder.build(), device, options);
+        let mut model = Model::new(members, &builder.build().unwrap(), device, options);
         model.look("at first");
         let mut random = Random(9);
         let mut send = |rows: &[(usize, Range<usize>)], up, ranges: u64| {
@@ -482,7 +482,8 @@ fn rows_that_the_host_does_not_own_after_all_are_overwritten_on_the_cpu_as_on_a_
                 true => builder.add_mirrored(100),
                 false => builder.add(100),
             });
-            let mut group = BufferGroup::with_options(&builder.build(), device, options).unwrap();
+            let mut group =
+                BufferGroup::with_options(&builder.build().unwrap(), device, options).unwrap();
             let view = group.gpu_on(stream).unwrap().member(keys[1]).unwrap();
             match device {
                 Device::Cpu => {
@@ -552,7 +553,7 @@ fn a_group_tells_what_it_is() {
         let mut builder = GroupLayoutBuilder::new();
         let one = builder.add::<u16>([4, 3]);
         let wide = builder.add::<Wide>(2);
-        let layout = builder.build();
+        let layout = builder.build().unwrap();
         let mut group = BufferGroup::with_options(&layout, device, options).unwrap();
         assert_eq!(
             (group.shape(one).unwrap(), group.shape(wide).unwrap()),

@@ -38,7 +38,7 @@ impl Fixture {
     fn new(words: usize, device: Device, host: u32, gpu: u32) -> Fixture {
         let mut builder = GroupLayoutBuilder::new();
         let keys = (0..MEMBERS).map(|_| builder.add(words)).collect();
-        let group = BufferGroup::new(&builder.build(), device).unwrap();
+        let group = BufferGroup::new(&builder.build().unwrap(), device).unwrap();
         let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
         let mut fixture = Fixture { group, keys, stream, other };
         fixture.write(0..MEMBERS, gpu);
@@ -251,7 +251,7 @@ fn the_first_copy_of_one_member_does_not_make_another_wait_for_all_of_its_stream
     for copy in COPIES {
         let mut builder = GroupLayoutBuilder::new();
         let (one, two) = (builder.add::<u32>(100), builder.add::<u32>(100));
-        let mut group = BufferGroup::new(&builder.build(), device).unwrap();
+        let mut group = BufferGroup::new(&builder.build().unwrap(), device).unwrap();
         copy(&mut group, &[one.rows(..)], &stream).unwrap();
         // Its first zeroing is not behind this.
         let gate = Gate::close(&stream);
@@ -269,7 +269,7 @@ fn a_member_that_is_carried_along_is_so_after_its_download() {
     let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     let mut builder = GroupLayoutBuilder::new();
     let [first, carried, third] = [(); 3].map(|()| builder.add_mirrored::<u32>(1001));
-    let mut group = BufferGroup::new(&builder.build(), device).unwrap();
+    let mut group = BufferGroup::new(&builder.build().unwrap(), device).unwrap();
     group.cpu_mut(carried).unwrap().fill(1);
     group.copy_to_gpu(&[carried.rows(..)], &stream).unwrap();
     group.cpu_mut(carried).unwrap().fill(2);
@@ -291,7 +291,7 @@ fn what_the_stream_of_gpu_on_is_sent_after_the_next_copy_is_not_waited_for() {
     let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
     let mut builder = GroupLayoutBuilder::new();
     let (one, two) = (builder.add::<u32>(64), builder.add::<u32>(64));
-    let mut group = BufferGroup::new(&builder.build(), device).unwrap();
+    let mut group = BufferGroup::new(&builder.build().unwrap(), device).unwrap();
     group.gpu_on(&stream).unwrap();
     group.copy_to_gpu(&[one.rows(..)], &stream).unwrap();
     stream.synchronize().unwrap();
@@ -313,7 +313,7 @@ fn a_stream_that_is_captured_after_the_last_copy_leaves_the_group_idle_and_nothi
     let stream = Stream::new(device).unwrap();
     let mut builder = GroupLayoutBuilder::new();
     let one = builder.add::<u32>(64);
-    let layout = builder.build();
+    let layout = builder.build().unwrap();
     #[cfg(target_os = "linux")]
     let live = || common::is_simulated().then(common::sim::live);
     #[cfg(not(target_os = "linux"))]
@@ -476,7 +476,7 @@ fn the_first_zeroing_comes_before_everything_on_every_stream() {
     for first in firsts {
         let mut builder = GroupLayoutBuilder::new();
         let [one, two, three] = [(); 3].map(|()| builder.add::<u32>(100_000));
-        let mut group = BufferGroup::new(&builder.build(), device).unwrap();
+        let mut group = BufferGroup::new(&builder.build().unwrap(), device).unwrap();
         group.cpu_mut(two).unwrap().fill(OLD);
         group.cpu_mut(three).unwrap().fill(OLD);
         let gate = Gate::close(&stream);
@@ -531,7 +531,7 @@ fn forgetting_leaves_queued_copies_their_memory() {
             // Whatever memory comes next, it is not the forgotten group's.
             let mut builder = GroupLayoutBuilder::new();
             let next = builder.add::<u32>(MEMBERS * words.next_multiple_of(64));
-            let mut group = BufferGroup::new(&builder.build(), device).unwrap();
+            let mut group = BufferGroup::new(&builder.build().unwrap(), device).unwrap();
             assert_ne!(group.device_ptr(next).unwrap(), addresses[0]);
             gate.passes(|| group.cpu_mut(next).unwrap().fill(NEW));
             stream.synchronize().unwrap();

@@ -49,7 +49,7 @@ fn arrays_of_members_have_the_members_shapes() {
     for device in common::devices() {
         let mut builder = GroupLayoutBuilder::new();
         let (ids, table) = (builder.add::<i64>(5), builder.add::<f32>([3, 4]));
-        let layout = builder.build();
+        let layout = builder.build().unwrap();
         let strange = GroupLayoutBuilder::new().add::<i64>(5);
         let mut group = BufferGroup::new(&layout, device).unwrap();
         group.cpu_array_mut(table).unwrap().index_axis_mut(Axis(0), 1).fill(0.5);
@@ -94,7 +94,7 @@ fn an_array_waits_as_the_slice_does() {
 
     let mut builder = GroupLayoutBuilder::new();
     let key = builder.add::<u32>([WORDS / 3, 3]);
-    let layout = builder.build();
+    let layout = builder.build().unwrap();
     let mut group = BufferGroup::new(&layout, device).unwrap();
     group.cpu_array_mut(key).unwrap().fill(OLD);
     let gate = Gate::close(&stream);

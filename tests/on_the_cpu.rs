@@ -147,7 +147,7 @@ fn members_of_a_group_do_not_touch_each_other() {
     let none = builder.add::<u64>([0, 4]);
     let wide = builder.add::<u64>([2, 2]);
     let host = builder.add_mirrored::<u16>(5);
-    let layout = builder.build();
+    let layout = builder.build().unwrap();
     let mut group = BufferGroup::new(&layout, Device::Cpu).unwrap();
     let mut members = group.members_mut();
     // All at once, and each by itself.
@@ -182,7 +182,7 @@ fn slots_of_a_ring_are_written_in_turn() {
     let mut builder = GroupLayoutBuilder::new();
     let ids = builder.add::<i32>(6);
     let flags = builder.add::<u8>(3);
-    let mut ring = GroupRing::new(&builder.build(), Device::Cpu, 3).unwrap();
+    let mut ring = GroupRing::new(&builder.build().unwrap(), Device::Cpu, 3).unwrap();
     for step in 0..7i32 {
         ring.advance().unwrap();
         ring.cpu_mut(ids).unwrap()[..2].fill(step);

@@ -235,7 +235,7 @@ fn where_the_device_is_full_the_error_says_so_and_nothing_stays_behind() {
 fn members() -> (Vec<MemberKey<u32>>, GroupLayout) {
     let mut builder = GroupLayoutBuilder::new();
     let keys = (0..4).map(|_| builder.add(WORDS / 4)).collect();
-    (keys, builder.build())
+    (keys, builder.build().unwrap())
 }
 
 fn grouped(layout: &GroupLayout, pinning: Pinning, device: Device) -> Result<BufferGroup> {

@@ -212,7 +212,7 @@ fn members(words: usize, mirrored: bool) -> ([MemberKey<u32>; 5], GroupLayout) {
         true => builder.add_mirrored(words),
         false => builder.add(words),
     });
-    (keys, builder.build())
+    (keys, builder.build().unwrap())
 }
 
 fn words_of(ring: &mut GroupRing, key: MemberKey<u32>) -> Vec<u32> {

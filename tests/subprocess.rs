@@ -524,7 +524,7 @@ fn a_forked_child_neither_uses_nor_frees_what_the_parent_made() {
     buffer.copy_to_gpu(.., &stream).unwrap();
     let mut builder = GroupLayoutBuilder::new();
     let key = builder.add::<u8>(1000);
-    let layout = builder.build();
+    let layout = builder.build().unwrap();
     let mut group = BufferGroup::new(&layout, device).unwrap();
     let mut ring = GroupRing::new(&layout, device, 2).unwrap();
     group.copy_to_gpu(&[key.rows(..)], &stream).unwrap();

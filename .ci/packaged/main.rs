@@ -33,7 +33,7 @@ fn main() -> cpu_gpu_buffer::Result<()> {
 
     let mut builder = GroupLayoutBuilder::new();
     let keys = [(); 16].map(|()| builder.add::<i32>([64, 5]));
-    let mut group = BufferGroup::new(&builder.build(), device)?;
+    let mut group = BufferGroup::new(&builder.build()?, device)?;
     for (index, key) in keys.iter().enumerate() {
         group.cpu_mut(*key)?.fill(index as i32);
     }

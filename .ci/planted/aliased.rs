@@ -7,7 +7,7 @@ use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
 fn a_member_is_taken_twice() {
     let mut builder = GroupLayoutBuilder::new();
     let ids = builder.add::<i32>(4);
-    let mut group = BufferGroup::new(&builder.build(), Device::Cpu).unwrap();
+    let mut group = BufferGroup::new(&builder.build().unwrap(), Device::Cpu).unwrap();
     let mut members = group.members_mut();
     let first = members.cpu_mut(ids).unwrap();
     let second = members.cpu_mut(ids).unwrap();

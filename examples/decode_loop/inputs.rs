@@ -423,7 +423,7 @@ impl Members {
         let mut add = Add { builder: GroupLayoutBuilder::new(), mirrored };
         let inputs = shapes().map(&mut add)?;
         let written = add.builder.add(1);
-        Ok((Members { inputs, written }, add.builder.build()))
+        Ok((Members { inputs, written }, add.builder.build()?))
     }
 
     /// The host sides, and the step in which they were written last.

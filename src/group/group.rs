@@ -28,7 +28,7 @@ use crate::stream::stream::Stream;
 /// let mut builder = GroupLayoutBuilder::new();
 /// let ids = builder.add::<i32>(1024);
 /// let positions = builder.add::<i64>(1024);
-/// let layout = builder.build();
+/// let layout = builder.build()?;
 ///
 /// let device = Device::auto();
 /// let stream = Stream::new(device)?;
@@ -48,25 +48,19 @@ impl BufferGroup {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a layout without members,
-    /// [`Error::InvalidShape`](crate::Error::InvalidShape) if a member's shape is invalid, or if
-    /// all together overflow `isize`, [`Error::OutOfMemory`](crate::Error::OutOfMemory) also if the
-    /// layout's builder had too little memory; otherwise as for
-    /// [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
+    /// As for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new). The shapes were checked by
+    /// [`build`](crate::GroupLayoutBuilder::build).
     ///
     /// ```
-    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let lengths = builder.add::<i32>(64);
-    /// let layout = builder.build();
+    /// let layout = builder.build()?;
     /// // Two groups of one layout, for two models say: a key serves both.
     /// let (mut first, second) = (BufferGroup::new(&layout, Device::Cpu)?, BufferGroup::new(&layout, Device::Cpu)?);
     /// first.cpu_mut(lengths)?.fill(1);
     /// assert_eq!(second.cpu(lengths)?, [0; 64]);
-    ///
-    /// let nothing = BufferGroup::new(&GroupLayoutBuilder::new().build(), Device::Cpu);
-    /// assert!(matches!(nothing, Err(Error::InvalidGroup { .. })));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn new(layout: &GroupLayout, device: Device) -> Result<BufferGroup> {
@@ -86,7 +80,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
     /// let options = BufferOptions { pinning: Pinning::Never, ..Default::default() };
-    /// let group = BufferGroup::with_options(&builder.build(), Device::auto(), options)?;
+    /// let group = BufferGroup::with_options(&builder.build()?, Device::auto(), options)?;
     /// assert!(!group.is_pinned()); // one slab: all members are, or none
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -113,7 +107,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (sampled, finished) = (builder.add::<u32>(4), builder.add::<u8>(4));
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
     /// group.copy_to_cpu(&[sampled.rows(..), finished.rows(..)], &stream)?;
     /// let ids = group.cpu(sampled)?; // waits for that copy
     /// assert_eq!(ids.len(), group.cpu(finished)?.len()); // both can be looked at
@@ -136,7 +130,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (ids, positions) = (builder.add::<i32>(8), builder.add::<i64>(8));
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
     /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// group.cpu_mut(positions)?.fill(3); // waits for nothing
     /// group.cpu_mut(ids)?.fill(4); // waits for the copy
@@ -154,7 +148,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
     /// let temperatures = builder.add::<f32>(8);
-    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     ///
     /// let mut members = group.members_mut();
     /// let (ids, temperatures) = (members.cpu_mut(ids)?, members.cpu_mut(temperatures)?);
@@ -196,7 +190,7 @@ impl BufferGroup {
     /// let ids = builder.add::<i32>(4);
     /// let table = builder.add::<i32>([4, 2]);
     /// let stream = Stream::new(Device::Cpu)?;
-    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     /// group.cpu_mut(ids)?.fill(5);
     /// group.cpu_mut(table)?.fill(6);
     /// group.copy_to_gpu(&[ids.rows(..2), table.rows(3..)], &stream)?;
@@ -223,7 +217,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let sampled = builder.add::<u32>(4);
     /// let scores = builder.add::<f32>([4, 2]);
-    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     /// let stream = Stream::new(Device::Cpu)?;
     /// group.copy_to_cpu(&[sampled.rows(..3), scores.rows(1..2)], &stream)?;
     /// assert_eq!(group.cpu(sampled)?, [0; 4]);
@@ -245,7 +239,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
     /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// if !group.is_idle()? {
     ///     println!("{ids:?} is on its way");
@@ -268,7 +262,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
     /// group.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// group.synchronize()?; // dropping it now waits for no work of its own
     /// assert!(group.is_idle()?);
@@ -294,7 +288,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (ids, logits) = (builder.add::<i32>(8), builder.add::<f32>([8, 100]));
     /// let (copies, kernels) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
-    /// let mut group = BufferGroup::new(&builder.build(), copies.device())?;
+    /// let mut group = BufferGroup::new(&builder.build()?, copies.device())?;
     /// group.copy_to_gpu(&[ids.rows(..)], &copies)?;
     /// let view = group.gpu_on(&kernels)?; // `kernels` comes after the copy, for every member
     /// let (reads, writes) = (view.member(ids)?.as_ptr(), view.member(logits)?.as_mut_ptr());
@@ -321,7 +315,7 @@ impl BufferGroup {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (ids, positions) = (builder.add::<i32>(8), builder.add::<i64>(8));
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
     /// let captured = group.device_ptr(positions)?; // what a graph is captured with
     /// assert_eq!(captured.addr(), group.device_ptr(ids)?.addr() + 256); // each at a bound of 256 bytes
     /// assert_eq!(group.gpu_on(&stream)?.member(positions)?.as_mut_ptr(), captured);
@@ -345,7 +339,7 @@ impl BufferGroup {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
-    /// let group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     /// let [requests, blocks] = group.shape(table)? else { unreachable!() };
     /// assert_eq!(group.cpu(table)?.len(), requests * blocks);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -361,7 +355,7 @@ impl BufferGroup {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
-    /// let group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     /// let ring = GroupRing::new(group.layout(), Device::Cpu, 2)?; // of the same members
     /// assert_eq!(ring.cpu(ids)?, group.cpu(ids)?);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -377,7 +371,7 @@ impl BufferGroup {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
-    /// let mut group = BufferGroup::new(&builder.build(), Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build()?, Device::auto())?;
     /// let stream = Stream::new(group.device())?; // of another device it would be refused
     /// assert_eq!(group.copy_to_gpu(&[ids.rows(..)], &stream), Ok(()));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -393,7 +387,7 @@ impl BufferGroup {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// builder.add::<i32>(8);
-    /// let group = BufferGroup::new(&builder.build(), Device::auto())?;
+    /// let group = BufferGroup::new(&builder.build()?, Device::auto())?;
     /// if !group.is_pinned() {
     ///     println!("members are moved by copies; the kernel that gathers them reads pinned memory only");
     /// }
@@ -436,7 +430,7 @@ pub(crate) fn host_mut<T: Pod>(members: &mut GroupStorage, key: MemberKey<T>) ->
 ///
 /// let mut builder = GroupLayoutBuilder::new();
 /// let (starts, lengths) = (builder.add::<i32>(4), builder.add::<i32>(3));
-/// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+/// let mut group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
 /// group.cpu_mut(lengths)?.copy_from_slice(&[5, 0, 2]);
 ///
 /// let mut members = group.members_mut();
@@ -467,7 +461,7 @@ impl<'g> MembersMut<'g> {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
-    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     /// let mut members = group.members_mut();
     /// let first = members.cpu_mut(ids)?;
     /// assert_eq!(members.cpu_mut(ids).err(), Some(Error::DuplicateMember { index: 0 }));
@@ -501,7 +495,7 @@ impl fmt::Debug for MembersMut<'_> {
 /// let mut builder = GroupLayoutBuilder::new();
 /// let (ids, positions) = (builder.add(8), builder.add(8));
 /// let stream = Stream::new(Device::auto())?;
-/// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+/// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
 /// let (ids, positions) = arguments(group.gpu_on(&stream)?, ids, positions)?;
 /// assert!(ids.addr() < positions.addr()); // in the order in which they were added
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -522,7 +516,7 @@ impl<'a> GroupView<'a> {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([16, 4]);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
     /// let view = group.gpu_on(&stream)?;
     /// assert_eq!(view.member(table)?.rows(2..4)?.shape(), [2, 4]);
     /// let foreign = GroupLayoutBuilder::new().add::<i32>(8);
@@ -543,7 +537,7 @@ impl<'a> GroupView<'a> {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
     /// let view = group.gpu_on(&stream)?;
     /// // Where this is the CPU, members can be looked at.
     /// assert_eq!(view.device() == Device::Cpu, view.member(ids)?.as_host_slice().is_some());

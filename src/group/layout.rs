@@ -30,7 +30,7 @@ use crate::shape::{Shape, select};
 /// let mut builder = GroupLayoutBuilder::new();
 /// let ids = builder.add::<i32>(1024);
 /// let table = builder.add::<i32>([256, 128]);
-/// let layout = builder.build();
+/// let layout = builder.build()?;
 ///
 /// let group = BufferGroup::new(&layout, Device::auto())?;
 /// assert_eq!(group.cpu(ids)?.len(), 1024);
@@ -40,7 +40,7 @@ use crate::shape::{Shape, select};
 #[derive(Debug)]
 pub struct GroupLayoutBuilder {
     id: u64,
-    // Or the error of the group's constructor: there was not as much memory.
+    // An `Err` once there was too little memory for a member: the error of `build`.
     members: Result<Vec<Requested>>,
 }
 
@@ -62,7 +62,7 @@ impl GroupLayoutBuilder {
     ///
     /// let (mut one, mut other) = (GroupLayoutBuilder::new(), GroupLayoutBuilder::new());
     /// let (ids, same_on_paper) = (one.add::<i32>(8), other.add::<i32>(8));
-    /// let group = BufferGroup::new(&one.build(), Device::Cpu)?;
+    /// let group = BufferGroup::new(&one.build()?, Device::Cpu)?;
     /// assert!(group.cpu(ids).is_ok());
     /// assert_eq!(group.cpu(same_on_paper).err(), Some(Error::InvalidKey));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -73,9 +73,9 @@ impl GroupLayoutBuilder {
         GroupLayoutBuilder { id: NEXT.fetch_add(1, Ordering::Relaxed), members: Ok(Vec::new()) }
     }
 
-    /// Adds a member, and gives the key that names it. The group's constructor checks the shape, as
-    /// a buffer's constructor checks a [`Shape`], and returns the error if there was too little
-    /// memory for the member here.
+    /// Adds a member, and gives the key that names it. [`build`](Self::build) checks the shape, as a
+    /// buffer's constructor checks a [`Shape`], and returns the error if there was too little memory
+    /// for the member here.
     ///
     /// # Panics
     ///
@@ -125,7 +125,7 @@ impl GroupLayoutBuilder {
     /// let (ids, positions) = (builder.add_mirrored::<i32>(1024), builder.add_mirrored::<i32>(1024));
     /// let sampled = builder.add::<u32>(64); // a kernel writes it
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+    /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
     /// // One copy: what lies between the two ranges goes along, a few KB.
     /// group.copy_to_gpu(&[ids.rows(..9), positions.rows(..9)], &stream)?;
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -152,24 +152,28 @@ impl GroupLayoutBuilder {
         MemberKey { layout: self.id, index, element: PhantomData }
     }
 
-    /// The layout, which does not change any more.
+    /// Makes the layout, which never changes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidGroup`] without members, [`Error::InvalidShape`] if a member's shape is
+    /// invalid or if all members together overflow `isize`, [`Error::OutOfMemory`] if there was too
+    /// little memory for the lists of members.
     ///
     /// ```
-    /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder};
+    /// use cpu_gpu_buffer::{Error, GroupLayoutBuilder};
     ///
     /// let mut builder = GroupLayoutBuilder::new();
-    /// builder.add::<u8>([1; 9]);
-    /// let layout = builder.build(); // no error yet
-    /// assert!(matches!(BufferGroup::new(&layout, Device::Cpu), Err(Error::InvalidShape { .. })));
+    /// builder.add::<u8>([1; 9]); // no error yet
+    /// assert!(matches!(builder.build(), Err(Error::InvalidShape { .. })));
     /// ```
-    pub fn build(self) -> GroupLayout {
-        let table = self.members.and_then(|members| lay_out(&members));
-        GroupLayout(Arc::new(Inner { id: self.id, table }))
+    pub fn build(self) -> Result<GroupLayout> {
+        Ok(GroupLayout(Arc::new(lay_out(self.id, &self.members?)?)))
     }
 }
 
 /// Gives each member its place.
-fn lay_out(requested: &[Requested]) -> Result<GroupTable> {
+fn lay_out(id: u64, requested: &[Requested]) -> Result<GroupTable> {
     if requested.is_empty() {
         return Err(Error::InvalidGroup { reason: "it has no members" });
     }
@@ -195,7 +199,7 @@ fn lay_out(requested: &[Requested]) -> Result<GroupTable> {
         });
         whole = with;
     }
-    Ok(GroupTable { members, layout: whole })
+    Ok(GroupTable { id, members, layout: whole })
 }
 
 /// The members of a group, and where each of them lies. Cheap to clone.
@@ -205,7 +209,7 @@ fn lay_out(requested: &[Requested]) -> Result<GroupTable> {
 ///
 /// let mut builder = GroupLayoutBuilder::new();
 /// let ids = builder.add::<i32>(1024);
-/// let layout = builder.build();
+/// let layout = builder.build()?;
 /// let of_a_worker = layout.clone(); // of the same members, not a copy of them
 /// let worker = std::thread::spawn(move || BufferGroup::new(&of_a_worker, Device::auto()));
 /// let group = worker.join().unwrap()?;
@@ -213,18 +217,12 @@ fn lay_out(requested: &[Requested]) -> Result<GroupTable> {
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-pub struct GroupLayout(Arc<Inner>);
+pub struct GroupLayout(Arc<GroupTable>);
 
-#[derive(Debug)]
-struct Inner {
-    id: u64,
-    // An invalid layout is the error of the group's constructor.
-    table: Result<GroupTable>,
-}
-
-/// Where the members of a valid layout lie.
+/// Where the members of a layout lie.
 #[derive(Debug)]
 pub(crate) struct GroupTable {
+    id: u64,
     /// In the order of their places.
     pub(crate) members: Vec<Member>,
     /// Of all of them together.
@@ -244,18 +242,8 @@ pub(crate) struct Member {
 }
 
 impl GroupLayout {
-    /// The members, if they are valid.
-    pub(crate) fn table(&self) -> Result<&GroupTable> {
-        self.0.table.as_ref().map_err(Error::clone)
-    }
-
-    /// [`table`](Self::table) for a group of `device`, which an error of memory names: a layout is of
-    /// no device.
-    pub(crate) fn table_for(&self, device: Device) -> Result<&GroupTable> {
-        self.table().map_err(|error| match error {
-            Error::OutOfMemory { side, bytes, .. } => Error::OutOfMemory { side, bytes, device },
-            error => error,
-        })
+    pub(crate) fn table(&self) -> &GroupTable {
+        &self.0
     }
 
     /// The member that a key names.
@@ -277,13 +265,11 @@ impl GroupLayout {
 
     fn at(&self, layout: u64, index: u32) -> Result<(usize, &Member)> {
         let index = index as usize;
-        match &self.0.table {
-            Ok(table) if layout == self.0.id => {
-                table.members.get(index).map(|member| (index, member))
-            }
-            _ => None,
-        }
-        .ok_or(Error::InvalidKey)
+        let member = match layout == self.0.id {
+            true => self.0.members.get(index),
+            false => None,
+        };
+        member.map(|member| (index, member)).ok_or(Error::InvalidKey)
     }
 }
 
@@ -297,7 +283,7 @@ impl GroupLayout {
 /// }
 /// let mut builder = GroupLayoutBuilder::new();
 /// let (prompt, output) = (builder.add(8), builder.add(4));
-/// let group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+/// let group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
 /// assert_eq!(count(&group, prompt, 0)? + count(&group, output, 0)?, 12);
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
@@ -331,7 +317,7 @@ impl<T> MemberKey<T> {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(8);
     /// let stream = Stream::new(Device::Cpu)?;
-    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     /// group.copy_to_gpu(&[ids.rows(2..=5)], &stream)?;
     /// let beyond = group.copy_to_gpu(&[ids.rows(..9)], &stream);
     /// assert_eq!(beyond, Err(Error::OutOfRange { start: 0, end: 9, rows: 8, member: Some(0) }));
@@ -352,7 +338,7 @@ impl<T> MemberKey<T> {
 /// let mut builder = GroupLayoutBuilder::new();
 /// let (ids, positions, table) = (builder.add::<i32>(8), builder.add::<i64>(8), builder.add::<i32>([8, 4]));
 /// let stream = Stream::new(Device::auto())?;
-/// let mut group = BufferGroup::new(&builder.build(), stream.device())?;
+/// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
 /// // Members of any types in one list, which may be made anew for each step.
 /// let mut moved: Vec<MemberRows> = vec![ids.rows(..3), positions.rows(..3)];
 /// let table_changed = true;

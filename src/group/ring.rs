@@ -35,7 +35,7 @@ use crate::stream::stream::Stream;
 ///
 /// let device = Device::auto();
 /// let stream = Stream::new(device)?;
-/// let mut ring = GroupRing::new(&builder.build(), device, 2)?;
+/// let mut ring = GroupRing::new(&builder.build()?, device, 2)?;
 /// for step in 0..10 {
 ///     ring.advance()?; // waits only if this slot is still being uploaded
 ///     ring.cpu_mut(ids)?[..4].fill(step);
@@ -62,7 +62,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
-    /// let layout = builder.build();
+    /// let layout = builder.build()?;
     /// let ring = GroupRing::new(&layout, Device::Cpu, 3)?;
     /// assert_eq!(ring.cpu(ids)?, [0; 4]);
     /// assert!(matches!(GroupRing::new(&layout, Device::Cpu, 0), Err(Error::InvalidGroup { .. })));
@@ -86,7 +86,7 @@ impl GroupRing {
     /// builder.add::<i32>(1024);
     /// // An upload of a pageable slot is not queued: then a ring is of no use.
     /// let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
-    /// match GroupRing::with_options(&builder.build(), Device::auto(), 2, options) {
+    /// match GroupRing::with_options(&builder.build()?, Device::auto(), 2, options) {
     ///     Ok(ring) => assert!(ring.is_pinned()),
     ///     Err(Error::PinningUnavailable { reason, .. }) => println!("no ring: {reason}"),
     ///     Err(error) => return Err(error),
@@ -117,7 +117,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, stream.device(), 2)?;
     /// ring.cpu_mut(ids)?.fill(1);
     /// ring.advance()?;
     /// assert_eq!(ring.cpu(ids)?, [0; 4]); // the other slot, never written
@@ -142,7 +142,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(1024);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, stream.device(), 2)?;
     /// let mut put_off = 0;
     /// for step in 0..10 {
     ///     if !ring.try_advance()? {
@@ -171,7 +171,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, stream.device(), 2)?;
     /// ring.cpu_mut(ids)?.fill(6);
     /// ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// assert_eq!(ring.cpu(ids)?, [6; 4]); // being uploaded, and read at once
@@ -194,7 +194,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (ids, step_of_slot) = (builder.add::<i32>(4), builder.add::<u64>(1));
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, stream.device(), 2)?;
     /// for step in 1..6 {
     ///     ring.advance()?;
     ///     // A member that is never uploaded tells how old the slot is.
@@ -216,7 +216,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let (ids, positions) = (builder.add::<i32>(3), builder.add::<i64>(3));
-    /// let mut ring = GroupRing::new(&builder.build(), Device::Cpu, 2)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, Device::Cpu, 2)?;
     /// let mut members = ring.members_mut();
     /// let rows = members.cpu_mut(ids)?.iter_mut().zip(members.cpu_mut(positions)?);
     /// for (row, (id, position)) in rows.enumerate() {
@@ -242,7 +242,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(3);
     /// let stream = Stream::new(Device::Cpu)?;
-    /// let mut ring = GroupRing::new(&builder.build(), Device::Cpu, 2)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, Device::Cpu, 2)?;
     /// for id in [1, 2, 3] {
     ///     ring.advance()?;
     ///     ring.cpu_mut(ids)?.fill(id);
@@ -268,7 +268,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 3)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, stream.device(), 3)?;
     /// let address = ring.gpu_on(&stream)?.member(ids)?.as_ptr();
     /// ring.advance()?;
     /// assert_eq!(ring.gpu_on(&stream)?.member(ids)?.as_ptr(), address); // whichever slot is the current one
@@ -291,7 +291,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, stream.device(), 2)?;
     /// ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// ring.advance()?;
     /// while !ring.is_idle()? { // the slot that is no longer the current one counts
@@ -315,7 +315,7 @@ impl GroupRing {
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
     /// let stream = Stream::new(Device::auto())?;
-    /// let mut ring = GroupRing::new(&builder.build(), stream.device(), 2)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, stream.device(), 2)?;
     /// ring.copy_to_gpu(&[ids.rows(..)], &stream)?;
     /// ring.synchronize()?;
     /// assert!(ring.try_advance()?); // no slot is in flight
@@ -332,7 +332,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
-    /// let mut ring = GroupRing::new(&builder.build(), Device::Cpu, 3)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, Device::Cpu, 3)?;
     /// for _ in 0..ring.depth() {
     ///     ring.advance()?;
     ///     ring.cpu_mut(ids)?.fill(-1); // in every slot, before the loop begins
@@ -350,7 +350,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let ids = builder.add::<i32>(4);
-    /// let ring = GroupRing::new(&builder.build(), Device::Cpu, 2)?;
+    /// let ring = GroupRing::new(&builder.build()?, Device::Cpu, 2)?;
     /// // A warm-up with inputs of its own, of the same members.
     /// let mut dummy = BufferGroup::new(ring.layout(), Device::Cpu)?;
     /// dummy.cpu_mut(ids)?.fill(1);
@@ -367,7 +367,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// builder.add::<i32>(4);
-    /// let ring = GroupRing::new(&builder.build(), Device::auto(), 2)?;
+    /// let ring = GroupRing::new(&builder.build()?, Device::auto(), 2)?;
     /// let copies = Stream::new(ring.device())?;
     /// assert_eq!(copies.device(), Device::auto());
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -383,7 +383,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// builder.add::<i32>(4);
-    /// let ring = GroupRing::new(&builder.build(), Device::auto(), 2)?;
+    /// let ring = GroupRing::new(&builder.build()?, Device::auto(), 2)?;
     /// let depth = if ring.is_pinned() { ring.depth() } else { 1 };
     /// println!("{depth} steps can be under way");
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -470,7 +470,7 @@ impl<T: Pod + Send + Sync> BufferRing<T> {
     ) -> Result<BufferRing<T>> {
         let mut builder = GroupLayoutBuilder::new();
         let key = builder.add(shape);
-        let members = GroupStorage::new(&builder.build(), device, depth, options)?;
+        let members = GroupStorage::new(&builder.build()?, device, depth, options)?;
         Ok(BufferRing { members, key, elements: PhantomData })
     }
 }

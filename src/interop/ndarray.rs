@@ -69,7 +69,7 @@ impl BufferGroup {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
-    /// let group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     /// assert_eq!(group.cpu_array(table)?.shape(), [256, 128]);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -88,7 +88,7 @@ impl BufferGroup {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
-    /// let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    /// let mut group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     /// group.cpu_array_mut(table)?[[3, 0]] = 7;
     /// assert_eq!(group.cpu(table)?[3 * 128], 7);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -111,7 +111,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
-    /// let ring = GroupRing::new(&builder.build(), Device::Cpu, 2)?;
+    /// let ring = GroupRing::new(&builder.build()?, Device::Cpu, 2)?;
     /// assert_eq!(ring.cpu_array(table)?.shape(), [256, 128]);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -130,7 +130,7 @@ impl GroupRing {
     ///
     /// let mut builder = GroupLayoutBuilder::new();
     /// let table = builder.add::<i32>([256, 128]);
-    /// let mut ring = GroupRing::new(&builder.build(), Device::Cpu, 2)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, Device::Cpu, 2)?;
     /// ring.advance()?;
     /// ring.cpu_array_mut(table)?[[3, 0]] = 7;
     /// # Ok::<(), cpu_gpu_buffer::Error>(())

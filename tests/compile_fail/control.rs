@@ -15,7 +15,7 @@ fn main() -> cpu_gpu_buffer::Result<()> {
     shared(&stream.record()?);
     let mut builder = GroupLayoutBuilder::new();
     let (key, other) = (builder.add::<u8>(8), builder.add::<u32>(8));
-    let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    let mut group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     let mut members = group.members_mut();
     let (one, two) = (members.cpu_mut(key)?, members.cpu_mut(other)?);
     (one[0], two[0]) = (1, 2);

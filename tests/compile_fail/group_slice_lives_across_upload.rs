@@ -4,7 +4,7 @@ fn main() -> cpu_gpu_buffer::Result<()> {
     let stream = Stream::new(Device::Cpu)?;
     let mut builder = GroupLayoutBuilder::new();
     let key = builder.add::<u8>(8);
-    let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    let mut group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     let slice = group.cpu(key)?;
     group.copy_to_gpu(&[key.rows(..)], &stream)?;
     println!("{}", slice[0]);

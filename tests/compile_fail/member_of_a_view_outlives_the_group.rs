@@ -4,7 +4,7 @@ fn main() -> cpu_gpu_buffer::Result<()> {
     let stream = Stream::new(Device::Cpu)?;
     let mut builder = GroupLayoutBuilder::new();
     let key = builder.add::<u8>(8);
-    let mut group = BufferGroup::new(&builder.build(), Device::Cpu)?;
+    let mut group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
     let view = group.gpu_on(&stream)?.member(key)?;
     drop(group);
     println!("{:?}", view.as_host_slice());

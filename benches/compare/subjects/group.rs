@@ -128,7 +128,7 @@ impl Grouped {
             _ => builder.add(ROOM),
         };
         let keys = (0..MEMBERS).map(add).collect();
-        let group = BufferGroup::new(&builder.build(), device).unwrap();
+        let group = BufferGroup::new(&builder.build().unwrap(), device).unwrap();
         assert!(device == Device::Cpu || group.is_pinned(), "no memory could be pinned");
         Grouped { name, keys, group, stream: Stream::new(device).unwrap() }
     }
