@@ -1,7 +1,8 @@
 //! The types refuse misuse at compile time.
 //!
 //! Each program in `tests/compile_fail` fails with the error code in its first line. The control
-//! program compiles. Only the code is compared, so every compiler version passes.
+//! program compiles. Only the code is compared, so every compiler version passes. All programs but
+//! the control are modules of one program, which is compiled once.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,8 +14,9 @@ fn programs_that_would_race_do_not_compile() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let package = Path::new(env!("CARGO_TARGET_TMPDIR")).join("compile_fail");
     let programs = package.join("src").join("bin");
+    let refused = programs.join("refused");
     let _ = fs::remove_dir_all(&programs);
-    fs::create_dir_all(&programs).unwrap();
+    fs::create_dir_all(&refused).unwrap();
     // The same versions as ours, which are on the machine already.
     fs::copy(root.join("Cargo.lock"), package.join("Cargo.lock")).unwrap();
     let manifest = format!(
@@ -25,14 +27,21 @@ fn programs_that_would_race_do_not_compile() {
     fs::write(package.join("Cargo.toml"), manifest).unwrap();
 
     let mut expected = BTreeMap::new();
+    let mut modules = String::from("fn main() {}\n");
     for entry in fs::read_dir(root.join("tests/compile_fail")).unwrap() {
         let path = entry.unwrap().path();
         let text = fs::read_to_string(&path).unwrap();
         let outcome = text.lines().next().and_then(|line| line.strip_prefix("// ")).unwrap();
         let name = path.file_name().unwrap().to_str().unwrap().to_string();
-        fs::copy(&path, programs.join(&name)).unwrap();
+        if outcome == "compiles" {
+            fs::copy(&path, programs.join(&name)).unwrap();
+        } else {
+            fs::copy(&path, refused.join(&name)).unwrap();
+            modules += &format!("mod {};\n", name.strip_suffix(".rs").unwrap());
+        }
         expected.insert(name, outcome.to_string());
     }
+    fs::write(refused.join("main.rs"), modules).unwrap();
     assert!(expected.len() > 10 && expected["control.rs"] == "compiles");
 
     let output = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
@@ -43,11 +52,12 @@ fn programs_that_would_race_do_not_compile() {
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&output.stderr);
-    // `src/bin/name.rs:7:5: error[E0502]: ...`
+    // `src/bin/refused/name.rs:7:5: error[E0502]: ...`
     let mut seen: BTreeMap<String, Vec<String>> =
         expected.keys().map(|name| (name.clone(), Vec::new())).collect();
     for line in text.lines() {
         let Some(rest) = line.strip_prefix("src/bin/") else { continue };
+        let rest = rest.strip_prefix("refused/").unwrap_or(rest);
         let Some((name, _)) = rest.split_once(':') else { continue };
         let Some(at) = rest.find("error") else { continue };
         let code = rest[at..].split(':').next().unwrap_or_default();

@@ -14,12 +14,16 @@ use loom::thread;
 
 /// What `src/sync.rs` is to the library: here, loom's, with a switch that breaks one use.
 mod sync {
-    use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
+    use std::cell::Cell;
+    use std::sync::atomic::Ordering::SeqCst;
 
     pub(crate) use loom::sync::atomic::Ordering;
     pub(crate) use loom::sync::{Arc, Mutex};
 
-    pub(crate) static BROKEN: AtomicU8 = AtomicU8::new(NOTHING);
+    std::thread_local! {
+        /// Loom runs all threads of a model in the thread of its test.
+        pub(crate) static BROKEN: Cell<u8> = const { Cell::new(NOTHING) };
+    }
     pub(crate) const NOTHING: u8 = 0;
     pub(crate) const CLAIM: u8 = 1;
     pub(crate) const RELEASE: u8 = 2;
@@ -30,7 +34,7 @@ mod sync {
     pub(crate) const CLAIM_UNSEEN: u8 = 7;
 
     fn is_broken(this: u8) -> bool {
-        BROKEN.load(SeqCst) == this
+        BROKEN.get() == this
     }
 
     fn ordering(this: u8, shipped: Ordering) -> Ordering {
@@ -305,17 +309,15 @@ fn published_before_it_is_made() {
     other.join().unwrap();
 }
 
-/// Runs a model with one use broken; models take turns, since the switch is one for all.
+/// Runs a model with one use broken.
 fn run(broken: u8, model: fn()) -> Result<(), String> {
-    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _turn = TURN.lock().unwrap_or_else(|poison| poison.into_inner());
-    sync::BROKEN.store(broken, std::sync::atomic::Ordering::SeqCst);
+    sync::BROKEN.set(broken);
     let mut builder = loom::model::Builder::new();
     // The search for a moment without free slots takes many changes of thread to go wrong, and is short.
     let search = std::ptr::fn_addr_eq(model, never_empty as fn());
     builder.preemption_bound = if search { None } else { Some(3) };
     let result = catch_unwind(AssertUnwindSafe(|| builder.check(model)));
-    sync::BROKEN.store(sync::NOTHING, std::sync::atomic::Ordering::SeqCst);
+    sync::BROKEN.set(sync::NOTHING);
     result.map_err(|panic| match panic.downcast::<String>() {
         Ok(text) => *text,
         Err(panic) => panic.downcast_ref::<&str>().unwrap_or(&"").to_string(),
