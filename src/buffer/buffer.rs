@@ -3,7 +3,6 @@
 //! The ordering model is that of [`storage`](crate::buffer::storage), where the in-flight rule stands. This file
 //! turns shapes, rows and elements into its bytes.
 
-use std::alloc::Layout;
 use std::any::type_name;
 use std::fmt;
 use std::marker::PhantomData;
@@ -14,15 +13,15 @@ use std::slice;
 use bytemuck::Pod;
 
 use crate::buffer::handle::StorageHandle;
+use crate::buffer::side_layout::SideLayout;
 #[cfg(feature = "dlpack")]
 use crate::buffer::storage::Storage;
-use crate::buffer::storage::{BOTH, Peer, SideLayout};
+use crate::buffer::storage::{BOTH, Peer};
 use crate::buffer::view::GpuView;
 use crate::cuda::calls::copy::Direction;
 use crate::device::Device;
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
-use crate::memory::device_memory::DeviceMemory;
 use crate::memory::options::BufferOptions;
 use crate::shape::{Shape, select};
 use crate::stream::stream::Stream;
@@ -124,7 +123,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         device: Device,
         options: BufferOptions,
     ) -> Result<Self> {
-        Ok(Self::stored(StorageHandle::own(Self::side_layout(shape.into())?, device, options)?))
+        Ok(Self::stored(StorageHandle::own(SideLayout::of::<T>(shape.into())?, device, options)?))
     }
 
     pub(crate) fn stored(storage: StorageHandle) -> Self {
@@ -134,17 +133,6 @@ impl<T: Pod> CpuGpuBuffer<T> {
     #[cfg(feature = "dlpack")]
     pub(crate) fn storage_mut(&mut self) -> &mut Storage {
         &mut self.storage
-    }
-
-    /// A shape of this type's elements.
-    pub(crate) fn side_layout(shape: Shape) -> Result<SideLayout> {
-        let numel = shape.numel(size_of::<T>())?;
-        let bytes = numel * size_of::<T>();
-        let align = align_of::<T>().max(DeviceMemory::ALIGN);
-        let layout = Layout::from_size_align(bytes, align).map_err(|_| Error::InvalidShape {
-            reason: format!("{bytes} bytes at an alignment of {align} overflow isize"),
-        })?;
-        Ok(SideLayout { shape, numel, layout })
     }
 
     // ---- the host side ----
@@ -539,7 +527,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn resize(&mut self, shape: impl Into<Shape>) -> Result<()> {
-        let side_layout = Self::side_layout(shape.into())?;
+        let side_layout = SideLayout::of::<T>(shape.into())?;
         if side_layout.layout.size() <= self.storage.capacity() {
             return self.storage.reshape_zeroed(side_layout);
         }

@@ -3,7 +3,8 @@
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 
-use crate::buffer::storage::{SideLayout, Storage};
+use crate::buffer::side_layout::SideLayout;
+use crate::buffer::storage::Storage;
 use crate::device::Device;
 use crate::error::Result;
 use crate::flight::left_behind::reclaim_before_allocating;

@@ -3,5 +3,6 @@ pub(crate) mod buffer;
 pub(crate) mod handle;
 #[cfg(feature = "dlpack")]
 mod lending;
+pub(crate) mod side_layout;
 pub(crate) mod storage;
 pub(crate) mod view;

@@ -18,12 +18,12 @@
 //! An operation checks its arguments and the stream before it changes anything. Once it tries to
 //! enqueue, its record is pending, whatever CUDA returns.
 
-use std::alloc::Layout;
 use std::ops::Range;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use crate::buffer::side_layout::SideLayout;
 use crate::cuda::calls::copy::Direction;
 use crate::cuda::devices::context;
 use crate::device::Device;
@@ -41,16 +41,6 @@ use crate::transfer::copy;
 
 /// Both sides, which most operations touch.
 pub(crate) const BOTH: [Side; 2] = [Side::Host, Side::Device];
-
-/// The shape of a side, and its bytes.
-#[derive(Clone, Copy)]
-pub(crate) struct SideLayout {
-    pub(crate) shape: Shape,
-    /// The number of elements of the shape.
-    pub(crate) numel: usize,
-    /// The bytes of all elements.
-    pub(crate) layout: Layout,
-}
 
 /// The other end of a copy from or to the host side.
 #[derive(Clone, Copy)]
@@ -104,24 +94,6 @@ const _: () = {
     send_and_sync::<Arc<Exports>>();
 };
 
-/// The memory of `count` sides of one layout, each aligned, and the distance between two of them.
-fn many(side: Layout, count: usize) -> Result<(Layout, usize)> {
-    u32::try_from(count).map_err(|_| Error::InvalidShape {
-        reason: format!("{count} buffers are more than can be told apart"),
-    })?;
-    let stride = side.pad_to_align().size();
-    // The last one needs no padding.
-    let whole = match count.checked_sub(1) {
-        None => Some(0),
-        Some(before) => stride.checked_mul(before).and_then(|start| start.checked_add(side.size())),
-    };
-    let whole = whole.and_then(|whole| Layout::from_size_align(whole, side.align()).ok());
-    let whole = whole.ok_or_else(|| Error::InvalidShape {
-        reason: format!("{count} buffers of {} bytes overflow isize", side.size()),
-    })?;
-    Ok((whole, stride))
-}
-
 impl Storage {
     /// `count` storages of one layout in one slab, both sides of each zeroed. A pool passes its
     /// count of buffers that are left behind.
@@ -135,7 +107,7 @@ impl Storage {
         let _ = left_behind_count;
         let SideLayout { shape, numel, layout } = side_layout;
         let bytes = layout.size();
-        let (whole, stride) = many(layout, count)?;
+        let (whole, stride) = side_layout.many(count)?;
         let mut storages = Vec::new();
         storages.try_reserve_exact(count).map_err(|_| Error::OutOfMemory {
             side: Side::Host,

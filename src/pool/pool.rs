@@ -20,7 +20,8 @@ use bytemuck::Pod;
 
 use crate::buffer::buffer::CpuGpuBuffer;
 use crate::buffer::handle::StorageHandle;
-use crate::buffer::storage::{SideLayout, Storage};
+use crate::buffer::side_layout::SideLayout;
+use crate::buffer::storage::Storage;
 use crate::cuda::fork;
 use crate::device::Device;
 use crate::element::DType;
@@ -269,7 +270,7 @@ impl<T: Pod> BufferPool<T> {
         buffers: usize,
         options: PoolOptions,
     ) -> Result<Self> {
-        let side_layout = CpuGpuBuffer::<T>::side_layout(shape.into())?;
+        let side_layout = SideLayout::of::<T>(shape.into())?;
         if let Some(max_buffers) = options.max_buffers.filter(|most| *most < buffers) {
             return Err(Error::PoolExhausted { max_buffers });
         }
