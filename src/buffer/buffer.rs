@@ -1,7 +1,7 @@
-//! The paired buffer: host and device memory of one shape, as elements.
+//! The typed buffer: host and device memory of one shape.
 //!
-//! The ordering model is that of [`storage`](crate::buffer::storage), where the in-flight rule stands. This file
-//! turns shapes, rows and elements into its bytes.
+//! [`storage`](crate::buffer::storage) has the bytes and the in-flight rule. This file turns shapes,
+//! rows and elements into bytes.
 
 use std::any::type_name;
 use std::fmt;
@@ -26,12 +26,12 @@ use crate::memory::options::BufferOptions;
 use crate::shape::{Shape, select};
 use crate::stream::stream::Stream;
 
-/// Pinned host memory and device memory of one shape, with asynchronous copies between them that no
-/// safe program can race with.
+/// Pinned host memory and device memory of one shape, with asynchronous copies between them.
 ///
-/// A copy is enqueued on a stream and runs beside the program. The buffer remembers it: an accessor of
-/// the host side waits for the copies that make it unsafe to look, and for nothing else. Whether the
-/// buffer is moved, sent to another thread, swapped, dropped or forgotten meanwhile makes no difference.
+/// No safe program can race with a copy. A copy is enqueued on a stream and runs beside the program.
+/// The buffer tracks it. An accessor of the host side waits for the copies that make the access
+/// unsafe, and for nothing else. The buffer may be moved, sent to another thread, swapped, dropped or
+/// forgotten while a copy runs.
 ///
 /// ```
 /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -49,42 +49,47 @@ use crate::stream::stream::Stream;
 ///
 /// # Dropping
 ///
-/// Drop waits for what the buffer has in flight. Releasing CUDA memory then waits for the whole device,
-/// as `cudaFree` and `cudaHostUnregister` do; keep buffers rather than making new ones. Where it cannot be
-/// known whether something still uses the memory, it is leaked: where the driver answers with an error,
-/// and where a stream of [`gpu_on`](Self::gpu_on)'s is being captured into a graph.
+/// Drop waits for the pending work of the buffer. Releasing CUDA memory then waits for the whole
+/// device, as `cudaFree` and `cudaHostUnregister` do, so keep buffers and reuse them. If the driver
+/// cannot confirm that the memory is unused, it is leaked. This happens if the driver returns an error,
+/// and if a stream that was given to [`gpu_on`](Self::gpu_on) is being captured into a graph.
 ///
 /// # Tensors of other libraries
 ///
-/// With the feature `dlpack`, either side can be lent to a tensor of PyTorch, JAX and others. While one lives, whatever
-/// touches that side answers [`Error::Exported`]: the module `dlpack` says what is guarded, and how.
+/// With the feature `dlpack`, either side can be lent to a tensor of PyTorch, JAX and others. While the
+/// tensor lives, operations on that side return [`Error::Exported`]. The module `dlpack` has the rules.
+#[doc(alias = "double buffer")]
+#[doc(alias = "page-locked")]
+#[doc(alias = "pinned")]
 pub struct CpuGpuBuffer<T: Pod> {
     storage: StorageHandle,
     elements: PhantomData<T>,
 }
 
-// SAFETY: the buffer owns elements of `T` in its host side, as a `Vec<T>` does, and its other parts are
+// SAFETY: the buffer owns elements of `T` in its host side, as a `Vec<T>` does. Its other fields are
 // `Send` and `Sync`.
 unsafe impl<T: Pod + Send> Send for CpuGpuBuffer<T> {}
-// SAFETY: through a shared reference elements can be read, as of a `Vec<T>`.
+// SAFETY: a shared reference can read elements, as one of a `Vec<T>` can.
 unsafe impl<T: Pod + Sync> Sync for CpuGpuBuffer<T> {}
 
-// The buffer's own parts must not rely on the promises above.
+// The other fields must not rely on these promises.
 const _: () = {
     const fn send_and_sync<P: Send + Sync>() {}
     send_and_sync::<StorageHandle>();
 };
 
 impl<T: Pod> CpuGpuBuffer<T> {
-    /// A buffer with both sides zeroed, its host side pinned where that works.
+    /// A buffer with both sides zeroed. The host side is pinned if that works.
     ///
-    /// A buffer without bytes uses no device: it is `Ok` for one that does not exist, too.
+    /// A buffer without bytes uses no device, so this succeeds even if the device does not exist.
     /// [`resize`](Self::resize) returns the error then.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidShape`], [`Error::Unavailable`] for a device that cannot be used,
-    /// [`Error::OutOfMemory`], or an error of the driver's.
+    /// - [`Error::InvalidShape`].
+    /// - [`Error::Unavailable`] if the device cannot be used.
+    /// - [`Error::OutOfMemory`].
+    /// - An error of the driver.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -100,20 +105,20 @@ impl<T: Pod> CpuGpuBuffer<T> {
         Self::with_options(shape, device, BufferOptions::default())
     }
 
-    /// A buffer with both sides zeroed, made as `options` say.
+    /// A buffer with both sides zeroed, with options.
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`] where pinning is required.
+    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`] if pinning is required and fails.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Error, Pinning};
     ///
-    /// // Rather no buffer than one whose copies are staged.
+    /// // Fail rather than get a buffer whose copies are staged.
     /// let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
     /// match CpuGpuBuffer::<f32>::with_options(1024, Device::auto(), options) {
     ///     Ok(buffer) => assert!(buffer.is_pinned()),
-    ///     Err(Error::PinningUnavailable { bytes, .. }) => assert_eq!(bytes, 4096), // on the CPU, say
+    ///     Err(Error::PinningUnavailable { bytes, .. }) => assert_eq!(bytes, 4096), // e.g. on the CPU
     ///     Err(error) => return Err(error),
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -137,12 +142,13 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     // ---- the host side ----
 
-    /// The host side, to read. Waits for a pending copy *into* it, and for nothing else: not for an
-    /// upload, a kernel, or a fill of the device side.
+    /// The host side, to read. Waits for a pending copy *into* it.
+    ///
+    /// It does not wait for uploads, kernels or fills of the device side.
     ///
     /// # Errors
     ///
-    /// An error of the driver's, which may be that of earlier work on the stream.
+    /// An error of the driver. It may belong to earlier work on the stream.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -161,7 +167,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         Ok(unsafe { self.host_slice() })
     }
 
-    /// The host side, to write. Waits for any pending copy into or out of it, and for nothing else.
+    /// The host side, to write. Waits for pending copies into and out of it, and for nothing else.
     ///
     /// # Errors
     ///
@@ -181,7 +187,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         Ok(unsafe { self.host_slice_mut() })
     }
 
-    /// The host side, to read; `None` where [`cpu`](Self::cpu) would wait.
+    /// The host side, to read, or `None` if [`cpu`](Self::cpu) would wait.
     ///
     /// # Errors
     ///
@@ -204,7 +210,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         })
     }
 
-    /// The host side, to write; `None` where [`cpu_mut`](Self::cpu_mut) would wait.
+    /// The host side, to write, or `None` if [`cpu_mut`](Self::cpu_mut) would wait.
     ///
     /// # Errors
     ///
@@ -230,17 +236,17 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     // ---- transfers ----
 
-    /// Copies rows of the host side to the same rows of the device side, on `stream`, after everything
-    /// that this buffer has pending on any stream. Returns as soon as the copy is enqueued
-    /// (`cudaMemcpyAsync`); a host side that is not pinned may be staged first.
+    /// Copies rows of the host side to the same rows of the device side.
     ///
-    /// `rows` selects the first dimension: `..`, `..n`, `a..b`.
+    /// `rows` selects the first dimension: `..`, `..n` or `a..b`. The copy runs on `stream`, after all
+    /// pending work of this buffer on any stream. This returns once the copy is enqueued. If the host
+    /// side is not pinned, the driver may stage the copy and block.
     ///
     /// # Errors
     ///
-    /// With nothing changed: [`Error::OutOfRange`], [`Error::DeviceMismatch`],
-    /// [`Error::StreamCapturing`]. After an error of the driver's the copy counts as in flight, until
-    /// the driver says otherwise.
+    /// - [`Error::OutOfRange`], [`Error::DeviceMismatch`] and [`Error::StreamCapturing`]: nothing has
+    ///   changed.
+    /// - An error of the driver: the copy counts as in flight until the driver says otherwise.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -251,15 +257,18 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// ids.copy_to_gpu(..3, &stream)?;
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "H2D")]
+    #[doc(alias = "memcpy")]
     pub fn copy_to_gpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
         let range = self.bytes_of(&rows)?;
         // SAFETY: no memory of others takes part.
         unsafe { self.storage.copy(Direction::Up, range, Peer::DeviceSide, stream) }
     }
 
-    /// Copies rows of the device side to the same rows of the host side, on `stream`, after everything
-    /// that this buffer has pending on any stream. Returns as soon as the copy is enqueued, unless the
-    /// host side is not pinned.
+    /// Copies rows of the device side to the same rows of the host side.
+    ///
+    /// The copy runs on `stream`, after all pending work of this buffer on any stream. This returns once
+    /// the copy is enqueued. If the host side is not pinned, it may block until the copy is done.
     ///
     /// # Errors
     ///
@@ -275,14 +284,18 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// assert_eq!(logits.cpu()?, [0.0, 0.0, 0.5, 0.5, 0.5, 0.5, 0.0, 0.0]);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "D2H")]
+    #[doc(alias = "memcpy")]
     pub fn copy_to_cpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
         let range = self.bytes_of(&rows)?;
         // SAFETY: no memory of others takes part.
         unsafe { self.storage.copy(Direction::Down, range, Peer::DeviceSide, stream) }
     }
 
-    /// [`copy_to_gpu`](Self::copy_to_gpu) into device memory that somebody else owns. `to` is the
-    /// address of row 0, and row `i` goes to row `i`. Only the selected rows need exist there.
+    /// Copies rows of the host side into device memory that somebody else owns.
+    ///
+    /// As [`copy_to_gpu`](Self::copy_to_gpu) otherwise. `to` is the address of row 0, and row `i` goes to
+    /// row `i`. Only the selected rows need exist there.
     ///
     /// # Errors
     ///
@@ -290,7 +303,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Safety
     ///
-    /// From the call until the copy has finished, of the rows of `to` that `rows` selects:
+    /// From the call until the copy has finished, for the selected rows of `to`:
     ///
     /// - **Valid:** they are valid for writes, and lie in one allocation. A pointer made from a
     ///   `&[T]` is not valid for writes.
@@ -302,10 +315,10 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// - **Stream:** other work on them is sent to `stream`, or ordered before or after the copy by
     ///   events. The buffer does not order it.
     ///
-    /// They need be neither initialised nor aligned. The copy has finished when
+    /// They need not be initialised or aligned. The copy has finished once
     /// [`cpu_mut`](Self::cpu_mut), [`synchronize`](Self::synchronize) or [`Stream::synchronize`]
-    /// has returned `Ok` after it; on the CPU, when this returns. After an error of the driver's it
-    /// may still run: keep the memory until one of these returns `Ok`.
+    /// returns `Ok` after it. On the CPU it has finished when this returns. After an error of the driver
+    /// it may still run, so keep the memory until one of these returns `Ok`.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -331,8 +344,10 @@ impl<T: Pod> CpuGpuBuffer<T> {
         unsafe { self.storage.copy(Direction::Up, range, peer, stream) }
     }
 
-    /// [`copy_to_cpu`](Self::copy_to_cpu) out of device memory that somebody else owns. `from` is
-    /// the address of row 0, and row `i` goes to row `i`. Only the selected rows need exist there.
+    /// Copies rows of device memory that somebody else owns into the host side.
+    ///
+    /// As [`copy_to_cpu`](Self::copy_to_cpu) otherwise. `from` is the address of row 0, and row `i` goes
+    /// to row `i`. Only the selected rows need exist there.
     ///
     /// # Errors
     ///
@@ -340,7 +355,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Safety
     ///
-    /// From the call until the copy has finished, of the rows of `from` that `rows` selects:
+    /// From the call until the copy has finished, for the selected rows of `from`:
     ///
     /// - **Valid:** they are valid for reads, and lie in one allocation.
     /// - **Until when:** they stay allocated. Do not free them, or return them to a caching
@@ -352,9 +367,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// - **Stream:** work that writes them is sent to `stream`, or ordered before or after the copy
     ///   by events. The buffer does not order it.
     ///
-    /// They need not be aligned. The copy has finished when [`cpu`](Self::cpu),
-    /// [`synchronize`](Self::synchronize) or [`Stream::synchronize`] has returned `Ok` after it; on
-    /// the CPU, when this returns. After an error of the driver's it may still run.
+    /// They need not be aligned. The copy has finished once [`cpu`](Self::cpu),
+    /// [`synchronize`](Self::synchronize) or [`Stream::synchronize`] returns `Ok` after it. On the CPU it
+    /// has finished when this returns. After an error of the driver it may still run.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -380,13 +395,15 @@ impl<T: Pod> CpuGpuBuffer<T> {
         unsafe { self.storage.copy(Direction::Down, range, peer, stream) }
     }
 
-    /// Whether nothing that this buffer was used for is still running: transfers, fills, and what the
-    /// streams given to [`gpu_on`](Self::gpu_on) were sent until now.
+    /// Returns `true` if no work of this buffer is pending.
+    ///
+    /// This covers copies, fills, and everything that the streams given to [`gpu_on`](Self::gpu_on) were
+    /// given until now.
     ///
     /// # Errors
     ///
-    /// As for [`cpu`](Self::cpu); [`Error::StreamCapturing`] where a stream of `gpu_on`'s has since begun
-    /// to be captured.
+    /// As for [`cpu`](Self::cpu), and [`Error::StreamCapturing`] if a stream that was given to `gpu_on`
+    /// is being captured.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -399,7 +416,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.is_idle()
     }
 
-    /// Waits until [`is_idle`](Self::is_idle), and for nothing else.
+    /// Waits for the pending work of this buffer, and for nothing else. See [`is_idle`](Self::is_idle).
     ///
     /// # Errors
     ///
@@ -421,8 +438,10 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     // ---- both sides ----
 
-    /// Sets every element of both sides: the host side before this returns, which waits for pending
-    /// copies as [`cpu_mut`](Self::cpu_mut) does, the device side on `stream`.
+    /// Sets every element of both sides.
+    ///
+    /// The host side is set before this returns, after a wait for pending copies as in
+    /// [`cpu_mut`](Self::cpu_mut). The device side is set on `stream`.
     ///
     /// # Errors
     ///
@@ -456,7 +475,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// let stream = Stream::new(Device::Cpu)?;
     /// let mut slots = CpuGpuBuffer::<i64>::new([4, 2], Device::Cpu)?;
-    /// slots.fill_cpu(-1)?; // what kernels take for padding
+    /// slots.fill_cpu(-1)?; // the kernels' padding
     /// slots.cpu_mut()?[..2].copy_from_slice(&[8, 9]);
     /// slots.copy_to_gpu(.., &stream)?;
     /// assert_eq!(slots.cpu()?[..4], [8, 9, -1, -1]);
@@ -467,9 +486,11 @@ impl<T: Pod> CpuGpuBuffer<T> {
         Ok(())
     }
 
-    /// Sets every element of the device side on `stream`, after everything that this buffer has
-    /// pending on any stream. Returns as soon as that is enqueued: as a memset of the driver's where the
-    /// bytes of `value` repeat every 1, 2 or 4 and there is less than 64 KB to fill, and as a kernel otherwise.
+    /// Sets every element of the device side on `stream`.
+    ///
+    /// The fill runs after all pending work of this buffer on any stream. This returns once it is
+    /// enqueued. The fill is a memset of the driver if it has less than 64 KB and the bytes of `value`
+    /// repeat every 1, 2 or 4 bytes. Otherwise it is a kernel.
     ///
     /// # Errors
     ///
@@ -488,8 +509,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.fill_gpu(bytemuck::bytes_of(&value), stream)
     }
 
-    /// Sets every byte of both sides to zero, in the order of [`fill`](Self::fill). No element is
-    /// made on the stack, however large it is.
+    /// Sets every byte of both sides to zero, in the order of [`fill`](Self::fill).
+    ///
+    /// No element is built on the stack, so elements may be of any size.
     ///
     /// # Errors
     ///
@@ -510,13 +532,15 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.zero(stream)
     }
 
-    /// Gives the buffer another shape, with both sides zeroed. Memory is kept where the new shape fits:
-    /// then this waits for pending copies of the host side only, and the device address stays.
-    /// Otherwise both sides are made anew, after everything that the buffer has pending.
+    /// Gives the buffer another shape, and zeroes both sides.
+    ///
+    /// If the new shape fits into the memory, this waits for pending copies of the host side only, and
+    /// the device address stays. Otherwise this waits for all pending work, and allocates both sides
+    /// again.
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new) and [`cpu`](Self::cpu). The buffer is as it was.
+    /// As for [`new`](Self::new) and [`cpu`](Self::cpu). On error the buffer is unchanged.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -541,9 +565,11 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     // ---- the device side ----
 
-    /// The device side, for kernels and libraries on `stream`: orders the stream after everything that
-    /// this buffer has pending, and remembers that it may use the memory from now on. Whatever the
-    /// buffer does next, on any stream, waits for what `stream` was sent by then.
+    /// The device side, for kernels and libraries on `stream`.
+    ///
+    /// This orders `stream` after all pending work of the buffer. From then on `stream` may use the
+    /// device side. The next operation of the buffer, on any stream, comes after the work that `stream`
+    /// was given until then.
     ///
     /// # Errors
     ///
@@ -564,10 +590,11 @@ impl<T: Pod> CpuGpuBuffer<T> {
         Ok(GpuView::new(self.device_ptr(), *self.storage.shape(), self.numel(), self.device()))
     }
 
-    /// The address of the device side, ordered with nothing, not even with its first zeroing: for
-    /// graph capture, where [`gpu_on`](Self::gpu_on) was called before, and for logging. It changes
-    /// only with a [`resize`](Self::resize) beyond all earlier sizes. It is null if the buffer
-    /// never had bytes; a buffer that was resized to none keeps its memory and the address.
+    /// The address of the device side, ordered after nothing, not even its first zeroing.
+    ///
+    /// It is for logging, and for graph capture after a call of [`gpu_on`](Self::gpu_on). It changes only
+    /// if [`resize`](Self::resize) exceeds all earlier sizes. It is null if the buffer never had bytes.
+    /// A buffer that was resized to no bytes keeps its memory and the address.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -583,7 +610,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.gpu_ptr().cast()
     }
 
-    // ---- what it is ----
+    // ---- properties ----
 
     /// The dimensions, outermost first.
     ///
@@ -635,7 +662,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.device()
     }
 
-    /// Whether the host side is pinned.
+    /// Returns `true` if the host side is pinned.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -650,8 +677,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.is_pinned()
     }
 
-    /// Why the host side is pageable although [`Pinning::Preferred`] asked for pinned memory.
-    /// `None` if it is pinned, if [`Pinning::Never`] was asked for, if it has no bytes, and on
+    /// The reason why the host side is pageable although [`Pinning::Preferred`] asked for pinned memory.
+    ///
+    /// `None` if the host side is pinned or has no bytes, with [`Pinning::Never`], and on
     /// [`Device::Cpu`].
     ///
     /// ```
@@ -698,14 +726,14 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// No copy writes the host side while the slice lives.
     #[inline]
     unsafe fn host_slice(&self) -> &[T] {
-        // SAFETY: the host side holds `numel` elements, aligned and initialised (it began as zeroes, and
-        // any bytes are a `Pod`); it is borrowed with `self`.
+        // SAFETY: the host side holds `numel` elements, aligned and initialised: it began as zeroes, and
+        // any bytes are valid for a `Pod` type. The slice borrows `self`.
         unsafe { slice::from_raw_parts(self.storage.host_ptr().cast(), self.numel()) }
     }
 
     /// # Safety
     ///
-    /// No copy touches the host side while the slice lives.
+    /// No copy reads or writes the host side while the slice lives.
     #[inline]
     unsafe fn host_slice_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `host_slice`, and borrowed exclusively.
@@ -713,7 +741,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     }
 }
 
-/// Sets every element. Elements of no size may be `usize::MAX`, and there is nothing to set.
+/// Sets every element. There may be `usize::MAX` elements of no size, which need no work.
 fn set<T: Pod>(elements: &mut [T], value: T) {
     if size_of::<T>() > 0 {
         elements.fill(value);

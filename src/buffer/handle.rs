@@ -1,4 +1,4 @@
-//! The handle of a buffer's storage. Dropping it returns the storage to where it came from.
+//! The handle of a buffer's storage. Dropping it returns the storage to its origin.
 
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
@@ -18,7 +18,7 @@ use std::any::Any;
 /// A buffer's storage, with its origin.
 pub(crate) struct StorageHandle(ManuallyDrop<Origin>);
 
-/// Where a storage came from.
+/// The origin of a storage.
 enum Origin {
     Own(Box<Storage>),
     /// A slot of a pool, which gets the storage back as it is.

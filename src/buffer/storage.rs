@@ -257,7 +257,7 @@ impl Storage {
         Ok(())
     }
 
-    /// Whether the host side may be read now.
+    /// Returns `true` if the host side may be read now.
     pub(crate) fn may_read(&self) -> Result<bool> {
         self.device_side.refuse_child()?;
         #[cfg(feature = "dlpack")]
@@ -278,7 +278,7 @@ impl Storage {
         Ok(true)
     }
 
-    /// Whether the host side may be written now.
+    /// Returns `true` if the host side may be written now.
     pub(crate) fn may_write(&self) -> Result<bool> {
         Ok(self.may_read()? && self.upload.is_finished()?)
     }
@@ -310,8 +310,8 @@ impl Storage {
 
     // ---- pending work ----
 
-    /// Whether the host side is known to be writable, and no record of the device side is open.
-    /// Calls no CUDA.
+    /// Returns `true` if the host side is known to be writable, and no record of the device side is
+    /// open. Calls no CUDA.
     #[inline]
     pub(crate) fn is_known_ready(&self) -> bool {
         self.upload.is_known_finished()
@@ -338,7 +338,7 @@ impl Storage {
         self.device_side.device_use().wait()
     }
 
-    /// Whether nothing uses either side.
+    /// Returns `true` if nothing uses either side.
     pub(crate) fn is_idle(&self) -> Result<bool> {
         self.device_side.refuse_child()?;
         #[cfg(feature = "dlpack")]

@@ -1,5 +1,6 @@
 //! The device side as kernels and libraries see it.
 
+use std::fmt;
 use std::marker::PhantomData;
 use std::ops::RangeBounds;
 use std::slice;
@@ -11,9 +12,9 @@ use crate::shape::{Shape, select};
 /// The device side of a buffer, for work on the stream that
 /// [`gpu_on`](crate::CpuGpuBuffer::gpu_on) was called with.
 ///
-/// Work that uses the addresses must be sent to that stream, and while the view lives: the buffer orders
-/// what it does later after everything that the stream was sent by then. There is nothing to drop and
-/// nothing to forget.
+/// Send work that uses the addresses to that stream, while the view lives. The buffer orders its later
+/// operations after everything that the stream was given by then. Nothing happens when a view is
+/// dropped.
 ///
 /// ```
 /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -27,7 +28,7 @@ use crate::shape::{Shape, select};
 /// assert_eq!(view.as_host_slice(), Some(&[7; 4][..]));
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct GpuView<'a, T> {
     address: *mut T,
     shape: Shape,
@@ -36,19 +37,19 @@ pub struct GpuView<'a, T> {
     buffer: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: a view can be copied, and on the CPU its elements can be read: it is sent as a `&[T]` is.
+// SAFETY: a view can be copied, and its elements can be read on the CPU, as those of a `&[T]` can.
 unsafe impl<T: Sync> Send for GpuView<'_, T> {}
 // SAFETY: as for `Send`.
 unsafe impl<T: Sync> Sync for GpuView<'_, T> {}
 
 impl<'a, T> GpuView<'a, T> {
-    /// `address` is that of `len` elements of the device side, which the buffer borrowed for `'a` owns.
+    /// A view of `len` elements at `address`, in the device side of the buffer that is borrowed for `'a`.
     pub(crate) fn new(address: *mut T, shape: Shape, len: usize, device: Device) -> Self {
         GpuView { address, shape, len, device, buffer: PhantomData }
     }
 
-    /// The first element's device address. If there are no bytes, it may be null, and nothing may
-    /// be read or written there.
+    /// The device address of the first element. Without bytes it may be null, and it is not valid for
+    /// reads or writes.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -67,7 +68,7 @@ impl<'a, T> GpuView<'a, T> {
         self.address
     }
 
-    /// The first element's device address, to write to.
+    /// The device address of the first element, to write to.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -75,7 +76,7 @@ impl<'a, T> GpuView<'a, T> {
     /// let stream = Stream::new(Device::auto())?;
     /// let mut outputs = CpuGpuBuffer::<f32>::new(64, stream.device())?;
     /// let view = outputs.gpu_on(&stream)?;
-    /// // A kernel's arguments are addresses of values: this is what `cuLaunchKernel` takes.
+    /// // `cuLaunchKernel` takes the addresses of the arguments.
     /// let (mut address, mut count) = (view.as_mut_ptr(), view.len() as u32);
     /// let arguments = [(&raw mut address).cast::<std::ffi::c_void>(), (&raw mut count).cast()];
     /// assert!(!address.is_null() && arguments.len() == 2);
@@ -101,7 +102,7 @@ impl<'a, T> GpuView<'a, T> {
         self.len
     }
 
-    /// Whether there are no elements.
+    /// Returns `true` if there are no elements.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -131,12 +132,12 @@ impl<'a, T> GpuView<'a, T> {
         self.shape.dims()
     }
 
-    /// The device whose memory it is.
+    /// The device that has the memory.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, GpuView, Stream};
     ///
-    /// /// What an array library is told of a tensor's place.
+    /// /// The device number of array libraries.
     /// fn device_index(view: &GpuView<'_, f32>) -> i64 {
     ///     match view.device() {
     ///         Device::Cpu => -1,
@@ -152,7 +153,7 @@ impl<'a, T> GpuView<'a, T> {
         self.device
     }
 
-    /// The same memory, of these rows only.
+    /// A view of some of the rows.
     ///
     /// # Errors
     ///
@@ -179,7 +180,7 @@ impl<'a, T> GpuView<'a, T> {
         })
     }
 
-    /// The elements, on [`Device::Cpu`]; `None` where they are in a GPU's memory.
+    /// The elements on [`Device::Cpu`], or `None` if they are in the memory of a GPU.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -202,8 +203,15 @@ impl<'a, T> GpuView<'a, T> {
             // SAFETY: a slice of no bytes may begin at any aligned address but null.
             return Some(unsafe { slice::from_raw_parts(std::ptr::dangling(), self.len) });
         }
-        // SAFETY: `len` initialised elements of the device side, which on the CPU is ordinary memory; the
-        // buffer is borrowed for `'a`, and writing through `as_mut_ptr` is `unsafe`.
+        // SAFETY: these are `len` initialised elements of the device side, which on the CPU is ordinary
+        // memory. The buffer is borrowed for `'a`, and writing through `as_mut_ptr` is `unsafe`.
         Some(unsafe { slice::from_raw_parts(self.address, self.len) })
+    }
+}
+
+impl<T> fmt::Debug for GpuView<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let GpuView { address, shape, device, .. } = self;
+        write!(f, "GpuView(shape={shape:?}, device={device}, address={address:p})")
     }
 }

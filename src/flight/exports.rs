@@ -55,7 +55,7 @@ struct SideLoans {
 }
 
 impl SideLoans {
-    /// `Acquire`: a thread that finds no tensor sees what the consumers wrote.
+    /// `Acquire`: a thread that finds no tensor sees the writes of the consumers.
     fn is_lent(&self) -> bool {
         self.living.load(Ordering::Acquire) > 0
     }
@@ -129,15 +129,15 @@ impl Exports {
         Ok(())
     }
 
-    /// Whether the work of consumers on these sides is finished, without waiting. Returns an error
-    /// if a tensor of one of them lives.
+    /// Returns `true` if the work of consumers on these sides is finished. Does not wait. Returns an
+    /// error if a tensor of one of them lives.
     #[cold]
     pub(crate) fn are_consumers_done(&self, sides: &[Side]) -> Result<bool> {
         self.refuse_lent(sides)?;
         Ok(!sides.iter().any(|side| self.loans(*side).is_unknown()))
     }
 
-    /// Whether no tensor lives and all work of consumers is finished.
+    /// Returns `true` if no tensor lives and all work of consumers is finished.
     #[cold]
     pub(crate) fn is_idle(&self) -> bool {
         [&self.host, &self.gpu].iter().all(|loans| !loans.is_lent() && !loans.is_unknown())

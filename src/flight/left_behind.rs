@@ -45,7 +45,7 @@ pub(crate) trait ExportedStorage: Send + Sync {
     /// The count of the pool that owns the storage.
     fn left_behind_count(&self) -> Option<&LeftBehindCount>;
 
-    /// Gives a pool's storage back, and calls no CUDA. Returns what the caller drops later, without
+    /// Gives a pool's storage back, and calls no CUDA. The caller drops the returned value later, without
     /// a lock. The devices were waited for.
     fn give_back(self: Box<Self>) -> Box<dyn Any + Send>;
 }
@@ -62,7 +62,7 @@ struct LeftBehind {
 static LEFT_BEHIND: Mutex<LeftBehind> =
     Mutex::new(LeftBehind { drained: 0, storages: VecDeque::new() });
 
-/// Whether the list has entries. Most programs never have one, and take no lock to learn that.
+/// True if the list has entries. Most programs never have one, and take no lock to learn that.
 #[cfg(feature = "dlpack")]
 static ANY: AtomicBool = AtomicBool::new(false);
 
@@ -89,7 +89,7 @@ pub(crate) fn leave_behind(storage: Box<dyn ExportedStorage>) {
     }
 }
 
-/// Whether anything is left behind, by any buffer.
+/// Returns `true` if anything is left behind, by any buffer.
 #[cfg(feature = "dlpack")]
 pub(crate) fn is_any_left_behind() -> bool {
     ANY.load(Ordering::Acquire)

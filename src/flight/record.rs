@@ -22,8 +22,8 @@ pub(crate) struct Record {
     ticket_cell: TicketCell,
 }
 
-/// An event for each wait policy, made when a stream of that policy is first used. A record whose
-/// streams alternate reuses its events.
+/// An event for each wait policy, made when a stream of that policy is first used. A record reuses its
+/// events when streams alternate.
 #[derive(Default)]
 struct Events {
     device_default: Option<EventHandle>,
@@ -89,7 +89,7 @@ impl Record {
         })
     }
 
-    /// Whether the work is known to be finished. Calls no CUDA.
+    /// Returns `true` if the work is known to be finished. Calls no CUDA.
     #[inline]
     pub(crate) fn is_known_finished(&self) -> bool {
         self.pending_work().is_none()
@@ -103,7 +103,7 @@ impl Record {
         }
     }
 
-    /// Whether the record stands for everything that the stream is given from now on.
+    /// Returns `true` if the record stands for everything that the stream is given from now on.
     #[inline]
     pub(crate) fn is_open(&self) -> bool {
         self.pending && self.ticket_cell.ticket().is_none()
@@ -119,7 +119,7 @@ impl Record {
         }
     }
 
-    /// Whether the work is finished. Queries the event.
+    /// Returns `true` if the work is finished. Queries the event.
     pub(crate) fn is_finished(&self) -> Result<bool> {
         let Some((stream, event)) = self.pending_work() else {
             return Ok(true);
