@@ -21,7 +21,7 @@ use crate::error::{Error, Result, Side};
 #[cfg(unix)]
 use crate::memory::chunks::{self, Piece};
 #[cfg(unix)]
-use crate::memory::host_limit::room_in_groups;
+use crate::memory::memory_info::room_in_groups;
 use crate::memory::options::{HostFlags, Pinning};
 #[cfg(unix)]
 use crate::memory::registered::Registered;

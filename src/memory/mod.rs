@@ -1,8 +1,9 @@
 #[cfg(unix)]
 pub(crate) mod chunks;
+pub(crate) mod control_groups;
 pub(crate) mod device_memory;
 pub(crate) mod host;
-pub(crate) mod host_limit;
+pub(crate) mod memory_info;
 pub(crate) mod options;
 #[cfg(unix)]
 pub(crate) mod pages;

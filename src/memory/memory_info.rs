@@ -1,21 +1,13 @@
-//! How much memory this process could use: of the machine, within the limits of its control groups.
-//!
-//! A process beyond its group's limit is killed, and the kernel's table of the whole machine says
-//! nothing of that. So each group from the process's own up to the root that this process sees is
-//! asked for its limit and its use, in either version of control groups ("Control Group v2" and
-//! "Memory Resource Controller" in the kernel's documentation). `memory.high` is left aside, since
-//! a group beyond it is slowed down and not killed.
-//!
-//! The page cache and reclaimable slabs count as used. The kernel takes them back before it kills,
-//! so they are subtracted, as the kernel does for `MemAvailable`.
+//! Free and total memory of a device, or of this machine within the limits of its control groups.
 
 use std::fs;
-use std::path::{Component, Path, PathBuf};
+use std::path::Path;
 
 use crate::cuda::calls;
 use crate::cuda::devices::context;
 use crate::device::{Device, MemoryInfo};
 use crate::error::{Error, Result};
+use crate::memory::control_groups::limits;
 
 impl Device {
     /// Free and total memory, in bytes: of the CUDA device, or of this machine.
@@ -51,7 +43,7 @@ impl Device {
 
 /// The memory that this process could use now, and at most; `None` on a system that does not tell.
 /// It reads about ten small files of the kernel's.
-pub(crate) fn host_memory() -> Option<MemoryInfo> {
+fn host_memory() -> Option<MemoryInfo> {
     memory_under(Path::new("/"))
 }
 
@@ -72,14 +64,6 @@ fn memory_under(root: &Path) -> Option<MemoryInfo> {
     }))
 }
 
-/// The limits of the groups that this process is in.
-fn limits(root: &Path, machine: MemoryInfo) -> impl Iterator<Item = MemoryInfo> {
-    group(root).into_iter().flat_map(move |group| {
-        let levels: Vec<_> = group.path.ancestors().map(|level| group.mount.join(level)).collect();
-        levels.into_iter().filter_map(move |level| group.version.limit(&level, machine))
-    })
-}
-
 /// `MemAvailable` and `MemTotal`: the memory that could be used without swapping, and all.
 fn of_machine(root: &Path) -> Option<MemoryInfo> {
     let table = fs::read_to_string(root.join("proc/meminfo")).ok()?;
@@ -91,131 +75,10 @@ fn of_machine(root: &Path) -> Option<MemoryInfo> {
     Some(MemoryInfo { free: bytes("MemAvailable:")?, total: bytes("MemTotal:")? })
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Version {
-    One,
-    Two,
-}
-
-impl Version {
-    /// The room that the limit of one group leaves, and the limit; `None` if it has none that the
-    /// machine can reach.
-    fn limit(self, group: &Path, machine: MemoryInfo) -> Option<MemoryInfo> {
-        let (limit, used, prefix) = match self {
-            Version::One => ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-            Version::Two => ("memory.max", "memory.current", ""),
-        };
-        let read = |name: &str| fs::read_to_string(group.join(name)).ok();
-        // "max" is no number, and no limit. Version 1 has a number that no machine reaches.
-        let total: usize = read(limit)?.trim().parse().ok()?;
-        if total >= machine.total {
-            return None;
-        }
-        let used: usize = read(used)?.trim().parse().ok()?;
-        let free = total.saturating_sub(used);
-        // The kernel adds up the table of a group when it is read. With enough left, nobody needs
-        // it.
-        if free >= machine.free {
-            return Some(MemoryInfo { free, total });
-        }
-        let table = read("memory.stat").unwrap_or_default();
-        let cached = |name: &str| -> usize {
-            let value = table
-                .lines()
-                .find_map(|line| line.strip_prefix(prefix)?.strip_prefix(name)?.strip_prefix(' '));
-            value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
-        };
-        let cached = ["inactive_file", "active_file", "slab_reclaimable"]
-            .into_iter()
-            .fold(0, |sum: usize, name| sum.saturating_add(cached(name)));
-        Some(MemoryInfo { free: total.saturating_sub(used.saturating_sub(cached)), total })
-    }
-}
-
-/// The group of this process whose memory is limited.
-#[derive(Debug, PartialEq, Eq)]
-struct Group {
-    version: Version,
-    /// The folder of the topmost group that this process sees.
-    mount: PathBuf,
-    /// The group's own folder, from there.
-    path: PathBuf,
-}
-
-fn group(root: &Path) -> Option<Group> {
-    let groups = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
-    let mounts = fs::read_to_string(root.join("proc/self/mountinfo")).ok()?;
-    // On a machine with both, memory is limited by the version that has the controller.
-    [Version::One, Version::Two].into_iter().find_map(|version| {
-        let path = path_of(&groups, version)?;
-        let (inner, mount) = mount_of(&mounts, version, path)?;
-        // The mount may begin below the root of all groups. A path that leads out of it is of
-        // groups that this process does not see.
-        let path = Path::new(path).strip_prefix(&inner).unwrap_or(Path::new(""));
-        let inside = path.components().all(|part| matches!(part, Component::Normal(_)));
-        let path = if inside { path } else { Path::new("") };
-        let mount = root.join(mount.strip_prefix("/").ok()?);
-        Some(Group { version, mount, path: path.into() })
-    })
-}
-
-/// The path of this process's group, from `/proc/self/cgroup`: lines of `number:controllers:path`.
-fn path_of(groups: &str, version: Version) -> Option<&str> {
-    groups.lines().find_map(|line| {
-        let mut fields = line.splitn(3, ':');
-        let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
-        let found = match version {
-            Version::One => controllers.split(',').any(|name| name == "memory"),
-            Version::Two => number == "0" && controllers.is_empty(),
-        };
-        found.then(|| path.strip_prefix('/')).flatten()
-    })
-}
-
-/// Where the groups are mounted, from `/proc/self/mountinfo`: the group that is the mount's root,
-/// without its first slash, and the mount point. Of several mounts, the first that the path is in
-/// comes first.
-fn mount_of(mounts: &str, version: Version, path: &str) -> Option<(PathBuf, PathBuf)> {
-    let found = mounts.lines().filter_map(|line| {
-        // Fields of the mount, some of them optional, then those of the file system.
-        let (mount, system) = line.split_once(" - ")?;
-        let (mut mount, mut system) = (mount.split(' '), system.split(' '));
-        let (inner, point) = (mount.nth(3)?, mount.next()?);
-        let (kind, _source, options) = (system.next()?, system.next()?, system.next()?);
-        let found = match version {
-            Version::One => kind == "cgroup" && options.split(',').any(|name| name == "memory"),
-            Version::Two => kind == "cgroup2",
-        };
-        let inner = unescaped(inner);
-        found.then(|| (inner.strip_prefix('/').unwrap_or(&inner).into(), unescaped(point).into()))
-    });
-    let mut found: Vec<(PathBuf, PathBuf)> = found.collect();
-    let fits = found.iter().position(|(inner, _)| Path::new(path).starts_with(inner));
-    (!found.is_empty()).then(|| found.swap_remove(fits.unwrap_or(0)))
-}
-
-/// A field of `mountinfo`, in which white space and backslashes stand as three octal digits.
-fn unescaped(field: &str) -> String {
-    let mut parts = field.split('\\');
-    let mut text = String::from(parts.next().unwrap_or_default());
-    for part in parts {
-        let code = part.get(..3).and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        match code {
-            Some(code) => {
-                text.push(code.into());
-                text.push_str(&part[3..]);
-            }
-            None => {
-                text.push('\\');
-                text.push_str(part);
-            }
-        }
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     const GB: usize = 1 << 30;
@@ -358,12 +221,5 @@ mod tests {
         machine.has(48, 64);
         put("a:b", 10 * GB, 9 * GB, 2 * GB);
         machine.has(3, 10);
-    }
-
-    #[test]
-    fn escapes_are_read() {
-        assert_eq!(unescaped("/a\\040b\\134c"), "/a b\\c");
-        assert_eq!(unescaped("/a\\9b\\"), "/a\\9b\\");
-        assert_eq!(unescaped("/ä\\ä€"), "/ä\\ä€");
     }
 }
