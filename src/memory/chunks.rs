@@ -1,11 +1,11 @@
-//! Small pinned memory: pieces of chunks that are registered once.
+//! Small pinned memory, cut from chunks that are registered once.
 //!
-//! Registering is a matter of system calls, which cost the same for a page as for 2 MB. So small
-//! memory is cut from chunks of [registered pages](crate::memory::registered), and one chunk stays with its
-//! device. Giving a piece back calls no CUDA.
+//! The system calls of a registration cost the same for one page and for 2 MB. Small memory is
+//! therefore a piece of a chunk of [registered pages](crate::memory::registered). One empty chunk
+//! stays with its device. Returning a piece to its chunk calls no CUDA.
 //!
-//! No lock is held during a call of CUDA's, since the call may wait for a device that waits for
-//! another thread's piece. Two threads that find no room at once therefore make a chunk each.
+//! No lock is held during a CUDA call: the call may wait for a device that waits for another
+//! thread's piece. Two threads that find no room at the same time make a chunk each.
 
 use std::alloc::Layout;
 use std::collections::BTreeMap;
@@ -21,50 +21,52 @@ use crate::error::Result;
 use crate::memory::options::HostFlags;
 use crate::memory::registered::Registered;
 
-/// The bytes of a chunk, which is one hugepage.
+/// The size of a chunk in bytes: one hugepage.
 pub(crate) const CHUNK: usize = 2 << 20;
 
-/// The most bytes of a piece. Two of them fit into a chunk. Memory of its own takes 320 us for 1 MB
-/// to map, register and release (H100).
+/// The most bytes of a piece, so that a chunk holds two.
+///
+/// Mapping, registering and releasing 1 MB takes 320 us (H100, docs/benchmarks.md, "Pinned
+/// memory").
 const LARGEST: usize = 1 << 20;
 
-/// Pieces begin at multiples of it, and have multiples of it.
+/// Offsets and sizes of pieces are multiples of this.
 const UNIT: usize = 256;
 
-/// Whether memory of this layout can be a piece.
+/// Returns whether memory of this layout can be a piece.
 pub(crate) fn fits(layout: Layout) -> bool {
     layout.size() <= LARGEST && layout.align() <= LARGEST
 }
 
-/// A layout that [fits], in whole units.
+/// Rounds a layout that [fits] up to whole units.
 fn in_units(layout: Layout) -> Layout {
     let bytes = layout.size().next_multiple_of(UNIT);
     Layout::from_size_align(bytes, layout.align().max(UNIT)).expect("it is small")
 }
 
-/// What a piece holds that was given back, in a debug build.
+/// The byte that debug builds fill returned pieces with.
 const GIVEN_BACK: u8 = 0xdd;
 
-/// The most empty chunks that stay with a device, for each set of flags.
+/// The most empty chunks that a device keeps for each set of flags.
 const KEPT: usize = 1;
 
-/// The pinned memory of one device that outlives its buffers.
+/// The chunks of one device. They outlive its buffers.
 pub(crate) struct DeviceChunks {
     context: &'static Context,
-    /// By the flags that they are registered with.
+    /// Indexed by the bits of the flags that the chunks are registered with.
     chunks: [Chunks; HostFlags::all().bits() as usize + 1],
 }
 
-/// Chunks that were registered with the same flags.
+/// Chunks that are registered with the same flags.
 #[derive(Default)]
 struct Chunks {
-    /// By their address.
+    /// Keyed by address.
     all: Mutex<BTreeMap<usize, Chunk>>,
-    /// CUDA refused to register memory with these flags, and not for want of memory.
+    /// Set once CUDA has refused these flags for a reason other than a shortage.
     refused: AtomicBool,
 }
 
-/// The state of a device, made when it is first asked for.
+/// The chunks of a device, created on the first call.
 pub(crate) fn of_device(context: &'static Context) -> &'static DeviceChunks {
     static DEVICES: Mutex<Vec<&'static DeviceChunks>> = Mutex::new(Vec::new());
     let mut devices = DEVICES.lock().unwrap_or_else(|poison| poison.into_inner());
@@ -82,17 +84,17 @@ impl DeviceChunks {
         &self.chunks[flags.bits() as usize]
     }
 
-    /// A zeroed piece for a layout that is not empty and [fits], if a chunk has room for it.
+    /// Takes a zeroed piece from a chunk that has room. The layout [fits] and is not empty.
     pub(crate) fn piece(&'static self, layout: Layout, flags: HostFlags) -> Option<Piece> {
         let (chunks, layout) = (self.chunks(flags), in_units(layout));
         let address = chunks.lock().values_mut().find_map(|chunk| chunk.take(layout))?;
         let bytes = layout.size();
-        // SAFETY: the piece is pinned memory that is nobody else's, of that size.
+        // SAFETY: the piece has that size, and nothing else uses it.
         unsafe { address.write_bytes(0, bytes) };
         Some(Piece { chunks, address, bytes })
     }
 
-    /// [`piece`](Self::piece), of a new chunk. The device's context is current.
+    /// Takes a zeroed piece from a new chunk. The device's context is current.
     pub(crate) fn piece_of_new_chunk(
         &'static self,
         layout: Layout,
@@ -100,7 +102,7 @@ impl DeviceChunks {
     ) -> Result<Piece> {
         let (chunks, layout) = (self.chunks(flags), in_units(layout));
         let whole = Layout::from_size_align(CHUNK, CHUNK).expect("a chunk is a valid layout");
-        // The pages are fresh, hence zero.
+        // Fresh pages are zero.
         let mut chunk = Chunk {
             pages: Registered::new(whole, flags.bits(), self.context)?,
             free: Free::all(CHUNK),
@@ -124,7 +126,7 @@ impl Chunks {
         self.all.lock().unwrap_or_else(|poison| poison.into_inner())
     }
 
-    /// Gives a piece back. Returns a chunk that is to be released, without the lock.
+    /// Returns a piece to its chunk. The caller releases the returned chunk, without the lock.
     fn give_back(&self, address: NonNull<u8>, bytes: usize) -> Option<Chunk> {
         let mut chunks = self.lock();
         let address = address.addr().get();
@@ -139,7 +141,7 @@ impl Chunks {
     }
 }
 
-/// Registered pages, and the parts of them that are nobody's.
+/// Registered pages and their free ranges.
 struct Chunk {
     pages: Registered,
     free: Free,
@@ -153,11 +155,11 @@ impl Chunk {
     }
 }
 
-/// Ranges of a chunk that are free.
+/// The free ranges of a chunk.
 struct Free {
-    /// In their order. No two of them touch.
+    /// Sorted. No two of them touch.
     ranges: Vec<Range<usize>>,
-    /// No range is longer: a chunk of many short ones is passed over at once.
+    /// An upper bound of their lengths, so that a fragmented chunk costs no search.
     longest: usize,
 }
 
@@ -170,7 +172,7 @@ impl Free {
         matches!(self.ranges.as_slice(), [range] if *range == (0..bytes))
     }
 
-    /// The offset of the first range that the layout fits into.
+    /// Takes the first place that the layout fits into, and returns its offset.
     fn take(&mut self, layout: Layout) -> Option<usize> {
         if layout.size() > self.longest {
             return None;
@@ -184,12 +186,12 @@ impl Free {
                 return Some(begin);
             }
         }
-        // All were looked at.
+        // No range was long enough, so the bound becomes exact.
         self.longest = self.ranges.iter().map(Range::len).max().unwrap_or(0);
         None
     }
 
-    /// Joins a range that was taken with its neighbours.
+    /// Frees a range that was taken, and joins it with free neighbours.
     fn give_back(&mut self, range: Range<usize>) {
         let next = self.ranges.partition_point(|free| free.start < range.start);
         let joins_before = next > 0 && self.ranges[next - 1].end == range.start;
@@ -216,7 +218,7 @@ impl Free {
     }
 }
 
-/// A piece of a chunk, given back with the value.
+/// A piece of a chunk. Dropping it returns the piece to the chunk.
 pub(crate) struct Piece {
     chunks: &'static Chunks,
     address: NonNull<u8>,
@@ -229,23 +231,23 @@ impl Piece {
     }
 }
 
-// SAFETY: the address is only handed on; the chunk can take the piece back on any thread.
+// SAFETY: the value never reads through the address, and a chunk takes pieces back on any thread.
 unsafe impl Send for Piece {}
 // SAFETY: through a shared reference only the address can be read.
 unsafe impl Sync for Piece {}
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        // A thread of the parent may have held the lock when it forked.
+        // Another thread may have held the lock at the fork. A child cannot take it.
         if fork::forked() {
             return;
         }
         if cfg!(debug_assertions) {
-            // The memory stays pinned, so nothing else would tell a copy that comes too late.
-            // SAFETY: still this value's own.
+            // The memory stays mapped and pinned. Only its contents show a use after the return.
+            // SAFETY: the piece is still this value's own.
             unsafe { self.address.write_bytes(GIVEN_BACK, self.bytes) };
         }
-        // The lock is free again when the chunk is released.
+        // `give_back` has released the lock before the chunk is dropped.
         drop(self.chunks.give_back(self.address, self.bytes));
     }
 }
@@ -264,7 +266,7 @@ mod tests {
         assert_eq!(free.take(layout(100, 256)), Some(0));
         assert_eq!(free.take(layout(300, 256)), Some(256));
         assert_eq!(free.take(layout(1, 4096)), Some(4096));
-        // Between the second and the third.
+        // This one lies between the second and the third.
         assert_eq!(free.take(layout(3000, 256)), Some(768));
         assert_eq!(free.take(layout(6000, 256)), None);
         assert_eq!(free.take(layout(10_000 - 4352, 256)), Some(4352));

@@ -14,7 +14,9 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::device::MemoryInfo;
 
-/// The limits of the groups that this process is in.
+/// The limits of this process's groups, from its own up to the root that it sees.
+///
+/// `free` of a limit is the room that it leaves, and `total` is the limit. `root` stands for `/`.
 pub(crate) fn limits(root: &Path, machine: MemoryInfo) -> impl Iterator<Item = MemoryInfo> {
     group(root).into_iter().flat_map(move |group| {
         let levels: Vec<_> = group.path.ancestors().map(|level| group.mount.join(level)).collect();
@@ -22,6 +24,7 @@ pub(crate) fn limits(root: &Path, machine: MemoryInfo) -> impl Iterator<Item = M
     })
 }
 
+/// The version of control groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Version {
     One,
@@ -29,23 +32,21 @@ enum Version {
 }
 
 impl Version {
-    /// The room that the limit of one group leaves, and the limit; `None` if it has none that the
-    /// machine can reach.
+    /// The limit of one group, and the room that it leaves. `None` if the machine cannot reach it.
     fn limit(self, group: &Path, machine: MemoryInfo) -> Option<MemoryInfo> {
         let (limit, used, prefix) = match self {
             Version::One => ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
             Version::Two => ("memory.max", "memory.current", ""),
         };
         let read = |name: &str| fs::read_to_string(group.join(name)).ok();
-        // "max" is no number, and no limit. Version 1 has a number that no machine reaches.
+        // Without a limit, version 2 has "max", and version 1 a number that no machine reaches.
         let total: usize = read(limit)?.trim().parse().ok()?;
         if total >= machine.total {
             return None;
         }
         let used: usize = read(used)?.trim().parse().ok()?;
         let free = total.saturating_sub(used);
-        // The kernel adds up the table of a group when it is read. With enough left, nobody needs
-        // it.
+        // The kernel computes `memory.stat` when it is read, so it is read only if it matters.
         if free >= machine.free {
             return Some(MemoryInfo { free, total });
         }
@@ -63,25 +64,24 @@ impl Version {
     }
 }
 
-/// The group of this process whose memory is limited.
+/// This process's group in the hierarchy that controls memory.
 #[derive(Debug, PartialEq, Eq)]
 struct Group {
     version: Version,
     /// The folder of the topmost group that this process sees.
     mount: PathBuf,
-    /// The group's own folder, from there.
+    /// The folder of this process's group, relative to `mount`.
     path: PathBuf,
 }
 
 fn group(root: &Path) -> Option<Group> {
     let groups = fs::read_to_string(root.join("proc/self/cgroup")).ok()?;
     let mounts = fs::read_to_string(root.join("proc/self/mountinfo")).ok()?;
-    // On a machine with both, memory is limited by the version that has the controller.
+    // A machine may mount both versions. One of them has the memory controller.
     [Version::One, Version::Two].into_iter().find_map(|version| {
         let path = path_of(&groups, version)?;
         let (inner, mount) = mount_of(&mounts, version, path)?;
-        // The mount may begin below the root of all groups. A path that leads out of it is of
-        // groups that this process does not see.
+        // The mount may show a part of the hierarchy. The process does not see groups outside it.
         let path = Path::new(path).strip_prefix(&inner).unwrap_or(Path::new(""));
         let inside = path.components().all(|part| matches!(part, Component::Normal(_)));
         let path = if inside { path } else { Path::new("") };
@@ -90,7 +90,9 @@ fn group(root: &Path) -> Option<Group> {
     })
 }
 
-/// The path of this process's group, from `/proc/self/cgroup`: lines of `number:controllers:path`.
+/// The path of this process's group, from the text of `/proc/self/cgroup`.
+///
+/// Each line is `number:controllers:path`.
 fn path_of(groups: &str, version: Version) -> Option<&str> {
     groups.lines().find_map(|line| {
         let mut fields = line.splitn(3, ':');
@@ -103,12 +105,13 @@ fn path_of(groups: &str, version: Version) -> Option<&str> {
     })
 }
 
-/// Where the groups are mounted, from `/proc/self/mountinfo`: the group that is the mount's root,
-/// without its first slash, and the mount point. Of several mounts, the first that the path is in
-/// comes first.
+/// The mount of the groups, from the text of `/proc/self/mountinfo`.
+///
+/// Returns the group at the root of the mount, without its first slash, and the mount point. The
+/// first mount that contains `path` is preferred.
 fn mount_of(mounts: &str, version: Version, path: &str) -> Option<(PathBuf, PathBuf)> {
     let found = mounts.lines().filter_map(|line| {
-        // Fields of the mount, some of them optional, then those of the file system.
+        // Fields of the mount, some optional, stand before " - ". The file system's follow.
         let (mount, system) = line.split_once(" - ")?;
         let (mut mount, mut system) = (mount.split(' '), system.split(' '));
         let (inner, point) = (mount.nth(3)?, mount.next()?);
@@ -125,7 +128,9 @@ fn mount_of(mounts: &str, version: Version, path: &str) -> Option<(PathBuf, Path
     (!found.is_empty()).then(|| found.swap_remove(fits.unwrap_or(0)))
 }
 
-/// A field of `mountinfo`, in which white space and backslashes stand as three octal digits.
+/// A field of `mountinfo` without its escapes.
+///
+/// The kernel writes white space and backslashes as a backslash with three octal digits.
 fn unescaped(field: &str) -> String {
     let mut parts = field.split('\\');
     let mut text = String::from(parts.next().unwrap_or_default());

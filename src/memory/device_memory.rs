@@ -1,4 +1,4 @@
-//! Device memory: from `cudaMalloc`, or, on the CPU, zeroed memory like any other.
+//! Device memory: from `cudaMalloc`, or zeroed pageable memory on the CPU.
 
 use std::alloc::Layout;
 use std::mem;
@@ -12,16 +12,16 @@ use crate::memory::host::HostMemory;
 use crate::memory::options::{HostFlags, Pinning};
 use crate::sys::cudaError;
 
-/// An owned piece of device memory. On CUDA its contents are whatever was there before.
+/// Owned device memory. It is zeroed on the CPU, and uninitialized on a CUDA device.
 pub(crate) enum DeviceMemory {
     Cpu(HostMemory),
     Cuda {
         address: *mut u8,
-        /// What `cudaMalloc` gave, which may lie before the aligned address.
+        /// The address that `cudaMalloc` returned. It may lie before the aligned address.
         base: *mut u8,
         context: &'static Context,
     },
-    /// No bytes.
+    /// Memory of no bytes.
     Empty,
 }
 
@@ -31,9 +31,10 @@ unsafe impl Send for DeviceMemory {}
 unsafe impl Sync for DeviceMemory {}
 
 impl DeviceMemory {
-    /// What `cudaMalloc` aligns to at least ("CUDA C++ Programming Guide, Device Memory Accesses").
+    /// The least alignment of `cudaMalloc` ("CUDA C++ Programming Guide, Device Memory Accesses").
     pub(crate) const ALIGN: usize = 256;
 
+    /// Allocates on the device of `context`, or on the CPU without one.
     pub(crate) fn new(
         layout: Layout,
         context: Option<&'static Context>,
@@ -61,7 +62,7 @@ impl DeviceMemory {
         Ok(DeviceMemory::Cuda { address: base.with_addr(aligned), base, context })
     }
 
-    /// The address; null where there are no bytes.
+    /// The address, which is null if there are no bytes.
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         match self {
             DeviceMemory::Cpu(memory) => memory.as_ptr(),
@@ -70,7 +71,7 @@ impl DeviceMemory {
         }
     }
 
-    /// Never gives the memory back: something may still be using it.
+    /// Leaks the memory, because something may still use it.
     pub(crate) fn leak(&mut self) {
         mem::forget(mem::replace(self, DeviceMemory::Empty));
     }
@@ -82,11 +83,12 @@ impl Drop for DeviceMemory {
             if fork::forked() {
                 return;
             }
-            // The address says enough, should the context not be had.
+            // The runtime finds the device by the address, so a failure to enter is ignored.
             let _current = context.enter();
-            // SAFETY: allocated by this value; whoever drops it saw its uses finish.
+            // SAFETY: this value allocated the memory. It is dropped after all its uses have
+            // finished, and leaked otherwise.
             let released = unsafe { calls::memory::free(*base) };
-            // With the context broken, there is nothing that could be done.
+            // An error says that the context is broken. Nothing can be done then.
             let _ = released;
         }
     }

@@ -1,10 +1,12 @@
-//! Host memory, pinned if there is a CUDA device: zeroed, aligned, and given back as it was made.
+//! Zeroed and aligned host memory, pinned if there is a CUDA device.
 //!
-//! Pinned memory is [pages](crate::memory::pages) of this process, [registered](crate::memory::registered) with the
-//! runtime; small memory is cut from [chunks] of them. If CUDA refuses to register
-//! memory, `cudaHostAlloc` stands in. The runtime shares that memory with forked children, so a
-//! child's store is seen by the parent and by its copies; registered pages read as zeroes in a
-//! child.
+//! Pinned memory is [pages](crate::memory::pages) that are
+//! [registered](crate::memory::registered) with the runtime. Small memory is cut from [chunks] of
+//! them.
+//!
+//! If CUDA refuses to register memory, `cudaHostAlloc` is the fallback. The runtime shares that
+//! memory with forked children, so the parent and its copies see stores of a child. Registered
+//! pages read as zeroes in a child.
 
 use std::alloc::{self, Layout};
 use std::mem;
@@ -30,29 +32,31 @@ use crate::switches;
 #[cfg(unix)]
 use crate::sys::cudaError as Status;
 
-/// An owned piece of host memory.
+/// Owned host memory.
 pub(crate) struct HostMemory {
     address: NonNull<u8>,
-    /// The bytes that one registration covers, from the first byte on. `usize::MAX` if one covers
-    /// all, or none is needed.
+    /// The bytes that each registration covers, from the first byte on.
+    ///
+    /// `usize::MAX` if one registration covers all, or none is needed.
     registration_size: usize,
     kind: Kind,
-    /// Why memory is pageable that was to be pinned if that works.
+    /// The reason for pageable memory, if pinning was preferred and failed.
     pinning_error: Option<Box<Error>>,
 }
 
+/// The source of the memory, which says how to release it.
 enum Kind {
-    /// No bytes.
+    /// Memory of no bytes.
     Empty,
-    /// From the allocator, at an address that may lie before the aligned one.
+    /// From the allocator. `base` may lie before the aligned address.
     Pageable { base: *mut u8, room: Layout },
-    /// Pages that go with it.
+    /// Registered pages of its own.
     #[cfg(unix)]
     Registered { _pages: Registered },
-    /// A piece of registered pages that outlive it.
+    /// A piece of a chunk, which outlives it.
     #[cfg(unix)]
     Piece { _piece: Piece },
-    /// From `cudaHostAlloc`, at an address that may lie before the aligned one.
+    /// From `cudaHostAlloc`. `base` may lie before the aligned address.
     Allocated { base: *mut u8, context: &'static Context },
 }
 
@@ -62,7 +66,7 @@ unsafe impl Send for HostMemory {}
 unsafe impl Sync for HostMemory {}
 
 impl HostMemory {
-    /// Zeroed memory; pinned for `context`'s device as `pinning` says.
+    /// Allocates zeroed memory, pinned for the device of `context` as `pinning` says.
     pub(crate) fn new(
         layout: Layout,
         pinning: Pinning,
@@ -82,7 +86,7 @@ impl HostMemory {
             _ if switches::is_pinning_off() => Some("CPU_GPU_BUFFER_PINNING=never".to_string()),
             (_, Some(context)) => match HostMemory::pinned(layout, flags, context) {
                 Ok(Some(memory)) => return Ok(memory),
-                // As much pageable memory would not fit, either.
+                // The limit applies to pageable memory, too.
                 Ok(None) => return Err(out_of_memory()),
                 Err(error) => Some(error.to_string()),
             },
@@ -108,32 +112,33 @@ impl HostMemory {
         HostMemory { address, registration_size: usize::MAX, kind, pinning_error: None }
     }
 
-    /// Zeroed pageable memory of a layout that is not empty.
+    /// Allocates zeroed pageable memory. The layout is not empty.
     ///
-    /// The allocator gives large memory as fresh pages, untouched, unless it is asked for more than
-    /// its usual alignment: then it writes every byte. So the alignment is made here.
+    /// For its usual alignment, the allocator returns large memory as fresh, untouched pages. For
+    /// a larger alignment it writes every byte. The memory is therefore aligned here.
     fn pageable(layout: Layout) -> Option<HostMemory> {
         let room = Layout::from_size_align(layout.size().checked_add(layout.align())?, 1).ok()?;
-        // SAFETY: the room has a size.
+        // SAFETY: the size of `room` is not 0.
         let base = unsafe { alloc::alloc_zeroed(room) };
         if base.is_null() {
             return None;
         }
-        // SAFETY: `room` leaves `align` bytes before what is asked for, and the offset is smaller.
+        // SAFETY: `room` has `align` bytes more than the layout, and the offset is less than that.
         let address = unsafe { base.add(base.align_offset(layout.align())) };
         Some(HostMemory::whole(NonNull::new(address)?, Kind::Pageable { base, room }))
     }
 
-    /// Zeroed pinned memory of a layout that is not empty. If neither way works, the error is
-    /// `cudaHostAlloc`'s. `None` if it does not fit into the limits of this process's control
-    /// groups.
+    /// Allocates zeroed pinned memory. The layout is not empty.
+    ///
+    /// `None` if the memory exceeds a limit of this process's control groups. If registering and
+    /// `cudaHostAlloc` both fail, the error is that of `cudaHostAlloc`.
     fn pinned(
         layout: Layout,
         flags: HostFlags,
         context: &'static Context,
     ) -> Result<Option<HostMemory>> {
         let _current = context.enter()?;
-        // No bits but those that have a name: others mean other things to the two functions.
+        // Bits without a name differ in meaning between the two functions.
         let flags = flags & HostFlags::all();
         #[cfg(unix)]
         return HostMemory::registered_or_allocated(layout, flags, context);
@@ -151,8 +156,7 @@ impl HostMemory {
         if is_small && let Some(piece) = device.piece(layout, flags) {
             return Ok(Some(HostMemory::piece(piece)));
         }
-        // Either way touches the pages, and a process that touches more than its groups may have is
-        // killed.
+        // Both ways touch the pages. The kernel kills a process that exceeds its groups' limits.
         if lacks_room(if is_small { chunks::CHUNK } else { layout.size() }) {
             return Ok(None);
         }
@@ -172,7 +176,7 @@ impl HostMemory {
             }
         }
         let memory = HostMemory::allocated(layout, flags, context)?;
-        // `cudaHostAlloc` works, so the device is sound and refuses this alone.
+        // `cudaHostAlloc` works, so the device is sound and refuses registrations alone.
         if refusal.is_some_and(|refusal| is_for_good(&refusal)) {
             device.remember_refusal(flags);
         }
@@ -189,13 +193,13 @@ impl HostMemory {
         flags: HostFlags,
         context: &'static Context,
     ) -> Result<HostMemory> {
-        // `cudaHostAlloc` aligns to pages; more than that takes room to move in.
+        // `cudaHostAlloc` aligns to pages. Room for a larger alignment is added.
         let room = layout.size().saturating_add(layout.align() - 1);
         let base = calls::memory::host_alloc(room, flags.bits())?;
         let offset = base.align_offset(layout.align());
-        // SAFETY: `room` leaves `align - 1` bytes before what is asked for.
+        // SAFETY: `room` has `align - 1` bytes more than the layout, and the offset is no more.
         let address = unsafe { base.add(offset) };
-        // SAFETY: `size` bytes are left behind the offset, and nobody else knows of them.
+        // SAFETY: `size` bytes follow the offset, and nothing else uses them.
         unsafe { ptr::write_bytes(address, 0, layout.size()) };
         let address = NonNull::new(address).expect("cudaHostAlloc gives an address");
         Ok(HostMemory::whole(address, Kind::Allocated { base, context }))
@@ -214,12 +218,12 @@ impl HostMemory {
         }
     }
 
-    /// Why it is pageable, if it was to be pinned and that did not work.
+    /// The reason for pageable memory, if pinning was preferred and failed.
     pub(crate) fn pinning_error(&self) -> Option<&Error> {
         self.pinning_error.as_deref()
     }
 
-    /// Whether kernels of the current device reach all `bytes` of the memory, under the addresses that it has here.
+    /// Returns whether kernels of the current device reach all `bytes` at the host's own addresses.
     pub(crate) fn is_mapped(&self, bytes: usize) -> bool {
         let reached = |at| {
             let range = self.as_ptr().wrapping_add(at);
@@ -229,11 +233,10 @@ impl HostMemory {
             && split_by(0..bytes, self.registration_size).all(|range| reached(range.start))
     }
 
-    /// The ranges of `bytes` bytes at `from` that one registration covers each, as offsets from
-    /// `from`. The bytes lie in this memory.
+    /// Splits `bytes` bytes at `from` into ranges that one registration covers each.
     ///
-    /// CUDA refuses a copy that spans two registrations ("CUDA Driver API, Memory Management",
-    /// `cuMemcpyAsync`).
+    /// The ranges are offsets from `from`. The bytes lie in this memory. CUDA refuses a copy that
+    /// spans two registrations ("CUDA Driver API, Memory Management", `cuMemcpyAsync`).
     #[inline]
     pub(crate) fn registered_ranges(
         &self,
@@ -245,7 +248,7 @@ impl HostMemory {
             .map(move |range| range.start - start..range.end - start)
     }
 
-    /// Never gives the memory back: something may still be reading or writing it.
+    /// Leaks the memory, because something may still read or write it.
     pub(crate) fn leak(&mut self) {
         mem::forget(mem::replace(self, HostMemory::empty(Layout::new::<()>())));
     }
@@ -256,7 +259,7 @@ impl Drop for HostMemory {
         match &mut self.kind {
             Kind::Empty => {}
             Kind::Pageable { base, room } => {
-                // SAFETY: allocated with this layout, and given back once.
+                // SAFETY: allocated with this layout, and released once.
                 unsafe { alloc::dealloc(*base, *room) };
             }
             #[cfg(unix)]
@@ -266,32 +269,36 @@ impl Drop for HostMemory {
                     return;
                 }
                 let _current = context.enter();
-                // SAFETY: allocated by this value; whoever drops it saw its transfers finish.
+                // SAFETY: this value allocated the memory. It is dropped after its transfers have
+                // finished, and leaked otherwise.
                 let released = unsafe { calls::memory::free_host(*base) };
-                // With the context broken, there is nothing that could be done.
+                // An error says that the context is broken. Nothing can be done then.
                 let _ = released;
             }
         }
     }
 }
 
-/// Whether a failed registration says that this device refuses all of them, as it does under
-/// confidential computing. A shortage passes, and other errors may be those of earlier work.
+/// Returns whether the error of a registration says that this device refuses all registrations.
+///
+/// It does so under confidential computing. A shortage may pass. Other errors may come from earlier
+/// asynchronous work.
 #[cfg(unix)]
 fn is_for_good(refusal: &Error) -> bool {
     let refusals = [Status::cudaErrorNotSupported, Status::cudaErrorNotPermitted];
     matches!(refusal, Error::Cuda { code, .. } if refusals.contains(code))
 }
 
-/// Whether this process's control groups leave less room than these bytes. Asking them costs 0.2
-/// ms, so they are asked again only when half of the room that they had is used up.
+/// Returns whether `bytes` bytes exceed the room within the limits of the control groups.
+///
+/// Reading the limits costs 0.2 ms. They are read again after half of the last room is used up.
 #[cfg(unix)]
 fn lacks_room(bytes: usize) -> bool {
-    /// Bytes that may be touched before the groups are asked again.
+    /// The bytes that may be touched before the limits are read again.
     static CREDIT: AtomicUsize = AtomicUsize::new(0);
-    /// Groups may get a limit at any time.
+    /// The most credit, because groups may get a limit at any time.
     const MOST: usize = 256 << 20;
-    /// Page tables are counted, too, and the process goes on to need some.
+    /// Room that is left for page tables, which count, and for the rest of the process.
     const MARGIN: usize = 2 << 20;
     let pay = |credit: usize| credit.checked_sub(bytes);
     if CREDIT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay).is_ok() {
@@ -302,13 +309,16 @@ fn lacks_room(bytes: usize) -> bool {
     room < bytes
 }
 
-/// Whether buffers of a CUDA device can be pinned: there is a device, and
-/// `CPU_GPU_BUFFER_PINNING=never` is not set. Creates no context and pins nothing. Asking is a use
-/// of CUDA: a child that is forked later cannot use it.
+/// Returns whether buffers of a CUDA device can be pinned.
+///
+/// This is so if there is a CUDA device and `CPU_GPU_BUFFER_PINNING=never` is not set. The function
+/// creates no context and pins nothing. It does use CUDA, so a child that is forked later cannot
+/// use CUDA.
 ///
 /// ```
 /// println!("pinned memory: {}", cpu_gpu_buffer::is_pinned_memory_available());
 /// ```
+#[doc(alias = "page-locked")]
 pub fn is_pinned_memory_available() -> bool {
     Device::cuda_count() > 0 && !switches::is_pinning_off()
 }

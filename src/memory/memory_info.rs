@@ -1,4 +1,4 @@
-//! Free and total memory of a device, or of this machine within the limits of its control groups.
+//! Free and total memory: of a CUDA device, or of this machine within its control groups' limits.
 
 use std::fs;
 use std::path::Path;
@@ -10,15 +10,15 @@ use crate::error::{Error, Result};
 use crate::memory::control_groups::limits;
 
 impl Device {
-    /// Free and total memory, in bytes: of the CUDA device, or of this machine.
+    /// Free and total memory of the CUDA device, or of this machine, in bytes.
     ///
-    /// In a container the host's memory is no more than the limits of its control groups leave.
-    /// Page cache that the kernel can take back counts as free. Swap space does not count.
+    /// In a container, the limits of its control groups bound the machine's memory. Page cache that
+    /// the kernel can take back counts as free. Swap space does not count.
     ///
     /// # Errors
     ///
-    /// [`Error::Unavailable`] for a CUDA device that cannot be used, and for the CPU on a system that
-    /// does not tell.
+    /// [`Error::Unavailable`] if the CUDA device cannot be used. For the CPU, if the operating
+    /// system does not report its memory.
     ///
     /// ```
     /// # #[cfg(target_os = "linux")] {
@@ -41,21 +41,23 @@ impl Device {
     }
 }
 
-/// The memory that this process could use now, and at most; `None` on a system that does not tell.
-/// It reads about ten small files of the kernel's.
+/// The machine's memory that this process can use now, and at most. Reads about ten small files.
+///
+/// `None` if there is no `/proc/meminfo`.
 fn host_memory() -> Option<MemoryInfo> {
     memory_under(Path::new("/"))
 }
 
-/// The bytes that this process could use before it is killed for a limit of its groups; `None` if
-/// they have none.
+/// The bytes that this process can still use within the limits of its control groups.
+///
+/// `None` if there is no limit. Beyond a limit, the kernel kills the process.
 pub(crate) fn room_in_groups() -> Option<usize> {
     let root = Path::new("/");
     let machine = MemoryInfo { free: usize::MAX, ..of_machine(root)? };
     limits(root, machine).map(|limit| limit.free).min()
 }
 
-/// The same as [`host_memory`], of the files under a root.
+/// [`host_memory`] with `root` in place of `/`.
 fn memory_under(root: &Path) -> Option<MemoryInfo> {
     let machine = of_machine(root)?;
     Some(limits(root, machine).fold(machine, |memory, limit| MemoryInfo {
@@ -64,7 +66,7 @@ fn memory_under(root: &Path) -> Option<MemoryInfo> {
     }))
 }
 
-/// `MemAvailable` and `MemTotal`: the memory that could be used without swapping, and all.
+/// `MemAvailable` and `MemTotal` of `/proc/meminfo`: available without swapping, and in total.
 fn of_machine(root: &Path) -> Option<MemoryInfo> {
     let table = fs::read_to_string(root.join("proc/meminfo")).ok()?;
     let bytes = |name: &str| {
@@ -83,7 +85,7 @@ mod tests {
 
     const GB: usize = 1 << 30;
 
-    /// A machine of 64 GB, of which 48 are free, as a folder of files.
+    /// A folder of files that describe a machine with 64 GB, 48 of them free.
     struct Machine(PathBuf);
 
     impl Machine {
@@ -106,7 +108,7 @@ mod tests {
             self.put("proc/self/mountinfo", mounts);
         }
 
-        /// Version 2: a limit, or "max"; use, and page cache within it.
+        /// Writes the files of a group of version 2. `limit` may be "max". `used` includes `cache`.
         fn limit(&self, group: &str, limit: &str, used: usize, cache: usize) {
             let group = format!("sys/fs/cgroup/{group}");
             self.put(&format!("{group}/memory.max"), &format!("{limit}\n"));
@@ -116,7 +118,7 @@ mod tests {
             self.put(&format!("{group}/memory.stat"), &stat);
         }
 
-        /// Free and all, in GB.
+        /// Checks free and total memory, in GB.
         #[track_caller]
         fn has(&self, free: usize, total: usize) {
             let memory = memory_under(&self.0).unwrap();
@@ -148,18 +150,18 @@ mod tests {
     #[test]
     fn a_container_has_what_its_limit_leaves_and_page_cache_is_free() {
         let machine = Machine::new("container");
-        // Its own group is all that it sees.
+        // The process sees its own group alone.
         machine.process("0::/\n", V2);
         machine.limit("", &(8 * GB).to_string(), 5 * GB, 0);
         machine.has(3, 8);
         machine.limit("", &(8 * GB).to_string(), 7 * GB, 4 * GB);
         machine.has(5, 8);
-        // More than the limit is in use for a moment, when the limit was lowered.
+        // After a limit is lowered, the use may exceed it for a moment.
         machine.limit("", &(8 * GB).to_string(), 9 * GB, 0);
         machine.has(0, 8);
         machine.limit("", "max", 9 * GB, 0);
         machine.has(48, 64);
-        // A limit beyond the machine is none.
+        // A limit above the machine's memory has no effect.
         machine.limit("", &(999 * GB).to_string(), 9 * GB, 0);
         machine.has(48, 64);
     }
@@ -171,12 +173,12 @@ mod tests {
         machine.limit("pod.slice/box.scope/own", "max", GB, 0);
         machine.limit("pod.slice/box.scope", &(16 * GB).to_string(), 2 * GB, 0);
         machine.has(14, 16);
-        // Of the whole pod, which has other containers, less is left.
+        // The pod has other containers, and less is free within its limit.
         machine.limit("pod.slice", &(32 * GB).to_string(), 30 * GB, 0);
         machine.has(2, 16);
         machine.limit("pod.slice/box.scope/own", &(4 * GB).to_string(), GB, 0);
         machine.has(2, 4);
-        // A limit beside the way is another's.
+        // A sibling's limit does not apply.
         machine.limit("pod.slice/other", &GB.to_string(), 0, 0);
         machine.has(2, 4);
     }
@@ -193,7 +195,7 @@ mod tests {
             machine.process(outside, &below);
             machine.has(5, 8);
         }
-        // What lies beside the mount is no group.
+        // A folder outside the mount is no group.
         machine.limit("../own", &GB.to_string(), 0, 0);
         machine.process("0::/../own\n", V2);
         machine.has(5, 8);
@@ -212,7 +214,7 @@ mod tests {
             let group = format!("sys/fs/cgroup/me mory/{group}");
             machine.put(&format!("{group}/memory.limit_in_bytes"), &format!("{limit}\n"));
             machine.put(&format!("{group}/memory.usage_in_bytes"), &format!("{used}\n"));
-            // Without the prefix it is the group's own, without those below it.
+            // Without the prefix, a line is about the group without its children.
             let stat =
                 format!("inactive_file 5\ntotal_inactive_file {cache}\ntotal_active_file 0\n");
             machine.put(&format!("{group}/memory.stat"), &stat);

@@ -1,38 +1,41 @@
-//! How memory is made: pinned or not, and for whom.
+//! Options for allocating memory: pinning and its flags.
 
 use bitflags::bitflags;
 
 use crate::sys;
 
 bitflags! {
-    /// How pinned host memory is made: `cudaHostRegister`, `cudaHostAlloc`. Write-combined memory is not
-    /// to be had: reading it is slow, and on current hardware copies from it are no faster.
+    /// Flags of pinned host memory, as of `cudaHostRegister` and `cudaHostAlloc`.
+    ///
+    /// There is no flag for write-combined memory. Reading it is slow, and copies from it are no
+    /// faster on current hardware.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, HostFlags};
     ///
-    /// // Pinned, and nothing more asked for.
+    /// // Pinned, without further properties.
     /// let options = BufferOptions { host_flags: HostFlags::empty(), ..Default::default() };
     /// let buffer = CpuGpuBuffer::<u8>::with_options(100, Device::auto(), options)?;
     /// assert_eq!(BufferOptions::default().host_flags, HostFlags::PORTABLE | HostFlags::MAPPED);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias("portable", "mapped"))]
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct HostFlags: u32 {
-        /// Pinned for every device, not only the buffer's.
+        /// The memory is pinned for every device, not only the buffer's.
         const PORTABLE = sys::cudaHostAllocPortable;
-        /// Kernels can read and write it.
+        /// Kernels can read and write the memory.
         const MAPPED = sys::cudaHostAllocMapped;
     }
 }
 
-// The flags serve both functions.
+// Each flag has one value for both functions.
 const _: () = assert!(
     sys::cudaHostAllocPortable == sys::cudaHostRegisterPortable
         && sys::cudaHostAllocMapped == sys::cudaHostRegisterMapped
 );
 
-/// Whether host memory is pinned, which is what lets a copy run beside the program.
+/// Pinning of host memory, which lets copies run asynchronously.
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Pinning};
@@ -41,24 +44,32 @@ const _: () = assert!(
 ///     let options = BufferOptions { pinning, ..Default::default() };
 ///     match CpuGpuBuffer::<u8>::with_options(100, Device::Cpu, options) {
 ///         Ok(buffer) => assert!(!buffer.is_pinned()),
-///         Err(error) => assert_eq!((pinning, error.to_string().contains("the CPU")), (Pinning::Required, true)),
+///         Err(error) => {
+///             assert_eq!(pinning, Pinning::Required);
+///             assert!(error.to_string().contains("the CPU"));
+///         }
 ///     }
 /// }
 /// ```
+#[doc(alias("pinned", "page-locked"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum Pinning {
-    /// Pinned, or an error. A buffer without bytes has nothing to pin: it is made, and
+    /// Pinned, or an error.
+    ///
+    /// A buffer without bytes has nothing to pin. It is created, and its
     /// [`is_pinned`](crate::CpuGpuBuffer::is_pinned) is `false`.
     Required,
-    /// Pinned if that works, otherwise pageable. Always pageable on [`Device::Cpu`]. On a CUDA
-    /// device [`pinning_error`](crate::CpuGpuBuffer::pinning_error) says why.
+    /// Pinned if possible, otherwise pageable.
+    ///
+    /// Memory is always pageable on [`Device::Cpu`](crate::Device::Cpu). On a CUDA device,
+    /// [`pinning_error`](crate::CpuGpuBuffer::pinning_error) has the reason.
     #[default]
     Preferred,
-    /// Pageable. Copies of pageable memory are staged by the driver and may make the caller wait.
+    /// Pageable. The driver stages copies of pageable memory, and the caller may have to wait.
     Never,
 }
 
-/// How a buffer is made.
+/// Options for creating a buffer or a group.
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Pinning};
@@ -70,9 +81,9 @@ pub enum Pinning {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BufferOptions {
-    /// Whether the host side is pinned: [`Pinning::Preferred`] unless given.
+    /// The pinning of the host side. The default is [`Pinning::Preferred`].
     pub pinning: Pinning,
-    /// How it is pinned: all flags unless given.
+    /// The flags of a pinned host side. The default is all flags.
     pub host_flags: HostFlags,
 }
 

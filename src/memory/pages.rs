@@ -1,37 +1,35 @@
-//! Pages of this process's own: fresh, hence zero, and on hugepages if they fill some.
+//! Private zeroed pages, on hugepages if they are large enough.
 //!
-//! A forked child reads them as zeroes, and writes to pages of its own (`MADV_WIPEONFORK`).
-//! Inherited pages would be copied on write, which can move a page of the parent's away from under
-//! a transfer. Kernels before 4.14 lack that advice. There the child has no pages
-//! (`MADV_DONTFORK`), and its next mapping may lie where a slice from before the fork still points.
+//! A forked child reads the pages as zeroes and writes to its own (`MADV_WIPEONFORK`). Inherited
+//! pages would be copied on write, and the parent could then get a new page while a transfer uses
+//! the old one. Kernels before 4.14 lack that advice. There the child has no pages
+//! (`MADV_DONTFORK`), and a later mapping of the child may lie at an address that an old slice
+//! points to.
 //!
-//! Most of what large pinned memory costs is the kernel's zeroing of it, page by page, when it is first touched. One
-//! thread does that at a fraction of what the memory can take, so several do.
+//! Most of the cost of large pinned memory is the kernel's zeroing of pages on their first touch.
+//! One thread uses a fraction of the memory's bandwidth, so several threads touch the pages. The
+//! measurements behind the constants are in docs/benchmarks.md, "Pinned memory".
 
 use std::alloc::Layout;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-/// What a hugepage covers, on x86-64 and, with 4 KB pages, aarch64.
+/// The size of a hugepage on x86-64, and on aarch64 with pages of 4 KB.
 const HUGE: usize = 2 << 20;
 
-// How pages are shared out to threads that touch them. Measured on an H100 with 16 virtual cores, hugepages, touched
-// and then registered, in ms by 1, 4, 8 and 16 threads: 8 MB 0.73, 0.81 (no more parts); 16 MB 2.0, 1.1, 1.0; 64 MB 13,
-// 5.3, 4.7, 3.0; 256 MB 63, 24, 20, 12; 1 GB 215, 86, 81, 46. `MADV_POPULATE_WRITE` instead of a write to each page is
-// as fast by 4 threads, and slower than one by 8 and 16: it holds the lock of the address space.
-/// What a thread touches at a time: a multiple of a hugepage. There are as many threads as there are parts.
+/// The bytes that a thread touches at a time, a multiple of a hugepage.
 const PART: usize = 4 << 20;
-/// And no more than this.
+/// The most threads: 16 threads still gain over 8.
 const MOST: usize = 16;
-/// Up to so many bytes the calling thread touches them alone, sooner than others are started.
+/// The most bytes that the calling thread touches alone: 4 threads gain nothing for 8 MB.
 const ALONE: usize = 8 << 20;
 
-/// Of so many bytes and more, several threads give the pages back: of 1 GB in 1.2 ms instead of 4.
+/// The fewest bytes that several threads give back: 1 GB takes them 1.2 ms instead of 4 ms.
 #[cfg(target_os = "linux")]
 const MANY: usize = 256 << 20;
 
-/// How many threads touch so many bytes, on so many cores.
+/// The number of threads that touch `bytes` bytes on `cores` cores.
 fn threads(bytes: usize, cores: usize) -> usize {
     match bytes {
         0..=ALONE => 1,
@@ -39,24 +37,24 @@ fn threads(bytes: usize, cores: usize) -> usize {
     }
 }
 
-/// Private anonymous pages, unmapped with the value.
+/// Private anonymous pages. Dropping the value unmaps them.
 pub(crate) struct Mapping {
     address: NonNull<u8>,
     bytes: usize,
 }
 
 impl Mapping {
-    /// Zeroed pages for a layout.
+    /// Maps zeroed pages for a layout.
     pub(crate) fn new(layout: Layout) -> Option<Mapping> {
         let page = page()?;
         let bytes = layout.size().checked_next_multiple_of(page)?;
         let huge = bytes >= HUGE;
         let align = layout.align().max(if huge { HUGE } else { page });
-        // The kernel aligns to pages; more than that takes room to cut the piece from.
+        // The kernel aligns to pages. A larger alignment is cut out of a larger mapping.
         let room = bytes.checked_add(align - page)?;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+        // SAFETY: the kernel chooses the address of a new mapping, so no other memory changes.
         let base = unsafe { libc::mmap(ptr::null_mut(), room, protection, flags, -1, 0) };
         if base == libc::MAP_FAILED {
             return None;
@@ -64,13 +62,14 @@ impl Mapping {
         let base = base.cast::<u8>();
         let before = base.align_offset(align);
         let after = room - bytes - before;
-        // SAFETY: `before` is at most the room that was added.
+        // SAFETY: `before` is at most the room that was added for the alignment.
         let address = unsafe { base.add(before) };
-        // SAFETY: the piece ends within the mapping.
+        // SAFETY: the aligned pages end within the mapping.
         let end = unsafe { address.add(bytes) };
         for (cut, bytes) in [(base, before), (end, after)] {
             if bytes > 0 {
-                // SAFETY: whole pages of the mapping that no value covers. A failure leaves them mapped.
+                // SAFETY: whole pages of the mapping, outside of the value. A failure leaves them
+                // mapped.
                 unsafe { libc::munmap(cut.cast(), bytes) };
             }
         }
@@ -84,11 +83,12 @@ impl Mapping {
     fn advise(&self, huge: bool) -> Option<()> {
         let address = self.address.as_ptr().cast();
         if huge {
-            // SAFETY: advice on pages of this value's own. It may be refused, and small pages serve too.
+            // SAFETY: advice on this value's own pages. The kernel may refuse it, and uses small
+            // pages then.
             unsafe { libc::madvise(address, self.bytes, libc::MADV_HUGEPAGE) };
         }
         let advised = [libc::MADV_WIPEONFORK, libc::MADV_DONTFORK].into_iter().any(|advice| {
-            // SAFETY: advice on pages of this value's own, to which nothing refers yet.
+            // SAFETY: advice on this value's own pages, which nothing refers to yet.
             unsafe { libc::madvise(address, self.bytes, advice) == 0 }
         });
         advised.then_some(())
@@ -102,40 +102,42 @@ impl Mapping {
         self.bytes
     }
 
-    /// Sees to it that there is memory behind the pages, before anybody else knows of them, where that takes several
-    /// threads, or is quicker than leaving it to whoever registers them.
+    /// Populates the pages if this is faster than the registration's own populating.
+    ///
+    /// Nothing else uses the pages yet.
     pub(crate) fn touch(&self) {
         if self.bytes > PART {
-            // SAFETY: nobody knows of the pages yet, and they are zero.
+            // SAFETY: the pages are mapped and zero, and nothing else uses them yet.
             let touch = |part, bytes| unsafe { touch(part, bytes) };
             self.each_part(threads(self.bytes, cores()), &touch);
         }
     }
 
-    /// Frees the memory behind the pages, which is most of what unmapping them takes.
+    /// Frees the memory behind the pages with several threads, so that unmapping is short.
     #[cfg(target_os = "linux")]
     fn give_back(&mut self) {
         let discard = |part: NonNull<u8>, bytes| {
-            // SAFETY: pages of this value's own, which nothing refers to any more. It may be refused, and is then
-            // left to unmapping.
+            // SAFETY: this value's own pages, which nothing refers to any more. If the kernel
+            // refuses, unmapping frees them.
             unsafe { libc::madvise(part.as_ptr().cast(), bytes, libc::MADV_DONTNEED) };
         };
         self.each_part(threads(self.bytes, cores()), &discard);
     }
 
-    /// Hands each part to one of so many threads, of which the calling one is the first.
+    /// Calls `work` once for each part, on `threads` threads. The calling thread is one of them.
     fn each_part(&self, threads: usize, work: &(impl Fn(NonNull<u8>, usize) + Sync)) {
         let parts = Parts { pages: self, next: AtomicUsize::new(0) };
         thread::scope(|scope| {
-            // A thread that cannot be started is not missed: the parts are those threads' that are there.
+            // The running threads share all parts, so a thread that fails to start changes nothing.
             let start = |_| thread::Builder::new().spawn_scoped(scope, || parts.each(work)).ok();
             let others: Vec<_> = (1..threads).filter_map(start).collect();
             parts.each(work);
-            // The scope would wait, too, in a way that ThreadSanitizer does not see.
+            // The scope joins as well, but ThreadSanitizer does not see that.
             others.into_iter().for_each(|other| drop(other.join()));
         });
     }
 
+    /// Leaves the pages mapped for ever.
     pub(crate) fn leak(&mut self) {
         self.bytes = 0;
     }
@@ -148,23 +150,23 @@ impl Drop for Mapping {
             self.give_back();
         }
         if self.bytes > 0 {
-            // SAFETY: the value's own pages, which nothing refers to any more.
+            // SAFETY: this value's own pages, which nothing refers to any more.
             unsafe { libc::munmap(self.address.as_ptr().cast(), self.bytes) };
         }
     }
 }
 
-/// Pages that threads share out among them, each the next part that there is.
+/// The parts of a mapping. Each thread takes the next part that is left.
 struct Parts<'a> {
     pages: &'a Mapping,
     next: AtomicUsize,
 }
 
-// SAFETY: the address is only handed on, and no two threads get the same part.
+// SAFETY: `next` hands each part to one thread, so no two threads use the same bytes.
 unsafe impl Sync for Parts<'_> {}
 
 impl Parts<'_> {
-    /// Hands parts to `work` until there are none left.
+    /// Calls `work` for parts until none is left.
     fn each(&self, work: &impl Fn(NonNull<u8>, usize)) {
         let bytes = self.pages.bytes;
         loop {
@@ -172,34 +174,37 @@ impl Parts<'_> {
             if start >= bytes {
                 return;
             }
-            // SAFETY: within the mapping.
+            // SAFETY: `start` is less than the length of the mapping.
             let part = unsafe { self.pages.address.add(start) };
             work(part, PART.min(bytes - start));
         }
     }
 }
 
+/// The number of cores that this process can use.
 fn cores() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Writes to each page the zero that is there already.
+/// Writes a zero to each page, which populates it.
 ///
 /// # Safety
 ///
-/// The pages are mapped, and zero, and nobody else uses them.
+/// - The pages are mapped, and they are zero.
+/// - Nothing else uses them during the call.
 unsafe fn touch(part: NonNull<u8>, bytes: usize) {
     let Some(page) = page() else { return };
     for at in (0..bytes).step_by(page) {
-        // SAFETY: within the pages that the caller vouches for.
+        // SAFETY: `at` is less than `bytes`, and the caller vouches for the pages.
         let byte = unsafe { part.add(at) };
-        // SAFETY: as above. Volatile, since nobody reads what it writes.
+        // SAFETY: as above. The write is volatile, so that it is not optimized away.
         unsafe { byte.write_volatile(0) };
     }
 }
 
+/// The size of a page.
 fn page() -> Option<usize> {
-    // SAFETY: no arguments that could be wrong.
+    // SAFETY: `sysconf` takes any name.
     usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()
 }
 
@@ -211,11 +216,11 @@ mod tests {
         Mapping::new(Layout::from_size_align(bytes, 1).unwrap()).unwrap()
     }
 
-    /// How many of its pages there is memory behind.
+    /// The number of populated pages.
     fn resident(mapping: &Mapping) -> usize {
         let mut seen = vec![0u8; mapping.bytes.div_ceil(page().unwrap())];
         let address = mapping.address.as_ptr().cast();
-        // SAFETY: a byte for each page of the mapping.
+        // SAFETY: `seen` has a byte for each page of the mapping.
         let status = unsafe { libc::mincore(address, mapping.bytes, seen.as_mut_ptr()) };
         assert_eq!(status, 0);
         seen.iter().filter(|page| **page & 1 == 1).count()
@@ -246,7 +251,7 @@ mod tests {
         for (bytes, by) in [(1, 1), (PART, 1), (3 * PART + page + 1, 1), (3 * PART + page + 1, 5)] {
             let mut mapping = mapping(bytes);
             assert_eq!(resident(&mapping), 0);
-            // SAFETY: nobody else knows of the pages, and they are zero.
+            // SAFETY: the pages are mapped and zero, and nothing else uses them.
             mapping.each_part(by, &|part, bytes| unsafe { touch(part, bytes) });
             assert_eq!(resident(&mapping), bytes.div_ceil(page), "{bytes} bytes by {by}");
             mapping.give_back();

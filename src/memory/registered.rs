@@ -1,7 +1,8 @@
-//! Pages that are registered with CUDA: as one, or, where so much cannot be registered at once, in pieces of one size.
+//! Pages that are registered with CUDA, as one or in several pieces of one size.
 //!
-//! CUDA refuses a copy that spans two registrations ("CUDA Driver API, Memory Management", `cuMemcpyAsync`), so
-//! whoever copies asks for the pieces.
+//! The driver may refuse to register much memory at once, so smaller pieces are tried. CUDA refuses
+//! a copy that spans two registrations ("CUDA Driver API, Memory Management", `cuMemcpyAsync`).
+//! Copies are therefore cut at [`registration_size`](Registered::registration_size).
 
 use std::alloc::Layout;
 use std::iter;
@@ -16,16 +17,17 @@ use crate::memory::pages::Mapping;
 use crate::memory::split::split_by;
 use crate::sys::cudaError;
 
-/// The sizes of pieces that are tried, in turn, where the whole cannot be registered. Multiples of a hugepage, which
-/// then lies in one of them.
+/// The sizes of pieces, tried in turn if the whole cannot be registered.
+///
+/// They are multiples of a hugepage, so that no hugepage lies in two pieces.
 const REGISTRATION_SIZES: [usize; 2] = [1 << 30, 64 << 20];
 
-/// What so many bytes are registered by, in turn: as one, which is `usize::MAX`, and in pieces that are smaller.
+/// The registration sizes to try for `bytes` bytes. `usize::MAX` stands for a single registration.
 fn sizes(bytes: usize) -> impl Iterator<Item = usize> {
     iter::once(usize::MAX).chain(REGISTRATION_SIZES.into_iter().filter(move |size| *size < bytes))
 }
 
-/// Registered pages of this value's own.
+/// Owned pages, registered with CUDA. Dropping the value unregisters and unmaps them.
 pub(crate) struct Registered {
     mapping: Mapping,
     registration_size: usize,
@@ -35,13 +37,14 @@ pub(crate) struct Registered {
 /// Why an attempt to register failed.
 struct Failed {
     error: Error,
-    /// Pages may still be registered.
+    /// `true` if pages may still be registered.
     leaves_pages: bool,
 }
 
 impl Registered {
-    /// Zeroed memory of a layout, in the current context, which is `context`. The error is that of
-    /// the last attempt.
+    /// Maps and registers zeroed memory. `context` is the current context.
+    ///
+    /// The error is that of the last attempt.
     pub(crate) fn new(layout: Layout, flags: u32, context: &'static Context) -> Result<Registered> {
         let no_pages = Error::Cuda { code: cudaError::cudaErrorMemoryAllocation, call: "mmap" };
         let mut mapping = Mapping::new(layout).ok_or(no_pages.clone())?;
@@ -64,7 +67,9 @@ impl Registered {
         self.mapping.address()
     }
 
-    /// The bytes that one registration covers, from the first byte on; `usize::MAX` where one covers all.
+    /// The bytes that each registration covers, from the first byte on.
+    ///
+    /// `usize::MAX` if one registration covers all.
     pub(crate) fn registration_size(&self) -> usize {
         self.registration_size
     }
@@ -80,27 +85,27 @@ impl Drop for Registered {
         if fork::forked() {
             return self.mapping.leak();
         }
-        // The addresses say enough, should the context not be had.
+        // The runtime finds registrations by their address, so a failure to enter is ignored.
         let _current = self.context.enter();
-        // With the context broken, the pages stay as they are.
+        // Pages that may still be registered stay mapped.
         if !unregister(&self.mapping, split_by(0..self.mapping.bytes(), self.registration_size)) {
             self.mapping.leak();
         }
     }
 }
 
-/// Registers a mapping in pieces: all, or, as far as can be known, none.
+/// Registers a mapping in pieces of `size` bytes. On failure it unregisters them again.
 fn register(mapping: &Mapping, size: usize, flags: u32) -> std::result::Result<(), Failed> {
     for (number, range) in split_by(0..mapping.bytes(), size).enumerate() {
         // SAFETY: the piece lies within the mapping.
         let address = unsafe { mapping.address().add(range.start) }.as_ptr();
-        // SAFETY: the pages are mapped, and unmapped only when they are known not to be registered.
+        // SAFETY: the pages are mapped. They are unmapped only once they are not registered.
         let Err(error) = (unsafe { calls::memory::host_register(address, range.len(), flags) })
         else {
             continue;
         };
-        // The error may be that of earlier work, and the pages registered all the same.
-        // SAFETY: nothing was copied from or to them yet.
+        // The error may come from earlier asynchronous work, and the pages be registered.
+        // SAFETY: no copy has used the pages yet.
         let gone = match unsafe { calls::memory::host_unregister(address) } {
             Ok(())
             | Err(Error::Cuda {
@@ -118,13 +123,14 @@ fn register(mapping: &Mapping, size: usize, flags: u32) -> std::result::Result<(
     Ok(())
 }
 
-/// Unregisters pieces that are registered, each of them whatever becomes of the others; `false` where one may still be.
+/// Unregisters all given pieces, even if some of them fail. `false` if one may still be registered.
 fn unregister(mapping: &Mapping, ranges: impl Iterator<Item = Range<usize>>) -> bool {
     let mut gone = true;
     for range in ranges {
         // SAFETY: the piece lies within the mapping.
         let address = unsafe { mapping.address().add(range.start) }.as_ptr();
-        // SAFETY: registered, and nothing is in flight: whoever drops the memory saw its transfers finish.
+        // SAFETY: the piece is registered. The memory is dropped after its transfers have finished,
+        // and leaked otherwise.
         gone &= unsafe { calls::memory::host_unregister(address) }.is_ok();
     }
     gone

@@ -1,7 +1,8 @@
-//! Host and device memory that several storages share, each with a piece of its own.
+//! Host and device memory that several storages share.
 //!
-//! A slab lives as long as the last storage in it. A storage that cannot know whether something still uses
-//! its piece abandons the slab, which is then leaked as a whole.
+//! Each storage has its own range of the slab. The slab lives as long as the last of them. If a
+//! storage cannot confirm that its range is unused, it abandons the slab, which is then leaked as a
+//! whole.
 
 use std::alloc::Layout;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +14,7 @@ use crate::memory::device_memory::DeviceMemory;
 use crate::memory::host::HostMemory;
 use crate::memory::options::BufferOptions;
 
+/// The memory of both sides.
 pub(crate) struct Slab {
     host: HostMemory,
     gpu: DeviceMemory,
@@ -20,7 +22,7 @@ pub(crate) struct Slab {
 }
 
 impl Slab {
-    /// Sides of these sizes and alignments. The host side is zeroed; the device side is zeroed on the CPU.
+    /// Allocates sides of these layouts. The host side is zeroed, and the device side on the CPU.
     pub(crate) fn new(
         host: Layout,
         gpu: Layout,
@@ -28,7 +30,7 @@ impl Slab {
         device: Device,
         options: BufferOptions,
     ) -> Result<Slab> {
-        // The device first: it has less memory, and what it lacks need not be pinned in vain.
+        // The device has less memory. If it is short of memory, nothing is pinned in vain.
         let gpu = DeviceMemory::new(gpu, context, device)?;
         let host = HostMemory::new(host, options.pinning, options.host_flags, context, device)?;
         Ok(Slab { host, gpu, abandoned: AtomicBool::new(false) })
@@ -39,12 +41,12 @@ impl Slab {
         &self.host
     }
 
-    /// The first byte of the device side; null where there are none.
+    /// The address of the device side, which is null if there are no bytes.
     pub(crate) fn gpu_ptr(&self) -> *mut u8 {
         self.gpu.as_ptr()
     }
 
-    /// Something may use the memory for ever: it will not be given back.
+    /// Marks the memory as possibly in use for ever. Dropping the slab then leaks it.
     pub(crate) fn abandon(&self) {
         self.abandoned.store(true, Ordering::Relaxed);
     }

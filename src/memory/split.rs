@@ -1,4 +1,4 @@
-//! Ranges cut at multiples of a size, as pages are that CUDA registers in several pieces.
+//! Ranges that are cut at multiples of a size, for example the size of a registration.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ pub(crate) fn split_by(range: Range<usize>, size: usize) -> SplitBy {
     SplitBy { rest: range, size }
 }
 
-/// The pieces of a range, in order. None is empty.
+/// The parts of a range, in order. None is empty.
 pub(crate) struct SplitBy {
     rest: Range<usize>,
     size: usize,
@@ -23,7 +23,7 @@ impl Iterator for SplitBy {
         if start >= end {
             return None;
         }
-        // A range that one registration covers costs no division.
+        // Copies take this path, without a division, if one registration covers all.
         let stop = match end <= self.size {
             true => end,
             false => end.min((start / self.size + 1).saturating_mul(self.size)),

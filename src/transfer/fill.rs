@@ -1,9 +1,13 @@
-//! Filling device memory with an element of any size: what goes to the driver's memset, what to a kernel.
+//! Fills with copies of an element of any size.
 //!
-//! A short fill whose bytes repeat every 1, 2 or 4 is a memset, which costs the caller a third of a kernel
-//! launch. Any other is written out on the host until it comes round to a multiple of 16 bytes, and a
-//! kernel of `kernels/fill.cu` repeats that. An element too long for a kernel's parameters is written
-//! once, piece by piece, and then repeated from device memory.
+//! There are three ways on a device:
+//!
+//! - A short fill whose bytes repeat every 1, 2 or 4 bytes is a memset of the driver. It costs the
+//!   caller a third of a kernel launch.
+//! - Otherwise the host repeats the element until the length is a multiple of 16 bytes: a *period*.
+//!   A kernel of `kernels/fill.cu` takes the period as a parameter and repeats it.
+//! - An element may be too long for a parameter. It is then written once, in slices. Another kernel
+//!   repeats it from device memory.
 
 use std::ffi::c_void;
 use std::ptr;
@@ -14,42 +18,42 @@ use crate::error::Result;
 use crate::stream::stream::EnteredStream;
 use crate::sys;
 
-/// A fill of so many bytes goes to a kernel, even if the driver's memset could do it.
+/// The bytes from which a fill goes to a kernel, even if memset could do it.
 ///
-/// The memset costs the caller 0.9 us for 4 KB and a launch 3.5; for 64 KB and more the memset costs as much as the
-/// launch does. The device is done with either at the same time up to 512 KB, and from there on sooner with the kernel,
-/// by 8 % at 1 MB, 15 % at 4 MB and 1 % at 1 GB (H100).
+/// From there on memset costs the caller as much as a launch, and the kernel is at least as fast
+/// (H100, docs/benchmarks.md, "Fill").
 const KERNEL_FROM: usize = 64 << 10;
 
-/// Vectors of 16 bytes in the pattern of each fill kernel, as in `kernels/fill.cu`.
+/// The vectors of 16 bytes in the pattern of each fill kernel, as in `kernels/fill.cu`.
 const SHORT: usize = 16;
 const LONG: usize = 224;
 
-/// Rows to a block of the fill kernels, as in `kernels/fill.cu`.
+/// The rows of a block of the fill kernels, as in `kernels/fill.cu`.
 const STORES: usize = 2;
 
-/// At most so many threads to a block of each fill kernel, where so many hold a row.
+/// The most threads of a block of each fill kernel, unless a row needs more.
 const SHORT_THREADS: usize = 256;
 const LONG_THREADS: usize = 512;
 
-/// Threads to a block of the kernels that repeat, and about how often each stores.
+/// The threads of a block of the repeat kernels, and about how often each thread stores.
 const REPEAT_THREADS: usize = 256;
 const REPEAT_STORES: usize = 4;
 
-/// The most threads to a block that any device takes.
+/// The most threads of a block on every device.
 const MOST_THREADS: usize = 1024;
 
-/// A fill kernel's parameter: whole periods of what is to be written.
+/// A fill kernel's parameter, which begins with the period.
 #[repr(C, align(16))]
 struct Pattern<const VECTORS: usize>([[u8; 16]; VECTORS]);
 
-/// Enqueues a fill of `bytes` bytes at `to` with copies of `element`. Returns an error if another
-/// thread's capture took the fill, as [`EnteredStream::record`] does.
+/// Enqueues a fill of `bytes` bytes at `to` with copies of `element`.
+///
+/// Returns an error if another thread's capture took the fill, as [`EnteredStream::record`] does.
 ///
 /// # Safety
 ///
-/// - The range is device memory of the stream's device, valid for writes.
-/// - Until the fill has finished in stream order, it stays allocated, and nothing else reads or
+/// - The range is memory of the stream's device, valid for writes.
+/// - Until the fill has finished in stream order, the range stays allocated. Nothing else reads or
 ///   writes it.
 /// - `element` is not empty, and `bytes` is a multiple of its length.
 pub(crate) unsafe fn enqueue(
@@ -76,7 +80,7 @@ pub(crate) unsafe fn enqueue(
             unsafe { calls::copy::memset_d32(to, value, bytes / 4, raw) }
         }
         Method::Kernel(unit) => {
-            // SAFETY: the caller vouches for the range, and the entry has the kernel's context current.
+            // SAFETY: the caller vouches for the range. `entered` has made the context current.
             unsafe { launch(&entered.context().kernels, to, bytes, unit, raw) }
         }
     };
@@ -90,42 +94,47 @@ pub(crate) unsafe fn enqueue(
 /// - The range is valid for writes, and nothing else reads or writes it meanwhile.
 /// - `element` is not empty, lies outside of the range, and its length divides `bytes`.
 pub(crate) unsafe fn on_cpu(to: *mut u8, bytes: usize, element: &[u8]) {
-    /// A source that stays in the first cache.
+    /// The most bytes to copy from, so that they stay in the first cache.
     const SOURCE: usize = 16 << 10;
     if let [value] = *element {
         // SAFETY: the caller vouches for the range.
         return unsafe { ptr::write_bytes(to, value, bytes) };
     }
-    // SAFETY: the range holds a first element, if it holds any.
-    unsafe { ptr::copy_nonoverlapping(element.as_ptr(), to, element.len().min(bytes)) };
-    let mut filled = element.len();
+    let mut filled = element.len().min(bytes);
+    // SAFETY: `filled` is at most `bytes` and at most the length of the element. The caller vouches
+    // for both ranges.
+    unsafe { ptr::copy_nonoverlapping(element.as_ptr(), to, filled) };
+    let source = (SOURCE / element.len()).max(1) * element.len();
     while filled < bytes {
-        let source = filled.min((SOURCE / element.len()).max(1) * element.len());
-        let count = source.min(bytes - filled);
-        let next = to.wrapping_add(filled);
-        // SAFETY: the source is filled, and the bytes at `next` lie behind it, in the range.
-        unsafe { ptr::copy_nonoverlapping(to, next, count) };
-        filled += count;
+        let next = filled.min(source).min(bytes - filled);
+        // SAFETY: `filled` is less than `bytes`.
+        let rest = unsafe { to.add(filled) };
+        // SAFETY: `next` is at most the filled bytes before `rest`, and at most the bytes left.
+        unsafe { ptr::copy_nonoverlapping(to.cast_const(), rest, next) };
+        filled += next;
     }
 }
 
-/// What writes a range.
+/// The mechanism that fills a range.
 #[derive(Debug, PartialEq)]
 enum Method<'element> {
+    /// A memset of single bytes.
     One(u8),
+    /// A memset of units of two bytes.
     Two(u16),
+    /// A memset of units of four bytes.
     Four(u32),
-    /// A kernel, that is to repeat this.
+    /// A kernel that repeats this unit.
     Kernel(&'element [u8]),
 }
 
-/// What writes `bytes` bytes of copies of `element` at `address`.
+/// Chooses the method that fills `bytes` bytes at `address` with copies of `element`.
 fn choose(element: &[u8], address: usize, bytes: usize) -> Method<'_> {
     let repeats = |width: &usize| {
         element.len().is_multiple_of(*width)
             && element[*width..] == element[..element.len() - *width]
     };
-    // The kernels' vectors have 16 bytes: shorter units than these make them no shorter a period.
+    // Units that repeat within 16 bytes all have a period of one vector.
     let unit =
         [1, 2, 4, 8, 16].into_iter().find(repeats).map_or(element, |width| &element[..width]);
     let memset = bytes < KERNEL_FROM && address.is_multiple_of(unit.len());
@@ -141,16 +150,17 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Vectors until copies of `length` bytes come round to a multiple of 16.
+/// The vectors of 16 bytes in a period of copies of `length` bytes.
 fn period(length: usize) -> usize {
     length / gcd(length, 16)
 }
 
-/// Enqueues what fills the range with copies of `unit`.
+/// Enqueues the kernels that fill a range with copies of `unit`.
 ///
 /// # Safety
 ///
-/// As for [`enqueue`], and `stream`'s context is current.
+/// - As for [`enqueue`].
+/// - The context of `stream` is current.
 unsafe fn launch(
     kernels: &Kernels,
     to: *mut u8,
@@ -160,30 +170,34 @@ unsafe fn launch(
 ) -> Result<()> {
     let vectors = period(unit.len());
     if vectors <= LONG {
-        // SAFETY: the caller vouches for the range and for the context.
+        // SAFETY: the caller vouches for the range and the context.
         return unsafe { launch_fill(kernels, to, bytes, unit, vectors, stream) };
     }
     for (at, slice) in unit.chunks(LONG * 16).enumerate() {
         let to = to.wrapping_add(at * LONG * 16);
         let vectors = slice.len().div_ceil(16);
-        // SAFETY: a piece of the first unit, which lies in the range; the caller vouches for the context.
+        // SAFETY: a slice of the first unit, which lies in the range. The caller vouches for the
+        // context.
         unsafe { launch_fill(kernels, to, slice.len(), slice, vectors, stream) }?;
     }
-    // Byte by byte until it comes round, and then in vectors.
+    // The first period is repeated byte by byte. The rest is repeated in vectors.
     let head = to.addr().next_multiple_of(16) - to.addr();
     let round = bytes.min(head + vectors * 16);
-    // SAFETY: the caller vouches for the range and for the context; the first unit was written.
+    // SAFETY: the caller vouches for the range and the context. The first unit has been written.
     unsafe { launch_repeat::<1>(kernels.repeat1, to, round, unit.len(), stream) }?;
-    // SAFETY: as above, and what repeats from the first bound of a vector was written too.
+    // SAFETY: as above. The period from the first aligned vector on has been written, too.
     unsafe { launch_repeat::<16>(kernels.repeat16, to, bytes, vectors * 16, stream) }
 }
 
-/// Writes `unit` over and over; it comes round to its beginning within `period` vectors, or there is
-/// no more than one of it.
+/// Enqueues one fill kernel that repeats `unit`.
+///
+/// `period` vectors hold whole copies of `unit`, or the range has at most one copy.
 ///
 /// # Safety
 ///
-/// As for [`enqueue`]; `period` is at most [`LONG`]; `stream`'s context is current.
+/// - As for [`enqueue`].
+/// - `period` is at most [`LONG`].
+/// - The context of `stream` is current.
 unsafe fn launch_fill(
     kernels: &Kernels,
     to: *mut u8,
@@ -192,21 +206,25 @@ unsafe fn launch_fill(
     period: usize,
     stream: sys::cudaStream_t,
 ) -> Result<()> {
-    // What a launch carries is what it costs the caller.
+    // A shorter parameter costs the caller less.
     if period <= SHORT {
         let (kernel, threads) = (kernels.short, SHORT_THREADS);
-        // SAFETY: the caller vouches for the range and for the context; this kernel's pattern is that long.
+        // SAFETY: the caller vouches for the range and the context. This kernel's pattern has
+        // `SHORT` vectors.
         unsafe { launch_pattern::<SHORT>(kernel, threads, to, bytes, unit, period, stream) }
     } else {
         let (kernel, threads) = (kernels.long, LONG_THREADS);
-        // SAFETY: as above.
+        // SAFETY: as above, with `LONG` vectors.
         unsafe { launch_pattern::<LONG>(kernel, threads, to, bytes, unit, period, stream) }
     }
 }
 
+/// Enqueues a fill kernel whose pattern has `VECTORS` vectors.
+///
 /// # Safety
 ///
-/// As for [`launch_fill`]; `kernel` takes a pattern of `VECTORS`, and `period` is no more.
+/// - As for [`launch_fill`].
+/// - `kernel` takes a pattern of `VECTORS` vectors, and `period` is at most that.
 unsafe fn launch_pattern<const VECTORS: usize>(
     kernel: sys::CUfunction,
     threads: usize,
@@ -216,8 +234,8 @@ unsafe fn launch_pattern<const VECTORS: usize>(
     period: usize,
     stream: sys::cudaStream_t,
 ) -> Result<()> {
-    // The kernel's pattern begins at the first multiple of 16 in the range; what lies before it is
-    // the end of the period.
+    // The pattern begins at the first address that is a multiple of 16. The bytes before it are the
+    // end of the period.
     let head = to.addr().next_multiple_of(16) - to.addr();
     let mut pattern = Pattern([[0; 16]; VECTORS]);
     let written = pattern.0[..period].as_flattened_mut();
@@ -235,13 +253,16 @@ unsafe fn launch_pattern<const VECTORS: usize>(
         (&raw mut period).cast(),
         (&raw mut pattern).cast(),
     ];
-    // SAFETY: the parameters are those of the fill kernels, which write `bytes` bytes at `to`; the caller
-    // vouches for them and for the context.
+    // SAFETY: the parameters are those of the fill kernels, which write `bytes` bytes at `to`. The
+    // caller vouches for the range and the context.
     unsafe { calls::module::launch(kernel, [blocks, 1], threads, &mut parameters, stream) }
 }
 
-/// The blocks of a fill, and the threads of each, at most so many where those hold a row: a row of whole periods, and, but for odd periods of more
-/// than 128 vectors, of whole lines of 128 bytes.
+/// The blocks of a fill, and the threads of each block.
+///
+/// A row has a vector for each thread and holds whole periods. It holds whole cache lines of 128
+/// bytes, too, except for odd periods of more than 128 vectors. A block has at most `threads`
+/// threads, unless a row needs more.
 fn grid(vectors: usize, period: usize, threads: usize) -> (u32, u32) {
     let lines = period * 8 / gcd(period, 8);
     let row = if lines <= MOST_THREADS { lines } else { period };
@@ -249,18 +270,24 @@ fn grid(vectors: usize, period: usize, threads: usize) -> (u32, u32) {
     (blocks(vectors.div_ceil(threads * STORES).max(1)), threads as u32)
 }
 
-/// A grid has at most 2^31 - 1 blocks. The smallest of ours that cover a whole range stand for 256 vectors, which is 8 TB;
-/// what is repeated byte by byte is 16 periods at most.
+/// Converts a number of blocks. A grid has at most 2^31 - 1.
+///
+/// Blocks cover at least 256 vectors, so that a grid covers 8 TB. Bytes are repeated for at most 16
+/// periods.
 fn blocks(count: usize) -> u32 {
     i32::try_from(count).expect("a device has less memory").cast_unsigned()
 }
 
-/// Repeats a period of `period` bytes through the range, in units of `WIDTH` bytes, from the first bound of a unit.
+/// Enqueues a kernel that repeats a period through a range, in units of `WIDTH` bytes.
+///
+/// The period has `period` bytes. It begins at the first address that is a multiple of `WIDTH`.
 ///
 /// # Safety
 ///
-/// As for [`enqueue`], and `stream`'s context is current; the first period was written, with what lies before
-/// it; `kernel` is the one that repeats units of `WIDTH` bytes, which divides `period`.
+/// - As for [`enqueue`].
+/// - The context of `stream` is current.
+/// - The first period and the bytes before it have been written.
+/// - `kernel` is the one that repeats units of `WIDTH` bytes. `WIDTH` divides `period`.
 unsafe fn launch_repeat<const WIDTH: usize>(
     kernel: sys::CUfunction,
     mut to: *mut u8,
@@ -283,8 +310,8 @@ unsafe fn launch_repeat<const WIDTH: usize>(
         (&raw mut period).cast(),
         (&raw mut columns).cast(),
     ];
-    // SAFETY: the parameters are those of `cgb_repeat1` and `cgb_repeat16`, which read the first period and
-    // write behind it; the caller vouches for the range and for the context.
+    // SAFETY: the parameters are those of `cgb_repeat1` and `cgb_repeat16`, which read the first
+    // period and write after it. The caller vouches for the range and the context.
     unsafe {
         calls::module::launch(kernel, [grid, 1], REPEAT_THREADS as u32, &mut parameters, stream)
     }
@@ -300,7 +327,7 @@ mod tests {
 
     const MARGIN: usize = 64;
 
-    /// A stream of a CUDA device; where there is none, says what is left out.
+    /// A stream of a CUDA device. Without a device, the test is reported as left out.
     fn cuda(test: &str) -> Option<Stream> {
         let Device::Cuda(ordinal) = Device::auto() else {
             runtime::left_out(test, "no CUDA device");
@@ -315,7 +342,7 @@ mod tests {
         Some(Stream::new(Device::Cuda(ordinal)).unwrap())
     }
 
-    /// Runs `fill` on `room` bytes of device memory of `0xee`, and gives back what is there then.
+    /// Runs `fill` on `room` bytes of device memory that hold `0xee`, and returns the contents.
     fn after(
         stream: &Stream,
         room: usize,
@@ -329,7 +356,7 @@ mod tests {
         unsafe { calls::copy::memset_d8(base, 0xee, room, entered.raw()) }.unwrap();
         fill(base, &entered).unwrap();
         let (to, down) = (host.as_mut_ptr(), calls::copy::Direction::Down);
-        // SAFETY: as many bytes on both sides, and nothing looks before the stream is done.
+        // SAFETY: both sides have `room` bytes. Nothing uses them before the stream is done.
         unsafe { calls::copy::memcpy(down, to, base, room, entered.raw()) }.unwrap();
         stream.synchronize().unwrap();
         // SAFETY: allocated above, and nothing is in flight.
@@ -337,7 +364,7 @@ mod tests {
         host
     }
 
-    /// Fills a range that begins at `offset` from a bound of 16, and looks at it and at what lies beside it.
+    /// Fills a range at `offset` from a multiple of 16, and checks it and the bytes beside it.
     fn check(stream: &Stream, element: &[u8], count: usize, offset: usize) {
         let (begin, bytes) = (MARGIN + offset, element.len() * count);
         let seen = after(stream, begin + bytes + MARGIN, |base, entered| {
@@ -412,10 +439,10 @@ mod tests {
             assert_eq!(choose(&[a, b, c, d, a, b, c, d], 4, short), Method::Four(abcd));
         }
         for bytes in [48, KERNEL_FROM - 48, KERNEL_FROM, 16 * KERNEL_FROM] {
-            // At an address that a memset of that unit does not take.
+            // A memset of that unit does not take the address.
             assert_eq!(choose(&[a, b], 1, bytes), Method::Kernel(&[a, b]));
             assert_eq!(choose(&[a, b, c, d], 2, bytes), Method::Kernel(&[a, b, c, d]));
-            // Longer than a memset's unit, or none.
+            // The elements are no units of a memset.
             for element in [&[a, b, a][..], &[a, b, c, d, a, b], &[a, a, a, a, a, a, a, b]] {
                 assert_eq!(choose(element, 0, bytes), Method::Kernel(element));
             }
@@ -455,7 +482,7 @@ mod tests {
         let _current = entered.context().enter().unwrap();
         let element = element(12);
         for image in [&IMAGE.0, PTX.as_bytes()] {
-            // SAFETY: a whole fat binary, and PTX that ends with a NUL.
+            // SAFETY: one is a whole fat binary, and the other is PTX that ends with a NUL.
             let kernels = unsafe { Kernels::of(image) }.unwrap();
             let seen = after(&stream, 48_000, |base, entered| {
                 // SAFETY: within the allocation, which only this stream uses.

@@ -1,4 +1,6 @@
-//! One kernel that copies many ranges between mapped host memory and device memory: `kernels/gather.cu`.
+//! Copies of many ranges by one kernel, between mapped host memory and device memory.
+//!
+//! The kernel is in `kernels/gather.cu`.
 
 use std::ffi::c_void;
 
@@ -8,21 +10,26 @@ use crate::error::Result;
 use crate::stream::stream::EnteredStream;
 use crate::transfer::plan::CopyRange;
 
-/// Pieces in the parameter of each kernel, as in `kernels/gather.cu`. The larger one is within the 4,096 bytes that
-/// every driver takes ("CUDA C++ Programming Guide, `__global__` Function Parameters").
+/// The ranges in the parameter of each kernel, as in `kernels/gather.cu`.
+///
+/// Every driver takes parameters of 4,096 bytes ("CUDA C++ Programming Guide, `__global__` Function
+/// Parameters"). The larger table is within that.
 const FEW: usize = 32;
 const MANY: usize = 224;
 
+/// Threads of a block.
 const THREADS: u32 = 256;
 
-/// So many blocks for each piece, at most: with one load of 16 bytes under way in each thread, 32 blocks keep
-/// PCIe 5 busy, and a few multiprocessors.
+/// The most blocks for each range.
+///
+/// Each thread has one load of 16 bytes in flight. 32 blocks saturate PCIe 5 and occupy a few
+/// multiprocessors.
 const MOST_BLOCKS: usize = 32;
 
-/// For shorter pieces so many, whatever their length: a graph whose grid changes costs what a launch costs.
+/// The blocks of a graph for each range that needs no more.
 const FEW_BLOCKS: usize = 8;
 
-/// As in `kernels/gather.cu`.
+/// A range, as in `kernels/gather.cu`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Entry {
@@ -31,7 +38,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// Fills entries in; the answer is how many blocks the longest piece takes.
+    /// Fills in an entry for each range. Returns the number of blocks for the longest range.
     fn fill_in(entries: &mut [Entry], ranges: &[CopyRange]) -> usize {
         let mut longest = 0;
         for (entry, CopyRange { bytes, .. }) in entries.iter_mut().zip(ranges) {
@@ -42,15 +49,16 @@ impl Entry {
     }
 }
 
-/// Enqueues copies of the pieces from one slab to the same places of the other.
+/// Enqueues copies of ranges from one slab to the same offsets of another.
 ///
 /// # Safety
 ///
-/// - Of `to` and `from`, both aligned to 16, one is memory of the stream's device and the other
-///   host memory that its kernels reach under this address.
-/// - The pieces lie in both and are not empty; those of `from` are initialised in stream order.
-/// - Until the copies have finished in stream order, both stay allocated, nothing else writes the
-///   pieces in either, and nothing reads them in `to`.
+/// - `to` and `from` are aligned to 16 bytes.
+/// - One of them is memory of the stream's device. The other is host memory that the device's
+///   kernels reach at this address.
+/// - The ranges lie in both and are not empty. Those of `from` are initialized in stream order.
+/// - Until the copies have finished in stream order, both slabs stay allocated. Nothing else writes
+///   the ranges in either slab, and nothing reads them in `to`.
 pub(crate) unsafe fn enqueue(
     to: *mut u8,
     from: *const u8,
@@ -59,21 +67,22 @@ pub(crate) unsafe fn enqueue(
 ) -> Result<()> {
     for ranges in ranges.chunks(MANY) {
         if ranges.len() <= FEW {
-            // SAFETY: the caller vouches for the pieces, which are so few.
+            // SAFETY: the caller vouches for the ranges, and there are at most `FEW`.
             unsafe { enqueue_few(to, from, ranges, entered) }?;
         } else {
-            // SAFETY: as above.
+            // SAFETY: as above, and there are at most `MANY`.
             unsafe { enqueue_many(to, from, ranges, entered) }?;
         }
     }
     Ok(())
 }
 
-/// By the stream's graph, unless it has none, or another thread is at it just now.
+/// Enqueues a few ranges by the stream's graph, or by a launch if the graph is not available.
 ///
 /// # Safety
 ///
-/// As for [`enqueue`]; there are no more than `FEW` pieces.
+/// - As for [`enqueue`].
+/// - There are at most `FEW` ranges.
 unsafe fn enqueue_few(
     mut to: *mut u8,
     mut from: *const u8,
@@ -81,7 +90,7 @@ unsafe fn enqueue_few(
     entered: &EnteredStream<'_>,
 ) -> Result<()> {
     let mut entries = [Entry { offset: 0, bytes: 0 }; FEW];
-    // A graph whose grid is another one than before costs as much as a launch: there are two.
+    // A graph whose grid changes costs as much as a launch, so there are two grids alone.
     let blocks = match Entry::fill_in(&mut entries, ranges) {
         0..=FEW_BLOCKS => FEW_BLOCKS,
         _ => MOST_BLOCKS,
@@ -98,19 +107,22 @@ unsafe fn enqueue_few(
         })
     });
     if let Some(graph) = graph
-        // SAFETY: as above, and the entry has the kernel's context current.
+        // SAFETY: as above. `entered` has made the kernel's context current.
         && unsafe { graph.set(kernel, grid, THREADS, parameters) }.is_ok()
     {
-        // SAFETY: as above; the kernel copies the entries that have bytes, for which the caller vouches.
+        // SAFETY: as above. The caller vouches for the ranges. The kernel skips empty entries.
         return unsafe { graph.launch(entered.raw()) };
     }
-    // SAFETY: as above, and the entry has the kernel's context current.
+    // SAFETY: as above. `entered` has made the kernel's context current.
     unsafe { calls::module::launch(kernel, grid, THREADS, parameters, entered.raw()) }
 }
 
+/// Enqueues many ranges by a launch.
+///
 /// # Safety
 ///
-/// As for [`enqueue`]; there are no more than `MANY` pieces.
+/// - As for [`enqueue`].
+/// - There are at most `MANY` ranges.
 unsafe fn enqueue_many(
     mut to: *mut u8,
     mut from: *const u8,
@@ -123,7 +135,7 @@ unsafe fn enqueue_many(
     let grid = [blocks as u32, ranges.len() as u32];
     let parameters: &mut [*mut c_void] =
         &mut [(&raw mut to).cast(), (&raw mut from).cast(), (&raw mut entries).cast()];
-    // SAFETY: the parameters are those of `cgb_gather_224`, which copies the first entries, as many as the grid has
-    // columns; the caller vouches for them, and the entry has the kernel's context current.
+    // SAFETY: the parameters are those of `cgb_gather_224`. It copies one entry for each column of
+    // the grid. The caller vouches for these. `entered` has made the kernel's context current.
     unsafe { calls::module::launch(kernel, grid, THREADS, parameters, entered.raw()) }
 }

@@ -1,41 +1,44 @@
-//! How ranges of one slab are best moved to the same places in the other: which go as one, and by what.
+//! The plan of a group's copy: ranges to join, and the path for the ranges that remain.
 //!
-//! Ranges with nothing but padding between them are one. So are ranges between which lie bytes that may be carried
-//! along, if there are not too many. What is left goes by single copies, or by one kernel that reads or writes mapped
-//! host memory.
-//!
-//! Measured on an H100 (PCIe 5), the caller's time and the time until done, in us, for 16 ranges of 8 KB: one kernel
-//! 2.2 to 3.9 and 12; single copies 25 to 38 and 49; `cudaMemcpyBatchAsync` 17 and 49, which never wins and is not used;
-//! one copy of all, where they are one range, 2.0 to 2.4 and 11. Two ranges: one kernel 2.0 to 3.2 and 8.5 to 10, two
-//! copies 3.4 to 5.1 and 11 to 12. With 64 KB each, sixteen are done in 30 by the kernel and in 62 by copies; at about
-//! 100 KB each they meet.
+//! Ranges with padding alone between them are joined. So are ranges with few bytes between them, if
+//! these bytes may be copied as well. The remaining ranges take single copies, or one kernel that
+//! reads or writes mapped host memory. The measurements behind this are in docs/benchmarks.md,
+//! "Groups".
 
 use std::ops::Range;
 
-/// Ranges of so many bytes on average, and more, are moved by the copy engines, which leave the multiprocessors
-/// alone: the kernel is no faster.
+/// The mean length of ranges, in bytes, from which the copy engines move them.
+///
+/// From there on the kernel is no faster (H100, docs/benchmarks.md, "Groups"). Copy engines leave
+/// the multiprocessors to kernels.
 const COPY_ENGINE_BYTES: usize = 96 << 10;
 
-/// So many bytes are carried along rather than make another range: what a copy costs the caller is what they take.
+/// The most bytes between two ranges that are copied as well, to save a range.
+///
+/// Their transfer takes as long as one more copy costs the caller.
 const CARRY: usize = 96 << 10;
 
-/// Bytes that are moved as one, and the members that they touch.
+/// A range of bytes that one copy moves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct CopyRange {
+    /// Offsets in the slab of either side.
     pub(crate) bytes: Range<usize>,
+    /// The members that the bytes belong to.
     pub(crate) members: Range<usize>,
 }
 
-/// What moves pieces.
+/// The mechanism that moves ranges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CopyPath {
-    /// One after another, by the copy engines.
+    /// A copy for each range, by the copy engines.
     Copies,
-    /// By one kernel that looks at mapped host memory.
+    /// One kernel that reads or writes mapped host memory.
     Kernel,
 }
 
-/// What is cheapest for so many pieces of so many bytes together, where a kernel can look at the host side or not.
+/// Chooses the cheaper path for `ranges` ranges of `bytes` bytes in total.
+///
+/// `mapped` says that kernels reach the host side.
 pub(crate) fn choose_path(ranges: usize, bytes: usize, mapped: bool) -> CopyPath {
     match mapped && ranges > 1 && bytes < ranges * COPY_ENGINE_BYTES {
         true => CopyPath::Kernel,
@@ -43,8 +46,10 @@ pub(crate) fn choose_path(ranges: usize, bytes: usize, mapped: bool) -> CopyPath
     }
 }
 
-/// Joins neighbours among pieces, each of one member, in the order of their places. `between` says how many bytes lie
-/// between one piece and the next that would be moved without having been asked for: `None` where they may not be.
+/// Joins neighbours among ranges that are sorted by their offsets.
+///
+/// `between` returns the number of unrequested bytes that joining two ranges would copy. `None`
+/// keeps them apart.
 pub(crate) fn join(
     ranges: &mut Vec<CopyRange>,
     between: impl Fn(&CopyRange, &CopyRange) -> Option<usize>,
