@@ -120,9 +120,10 @@ pub use buffer::view::GpuView;
 pub use device::{Device, MemoryInfo};
 pub use element::{DType, Element};
 pub use error::{Error, Result, Side};
+pub use group::buffer_ring::BufferRing;
 pub use group::group::{BufferGroup, GroupView, MembersMut};
 pub use group::layout::{GroupLayout, GroupLayoutBuilder, MemberKey, MemberRows};
-pub use group::ring::{BufferRing, GroupRing};
+pub use group::ring::GroupRing;
 #[cfg(feature = "dlpack")]
 pub use interop::dlpack;
 pub use memory::host::is_pinned_memory_available;

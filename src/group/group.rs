@@ -9,6 +9,7 @@ use std::slice;
 use bytemuck::Pod;
 
 use crate::buffer::view::GpuView;
+use crate::cuda::calls::copy::Direction;
 use crate::device::Device;
 use crate::error::Result;
 use crate::group::layout::{GroupLayout, MemberKey, MemberRows};
@@ -201,7 +202,7 @@ impl BufferGroup {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn copy_to_gpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
-        self.0.copy_to_gpu(members, stream)
+        self.0.copy(Direction::Up, members, stream)
     }
 
     /// Copies rows of members from the device side to the host side, as [`copy_to_gpu`](Self::copy_to_gpu) does the
@@ -224,7 +225,7 @@ impl BufferGroup {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn copy_to_cpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
-        self.0.copy_to_cpu(members, stream)
+        self.0.copy(Direction::Down, members, stream)
     }
 
     /// Whether nothing that this group was used for is still running.
