@@ -28,10 +28,10 @@ use crate::stream::stream::Stream;
 
 /// Pinned host memory and device memory of one shape, with asynchronous copies between them.
 ///
-/// No safe program can race with a copy. A copy is enqueued on a stream and runs beside the program.
-/// The buffer tracks it. An accessor of the host side waits for the copies that make the access
-/// unsafe, and for nothing else. The buffer may be moved, sent to another thread, swapped, dropped or
-/// forgotten while a copy runs.
+/// No safe program can race with a copy. A copy is enqueued on a stream and runs beside the
+/// program. The buffer tracks it. An accessor of the host side waits for the copies that make the
+/// access unsafe, and for nothing else. The buffer may be moved, sent to another thread, swapped,
+/// dropped or forgotten while a copy runs.
 ///
 /// ```
 /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -51,13 +51,15 @@ use crate::stream::stream::Stream;
 ///
 /// Drop waits for the pending work of the buffer. Releasing CUDA memory then waits for the whole
 /// device, as `cudaFree` and `cudaHostUnregister` do, so keep buffers and reuse them. If the driver
-/// cannot confirm that the memory is unused, it is leaked. This happens if the driver returns an error,
-/// and if a stream that was given to [`gpu_on`](Self::gpu_on) is being captured into a graph.
+/// cannot confirm that the memory is unused, it is leaked. This happens if the driver returns an
+/// error, and if a stream that was given to [`gpu_on`](Self::gpu_on) is being captured into a
+/// graph.
 ///
 /// # Tensors of other libraries
 ///
-/// With the feature `dlpack`, either side can be lent to a tensor of PyTorch, JAX and others. While the
-/// tensor lives, operations on that side return [`Error::Exported`]. The module `dlpack` has the rules.
+/// With the feature `dlpack`, either side can be lent to a tensor of PyTorch, JAX and others. While
+/// the tensor lives, operations on that side return [`Error::Exported`]. The module `dlpack` has
+/// the rules.
 #[doc(alias = "double buffer")]
 #[doc(alias = "page-locked")]
 #[doc(alias = "pinned")]
@@ -66,8 +68,8 @@ pub struct CpuGpuBuffer<T: Pod> {
     elements: PhantomData<T>,
 }
 
-// SAFETY: the buffer owns elements of `T` in its host side, as a `Vec<T>` does. Its other fields are
-// `Send` and `Sync`.
+// SAFETY: the buffer owns elements of `T` in its host side, as a `Vec<T>` does. Its other fields
+// are `Send` and `Sync`.
 unsafe impl<T: Pod + Send> Send for CpuGpuBuffer<T> {}
 // SAFETY: a shared reference can read elements, as one of a `Vec<T>` can.
 unsafe impl<T: Pod + Sync> Sync for CpuGpuBuffer<T> {}
@@ -109,7 +111,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`] if pinning is required and fails.
+    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`] if pinning is required and
+    /// fails.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Error, Pinning};
@@ -238,14 +241,14 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// Copies rows of the host side to the same rows of the device side.
     ///
-    /// `rows` selects the first dimension: `..`, `..n` or `a..b`. The copy runs on `stream`, after all
-    /// pending work of this buffer on any stream. This returns once the copy is enqueued. If the host
-    /// side is not pinned, the driver may stage the copy and block.
+    /// `rows` selects the first dimension: `..`, `..n` or `a..b`. The copy runs on `stream`, after
+    /// all pending work of this buffer on any stream. This returns once the copy is enqueued. If
+    /// the host side is not pinned, the driver may stage the copy and block.
     ///
     /// # Errors
     ///
-    /// - [`Error::OutOfRange`], [`Error::DeviceMismatch`] and [`Error::StreamCapturing`]: nothing has
-    ///   changed.
+    /// - [`Error::OutOfRange`], [`Error::DeviceMismatch`] and [`Error::StreamCapturing`]: nothing
+    ///   has changed.
     /// - An error of the driver: the copy counts as in flight until the driver says otherwise.
     ///
     /// ```
@@ -267,8 +270,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// Copies rows of the device side to the same rows of the host side.
     ///
-    /// The copy runs on `stream`, after all pending work of this buffer on any stream. This returns once
-    /// the copy is enqueued. If the host side is not pinned, it may block until the copy is done.
+    /// The copy runs on `stream`, after all pending work of this buffer on any stream. This returns
+    /// once the copy is enqueued. If the host side is not pinned, it may block until the copy is
+    /// done.
     ///
     /// # Errors
     ///
@@ -294,8 +298,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// Copies rows of the host side into device memory that somebody else owns.
     ///
-    /// As [`copy_to_gpu`](Self::copy_to_gpu) otherwise. `to` is the address of row 0, and row `i` goes to
-    /// row `i`. Only the selected rows need exist there.
+    /// As [`copy_to_gpu`](Self::copy_to_gpu) otherwise. `to` is the address of row 0, and row `i`
+    /// goes to row `i`. Only the selected rows need exist there.
     ///
     /// # Errors
     ///
@@ -317,8 +321,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// They need not be initialised or aligned. The copy has finished once
     /// [`cpu_mut`](Self::cpu_mut), [`synchronize`](Self::synchronize) or [`Stream::synchronize`]
-    /// returns `Ok` after it. On the CPU it has finished when this returns. After an error of the driver
-    /// it may still run, so keep the memory until one of these returns `Ok`.
+    /// returns `Ok` after it. On the CPU it has finished when this returns. After an error of the
+    /// driver it may still run, so keep the memory until one of these returns `Ok`.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -346,8 +350,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// Copies rows of device memory that somebody else owns into the host side.
     ///
-    /// As [`copy_to_cpu`](Self::copy_to_cpu) otherwise. `from` is the address of row 0, and row `i` goes
-    /// to row `i`. Only the selected rows need exist there.
+    /// As [`copy_to_cpu`](Self::copy_to_cpu) otherwise. `from` is the address of row 0, and row `i`
+    /// goes to row `i`. Only the selected rows need exist there.
     ///
     /// # Errors
     ///
@@ -368,8 +372,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///   by events. The buffer does not order it.
     ///
     /// They need not be aligned. The copy has finished once [`cpu`](Self::cpu),
-    /// [`synchronize`](Self::synchronize) or [`Stream::synchronize`] returns `Ok` after it. On the CPU it
-    /// has finished when this returns. After an error of the driver it may still run.
+    /// [`synchronize`](Self::synchronize) or [`Stream::synchronize`] returns `Ok` after it. On the
+    /// CPU it has finished when this returns. After an error of the driver it may still run.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -397,13 +401,13 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// Returns `true` if no work of this buffer is pending.
     ///
-    /// This covers copies, fills, and everything that the streams given to [`gpu_on`](Self::gpu_on) were
-    /// given until now.
+    /// This covers copies, fills, and everything that the streams given to [`gpu_on`](Self::gpu_on)
+    /// were given until now.
     ///
     /// # Errors
     ///
-    /// As for [`cpu`](Self::cpu), and [`Error::StreamCapturing`] if a stream that was given to `gpu_on`
-    /// is being captured.
+    /// As for [`cpu`](Self::cpu), and [`Error::StreamCapturing`] if a stream that was given to
+    /// `gpu_on` is being captured.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -416,7 +420,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.is_idle()
     }
 
-    /// Waits for the pending work of this buffer, and for nothing else. See [`is_idle`](Self::is_idle).
+    /// Waits for the pending work of this buffer, and for nothing else. See
+    /// [`is_idle`](Self::is_idle).
     ///
     /// # Errors
     ///
@@ -489,8 +494,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// Sets every element of the device side on `stream`.
     ///
     /// The fill runs after all pending work of this buffer on any stream. This returns once it is
-    /// enqueued. The fill is a memset of the driver if it has less than 64 KB and the bytes of `value`
-    /// repeat every 1, 2 or 4 bytes. Otherwise it is a kernel.
+    /// enqueued. The fill is a memset of the driver if it has less than 64 KB and the bytes of
+    /// `value` repeat every 1, 2 or 4 bytes. Otherwise it is a kernel.
     ///
     /// # Errors
     ///
@@ -534,9 +539,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// Gives the buffer another shape, and zeroes both sides.
     ///
-    /// If the new shape fits into the memory, this waits for pending copies of the host side only, and
-    /// the device address stays. Otherwise this waits for all pending work, and allocates both sides
-    /// again.
+    /// If the new shape fits into the memory, this waits for pending copies of the host side only,
+    /// and the device address stays. Otherwise this waits for all pending work, and allocates both
+    /// sides again.
     ///
     /// # Errors
     ///
@@ -568,8 +573,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// The device side, for kernels and libraries on `stream`.
     ///
     /// This orders `stream` after all pending work of the buffer. From then on `stream` may use the
-    /// device side. The next operation of the buffer, on any stream, comes after the work that `stream`
-    /// was given until then.
+    /// device side. The next operation of the buffer, on any stream, comes after the work that
+    /// `stream` was given until then.
     ///
     /// # Errors
     ///
@@ -592,9 +597,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// The address of the device side, ordered after nothing, not even its first zeroing.
     ///
-    /// It is for logging, and for graph capture after a call of [`gpu_on`](Self::gpu_on). It changes only
-    /// if [`resize`](Self::resize) exceeds all earlier sizes. It is null if the buffer never had bytes.
-    /// A buffer that was resized to no bytes keeps its memory and the address.
+    /// It is for logging, and for graph capture after a call of [`gpu_on`](Self::gpu_on). It
+    /// changes only if [`resize`](Self::resize) exceeds all earlier sizes. It is null if the buffer
+    /// never had bytes. A buffer that was resized to no bytes keeps its memory and the address.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -677,10 +682,11 @@ impl<T: Pod> CpuGpuBuffer<T> {
         self.storage.is_pinned()
     }
 
-    /// The reason why the host side is pageable although [`Pinning::Preferred`] asked for pinned memory.
+    /// The reason why the host side is pageable although
+    /// [`Pinning::Preferred`](crate::Pinning::Preferred) asked for pinned memory.
     ///
-    /// `None` if the host side is pinned or has no bytes, with [`Pinning::Never`], and on
-    /// [`Device::Cpu`].
+    /// `None` if the host side is pinned or has no bytes, with
+    /// [`Pinning::Never`](crate::Pinning::Never), and on [`Device::Cpu`].
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -726,8 +732,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// No copy writes the host side while the slice lives.
     #[inline]
     unsafe fn host_slice(&self) -> &[T] {
-        // SAFETY: the host side holds `numel` elements, aligned and initialised: it began as zeroes, and
-        // any bytes are valid for a `Pod` type. The slice borrows `self`.
+        // SAFETY: the host side holds `numel` elements, aligned and initialised: it began as
+        // zeroes, and any bytes are valid for a `Pod` type. The slice borrows `self`.
         unsafe { slice::from_raw_parts(self.storage.host_ptr().cast(), self.numel()) }
     }
 

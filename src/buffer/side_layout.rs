@@ -28,7 +28,8 @@ impl SideLayout {
         Ok(SideLayout { shape, numel, layout })
     }
 
-    /// The memory of `count` sides of this layout, each aligned, and the distance from one to the next.
+    /// The memory of `count` sides of this layout, each aligned, and the distance from one to the
+    /// next.
     pub(crate) fn many(&self, count: usize) -> Result<(Layout, usize)> {
         u32::try_from(count).map_err(|_| Error::InvalidShape {
             reason: format!("{count} buffers are more than can be told apart"),

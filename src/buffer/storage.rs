@@ -13,7 +13,7 @@
 //! therefore ordered after all earlier ones, and a copy supersedes the device uses before it.
 //!
 //! Sides that are lent to tensors have rules of their own: see
-//! [`exports`](crate::flight::exports). Every operation on a side follows them first.
+//! `flight/exports`. Every operation on a side follows them first.
 //!
 //! An operation checks its arguments and the stream before it changes anything. Once it tries to
 //! enqueue, its record is pending, whatever CUDA returns.
@@ -367,8 +367,8 @@ impl Storage {
     ///
     /// # Safety
     ///
-    /// If the peer is foreign, these hold from the call until the copy has finished in stream order,
-    /// for as many bytes at its address as the range has:
+    /// If the peer is foreign, these hold from the call until the copy has finished in stream
+    /// order, for as many bytes at its address as the range has:
     ///
     /// - They are allocated, and memory of `stream`'s device (on the CPU, of the program).
     /// - For an upload they are valid for writes, and nothing else reads or writes them.
@@ -402,8 +402,8 @@ impl Storage {
             Direction::Up => (device, host),
             Direction::Down => (host, device),
         };
-        // SAFETY: the range lies in the host side. The peer is the same range of the device side, or
-        // the caller vouches for it.
+        // SAFETY: the range lies in the host side. The peer is the same range of the device side,
+        // or the caller vouches for it.
         unsafe { self.transfer(direction, to, from, range.len(), entered.as_ref()) }?;
         if is_own {
             self.device_side.mark_initialized();
@@ -562,8 +562,8 @@ impl Storage {
     }
 
     /// Ends open use that could not be [closed](Self::close_with_event), after a wait for the
-    /// devices. If that use was captured, no launch of the graph may use this memory: it belonged to
-    /// a view that is gone.
+    /// devices. If that use was captured, no launch of the graph may use this memory: it belonged
+    /// to a view that is gone.
     pub(super) fn supersede_open(&mut self) {
         for record in [&mut self.upload, &mut self.download, self.device_side.device_use_mut()] {
             if record.is_open() {
@@ -574,8 +574,8 @@ impl Storage {
 }
 
 impl Drop for Storage {
-    /// Waits for pending work. If the driver cannot confirm that the memory is unused, it is leaked.
-    /// Leaked memory is not waited for again.
+    /// Waits for pending work. If the driver cannot confirm that the memory is unused, it is
+    /// leaked. Leaked memory is not waited for again.
     fn drop(&mut self) {
         if !self.slab.is_abandoned() && self.wait_for_all().is_err() {
             self.slab.abandon();

@@ -12,9 +12,9 @@ use crate::shape::{Shape, select};
 /// The device side of a buffer, for work on the stream that
 /// [`gpu_on`](crate::CpuGpuBuffer::gpu_on) was called with.
 ///
-/// Send work that uses the addresses to that stream, while the view lives. The buffer orders its later
-/// operations after everything that the stream was given by then. Nothing happens when a view is
-/// dropped.
+/// Send work that uses the addresses to that stream, while the view lives. The buffer orders its
+/// later operations after everything that the stream was given by then. Nothing happens when a view
+/// is dropped.
 ///
 /// ```
 /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -43,13 +43,14 @@ unsafe impl<T: Sync> Send for GpuView<'_, T> {}
 unsafe impl<T: Sync> Sync for GpuView<'_, T> {}
 
 impl<'a, T> GpuView<'a, T> {
-    /// A view of `len` elements at `address`, in the device side of the buffer that is borrowed for `'a`.
+    /// A view of `len` elements at `address`, in the device side of the buffer that is borrowed for
+    /// `'a`.
     pub(crate) fn new(address: *mut T, shape: Shape, len: usize, device: Device) -> Self {
         GpuView { address, shape, len, device, buffer: PhantomData }
     }
 
-    /// The device address of the first element. Without bytes it may be null, and it is not valid for
-    /// reads or writes.
+    /// The device address of the first element. Without bytes it may be null, and it is not valid
+    /// for reads or writes.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -203,8 +204,9 @@ impl<'a, T> GpuView<'a, T> {
             // SAFETY: a slice of no bytes may begin at any aligned address but null.
             return Some(unsafe { slice::from_raw_parts(std::ptr::dangling(), self.len) });
         }
-        // SAFETY: these are `len` initialised elements of the device side, which on the CPU is ordinary
-        // memory. The buffer is borrowed for `'a`, and writing through `as_mut_ptr` is `unsafe`.
+        // SAFETY: these are `len` initialised elements of the device side, which on the CPU is
+        // ordinary memory. The buffer is borrowed for `'a`, and writing through `as_mut_ptr` is
+        // `unsafe`.
         Some(unsafe { slice::from_raw_parts(self.address, self.len) })
     }
 }

@@ -129,8 +129,8 @@ impl Exports {
         Ok(())
     }
 
-    /// Returns `true` if the work of consumers on these sides is finished. Does not wait. Returns an
-    /// error if a tensor of one of them lives.
+    /// Returns `true` if the work of consumers on these sides is finished. Does not wait. Returns
+    /// an error if a tensor of one of them lives.
     #[cold]
     pub(crate) fn are_consumers_done(&self, sides: &[Side]) -> Result<bool> {
         self.refuse_lent(sides)?;

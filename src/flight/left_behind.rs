@@ -1,6 +1,6 @@
 //! Storage that is left behind: its buffer and tensors are gone, and consumers may still use it.
 //!
-//! [`reclaim`] waits for every device and then gives the storage back. If the wait fails, the
+//! `reclaim` waits for every device and then gives the storage back. If the wait fails, the
 //! storage stays in the list.
 
 use std::sync::Arc;
@@ -45,8 +45,8 @@ pub(crate) trait ExportedStorage: Send + Sync {
     /// The count of the pool that owns the storage.
     fn left_behind_count(&self) -> Option<&LeftBehindCount>;
 
-    /// Gives a pool's storage back, and calls no CUDA. The caller drops the returned value later, without
-    /// a lock. The devices were waited for.
+    /// Gives a pool's storage back, and calls no CUDA. The caller drops the returned value later,
+    /// without a lock. The devices were waited for.
     fn give_back(self: Box<Self>) -> Box<dyn Any + Send>;
 }
 

@@ -22,8 +22,8 @@ pub(crate) struct Record {
     ticket_cell: TicketCell,
 }
 
-/// An event for each wait policy, made when a stream of that policy is first used. A record reuses its
-/// events when streams alternate.
+/// An event for each wait policy, made when a stream of that policy is first used. A record reuses
+/// its events when streams alternate.
 #[derive(Default)]
 struct Events {
     device_default: Option<EventHandle>,

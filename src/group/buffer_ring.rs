@@ -63,8 +63,8 @@ impl<T: Pod + Send + Sync> BufferRing<T> {
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning
-    /// is required.
+    /// As for [`new`](Self::new), and
+    /// [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning is required.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferOptions, Device, HostFlags, BufferRing};

@@ -1,7 +1,8 @@
-//! Groups: buffers of any types and shapes that share one slab for each side and are moved together.
+//! Groups: buffers of any types and shapes that share one slab for each side and are moved
+//! together.
 //!
-//! The ordering model is that of [`members`](crate::group::storage), where the in-flight rule stands. This file turns keys
-//! into elements.
+//! The ordering model is that of [`members`](crate::group::storage), where the in-flight rule
+//! stands. This file turns keys into elements.
 
 use std::fmt;
 use std::slice;
@@ -17,11 +18,12 @@ use crate::group::storage::GroupStorage;
 use crate::memory::options::BufferOptions;
 use crate::stream::stream::Stream;
 
-/// Buffers that are moved together: members of one [`GroupLayout`], in one pinned slab and one device slab.
+/// Buffers that are moved together: members of one [`GroupLayout`], in one pinned slab and one
+/// device slab.
 ///
-/// A call moves rows of any of the members, and not a byte of any other, at about the cost of a single copy. Each
-/// member remembers what is in flight of it: an accessor waits for copies that touched that member, and for nothing
-/// else. The device addresses never change.
+/// A call moves rows of any of the members, and not a byte of any other, at about the cost of a
+/// single copy. Each member remembers what is in flight of it: an accessor waits for copies that
+/// touched that member, and for nothing else. The device addresses never change.
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
@@ -72,8 +74,8 @@ impl BufferGroup {
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning
-    /// is required.
+    /// As for [`new`](Self::new), and
+    /// [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning is required.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, BufferOptions, Device, GroupLayoutBuilder, Pinning};
@@ -118,8 +120,8 @@ impl BufferGroup {
         host(&self.0, key)
     }
 
-    /// A member's host side, to write. Waits for any pending copy into or out of it, and for nothing else: not for
-    /// copies of other members.
+    /// A member's host side, to write. Waits for any pending copy into or out of it, and for
+    /// nothing else: not for copies of other members.
     ///
     /// # Errors
     ///
@@ -171,8 +173,9 @@ impl BufferGroup {
     /// be carried along. Returns as soon as the copy is enqueued. A copy of no members does
     /// nothing.
     ///
-    /// Neighbours go as one copy where nothing lies between their rows. What remains goes by one kernel that reads the
-    /// pinned slab, or by copies where the rows are many; a kernel waits for room on the device like any other.
+    /// Neighbours go as one copy where nothing lies between their rows. What remains goes by one
+    /// kernel that reads the pinned slab, or by copies where the rows are many; a kernel waits for
+    /// room on the device like any other.
     ///
     /// # Errors
     ///
@@ -205,8 +208,8 @@ impl BufferGroup {
         self.0.copy(Direction::Up, members, stream)
     }
 
-    /// Copies rows of members from the device side to the host side, as [`copy_to_gpu`](Self::copy_to_gpu) does the
-    /// other way, and never more than was asked for.
+    /// Copies rows of members from the device side to the host side, as
+    /// [`copy_to_gpu`](Self::copy_to_gpu) does the other way, and never more than was asked for.
     ///
     /// # Errors
     ///
@@ -275,8 +278,9 @@ impl BufferGroup {
 
     // ---- the device side ----
 
-    /// The device sides of all members, for kernels and libraries on `stream`: orders the stream, once, after
-    /// everything that the group has pending, and remembers that it may use the memory from now on.
+    /// The device sides of all members, for kernels and libraries on `stream`: orders the stream,
+    /// once, after everything that the group has pending, and remembers that it may use the memory
+    /// from now on.
     ///
     /// # Errors
     ///
@@ -302,9 +306,9 @@ impl BufferGroup {
         Ok(GroupView(&self.0))
     }
 
-    /// The address of a member's device side, ordered with nothing, not even with its first zeroing: for graph capture,
-    /// where [`gpu_on`](Self::gpu_on) was called before, and for logging. It never changes. Null where the group has
-    /// no bytes.
+    /// The address of a member's device side, ordered with nothing, not even with its first
+    /// zeroing: for graph capture, where [`gpu_on`](Self::gpu_on) was called before, and for
+    /// logging. It never changes. Null where the group has no bytes.
     ///
     /// # Errors
     ///
@@ -411,16 +415,17 @@ impl fmt::Debug for BufferGroup {
 /// A member's current host slot, to read, once no copy writes it.
 pub(crate) fn host<T: Pod>(members: &GroupStorage, key: MemberKey<T>) -> Result<&[T]> {
     let (address, len) = members.wait_to_read(key)?;
-    // SAFETY: the member has `len` elements of `T`, as the key said and the layout checked, aligned and initialised (it
-    // began as zeroes, and any bytes are a `Pod`); no copy writes them, and none can be enqueued while this borrow lives.
+    // SAFETY: the member has `len` elements of `T`, as the key said and the layout checked, aligned
+    // and initialised (it began as zeroes, and any bytes are a `Pod`); no copy writes them, and
+    // none can be enqueued while this borrow lives.
     Ok(unsafe { slice::from_raw_parts(address.cast(), len) })
 }
 
 /// A member's current host slot, to write, once no copy touches it.
 pub(crate) fn host_mut<T: Pod>(members: &mut GroupStorage, key: MemberKey<T>) -> Result<&mut [T]> {
     let (address, len) = members.wait_to_write(key)?;
-    // SAFETY: so many elements, aligned and initialised as in `host`; no copy touches them since the wait, and the group
-    // is borrowed exclusively.
+    // SAFETY: so many elements, aligned and initialised as in `host`; no copy touches them since
+    // the wait, and the group is borrowed exclusively.
     Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
 }
 
@@ -471,8 +476,10 @@ impl<'g> MembersMut<'g> {
     /// ```
     pub fn cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<&'g mut [T]> {
         let (address, len) = self.0.wait_and_name(key)?;
-        // SAFETY: so many elements, aligned and initialised as in `host`. No copy touches the member since the wait, and none can be enqueued while the group is borrowed for
-        // `'g`; members do not overlap, and this one was not handed out before, as `wait_and_name` checked.
+        // SAFETY: so many elements, aligned and initialised as in `host`. No copy touches the
+        // member since the wait, and none can be enqueued while the group is borrowed for `'g`;
+        // members do not overlap, and this one was not handed out before, as `wait_and_name`
+        // checked.
         Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
     }
 }
@@ -483,8 +490,8 @@ impl fmt::Debug for MembersMut<'_> {
     }
 }
 
-/// The device sides of a group's members, for work on the stream that `gpu_on` was called with: what a
-/// [`GpuView`] is for a single buffer.
+/// The device sides of a group's members, for work on the stream that `gpu_on` was called with:
+/// what a [`GpuView`] is for a single buffer.
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, GroupView, MemberKey, Stream};

@@ -1,11 +1,13 @@
-//! What is in a group of buffers: members of any types and shapes, each at a place of its own in one slab.
+//! What is in a group of buffers: members of any types and shapes, each at a place of its own in
+//! one slab.
 //!
 //! ```text
 //!  offset    0        256      512                                   640      768
 //!            | ids    | lens   | table                             | pad    | temps
 //! ```
 //!
-//! A layout is made once and then frozen. Its keys name its members, and serve all groups of that layout.
+//! A layout is made once and then frozen. Its keys name its members, and serve all groups of that
+//! layout.
 
 use std::alloc::Layout;
 use std::any::{TypeId, type_name};
@@ -73,9 +75,9 @@ impl GroupLayoutBuilder {
         GroupLayoutBuilder { id: NEXT.fetch_add(1, Ordering::Relaxed), members: Ok(Vec::new()) }
     }
 
-    /// Adds a member, and gives the key that names it. [`build`](Self::build) checks the shape, as a
-    /// buffer's constructor checks a [`Shape`], and returns the error if there was too little memory
-    /// for the member here.
+    /// Adds a member, and gives the key that names it. [`build`](Self::build) checks the shape, as
+    /// a buffer's constructor checks a [`Shape`], and returns the error if there was too little
+    /// memory for the member here.
     ///
     /// # Panics
     ///
@@ -308,8 +310,8 @@ impl<T> fmt::Debug for MemberKey<T> {
 }
 
 impl<T> MemberKey<T> {
-    /// Rows of the member, to be copied: `..`, `..n`, `a..b`. Whether they are within its shape is checked by
-    /// the copy.
+    /// Rows of the member, to be copied: `..`, `..n`, `a..b`. Whether they are within its shape is
+    /// checked by the copy.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder, Stream};
@@ -324,7 +326,8 @@ impl<T> MemberKey<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn rows(self, rows: impl RangeBounds<usize>) -> MemberRows {
-        // Each bound is read once: `RangeBounds` is a safe trait, and may answer differently the second time.
+        // Each bound is read once: `RangeBounds` is a safe trait, and may answer differently the
+        // second time.
         let bounds = (rows.start_bound().cloned(), rows.end_bound().cloned());
         MemberRows { layout: self.layout, index: self.index, bounds }
     }

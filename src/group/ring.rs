@@ -73,8 +73,8 @@ impl GroupRing {
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning
-    /// is required.
+    /// As for [`new`](Self::new), and
+    /// [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning is required.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferOptions, Device, Error, GroupLayoutBuilder, GroupRing, Pinning};

@@ -1,7 +1,7 @@
 //! The bytes of a group, and the in-flight rule for many members at once.
 //!
-//! A copy call is one [submission](crate::group::submissions), whatever it moves. Each member refers
-//! to the submissions that concern it:
+//! A copy call is one [submission](crate::group::submissions), whatever it moves. Each member
+//! refers to the submissions that concern it:
 //!
 //! | table | the newest submission that | waited for by |
 //! |---|---|---|
@@ -11,8 +11,8 @@
 //!
 //! Stream order puts a submission after the `latest` of each member that it touches, and after the
 //! device uses. A device use concerns the whole group. The newest submission of a member is
-//! therefore ordered after all earlier ones, and a submission that no member refers to is covered by
-//! a newer one.
+//! therefore ordered after all earlier ones, and a submission that no member refers to is covered
+//! by a newer one.
 //!
 //! There is one device side. There may be several host slots. Uploads and downloads use the current
 //! slot, and the other slots keep their tables.
@@ -128,8 +128,8 @@ impl GroupStorage {
 
     // ---- the host side ----
 
-    /// Waits until a member may be read in the current host slot. Returns its address and its number
-    /// of elements.
+    /// Waits until a member may be read in the current host slot. Returns its address and its
+    /// number of elements.
     pub(crate) fn wait_to_read<T: Pod>(&self, key: MemberKey<T>) -> Result<(*mut u8, usize)> {
         let (index, member) = self.layout.find(key)?;
         self.device_side.refuse_child()?;

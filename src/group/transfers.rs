@@ -83,8 +83,8 @@ impl GroupStorage {
     /// Joins ranges if the bytes between them are padding, or may be carried along.
     fn join(&mut self, direction: Direction) {
         let members = &self.layout.table().members;
-        // A download would write rows that the host did not ask for. In a ring another slot may hold
-        // older rows than the device side.
+        // A download would write rows that the host did not ask for. In a ring another slot may
+        // hold older rows than the device side.
         let carries = direction == Direction::Up && self.host_slots.depth() == 1;
         plan::join(&mut self.ranges, |range, next| {
             let gap = range.bytes.end..next.bytes.start;
@@ -103,8 +103,8 @@ impl GroupStorage {
 
     // ---- order, begin, enqueue ----
 
-    /// Orders everything that the stream is given from now on after pending work of other streams on
-    /// the members of the ranges.
+    /// Orders everything that the stream is given from now on after pending work of other streams
+    /// on the members of the ranges.
     fn order(&self, entered: &EnteredStream<'_>) -> Result<()> {
         let mut before = None;
         for index in self.ranges.iter().flat_map(|range| range.members.clone()) {
@@ -148,9 +148,9 @@ impl GroupStorage {
         let bytes = ranges.iter().map(|range| range.bytes.len()).sum();
         let path = choose_path(ranges.len(), bytes, self.mapped);
         self.submissions.record_mut(submission).submit_open(entered, || match path {
-            // SAFETY: the ranges lie in both sides. Until the copies have finished, the records keep
-            // the host side from being written (and, during a download, read), and both sides from
-            // being released.
+            // SAFETY: the ranges lie in both sides. Until the copies have finished, the records
+            // keep the host side from being written (and, during a download, read), and both sides
+            // from being released.
             CopyPath::Kernel => unsafe { gather::enqueue(to, from, ranges, entered) },
             CopyPath::Copies => ranges.iter().try_for_each(|CopyRange { bytes, .. }| {
                 let (to, from) = (to.wrapping_add(bytes.start), from.wrapping_add(bytes.start));

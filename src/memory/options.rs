@@ -61,8 +61,8 @@ pub enum Pinning {
     Required,
     /// Pinned if possible, otherwise pageable.
     ///
-    /// Memory is always pageable on [`Device::Cpu`](crate::Device::Cpu). On a CUDA device,
-    /// [`pinning_error`](crate::CpuGpuBuffer::pinning_error) has the reason.
+    /// Memory is always pageable on [`Device::Cpu`](crate::Device::Cpu). On a
+    /// CUDA device, [`pinning_error`](crate::CpuGpuBuffer::pinning_error) has the reason.
     #[default]
     Preferred,
     /// Pageable. The driver stages copies of pageable memory, and the caller may have to wait.
