@@ -13,7 +13,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use common::{Gate, in_child, sim};
+use common::{Gate, in_child, sim, test_name};
 #[cfg(feature = "dlpack")]
 use cpu_gpu_buffer::dlpack;
 use cpu_gpu_buffer::{
@@ -669,7 +669,7 @@ fn kinds() -> impl Iterator<Item = (u32, bool, bool)> {
 
 #[test]
 fn any_call_may_fail_in_any_operation() {
-    let test = "any_call_may_fail_in_any_operation";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
     }
@@ -765,7 +765,7 @@ fn sweep(
 
 #[test]
 fn pages_that_were_registered_by_a_call_that_failed_are_unregistered() {
-    let test = "pages_that_were_registered_by_a_call_that_failed_are_unregistered";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
     }
@@ -790,7 +790,7 @@ const ILLEGAL: u32 = 700;
 
 #[test]
 fn the_context_may_break_at_any_call_of_any_operation() {
-    let test = "the_context_may_break_at_any_call_of_any_operation";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
     }
@@ -858,8 +858,7 @@ fn break_each(what: &str, operation: Operation, state: State, mended: bool) -> u
 
 #[test]
 fn memory_that_a_broken_context_may_still_use_is_never_given_back_nor_handed_out_again() {
-    let test =
-        "memory_that_a_broken_context_may_still_use_is_never_given_back_nor_handed_out_again";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
     }
@@ -915,7 +914,7 @@ fn memory_that_a_broken_context_may_still_use_is_never_given_back_nor_handed_out
 
 #[test]
 fn a_broken_context_is_found_in_the_last_error_once_and_only_after_a_foreign_call() {
-    let test = "a_broken_context_is_found_in_the_last_error_once_and_only_after_a_foreign_call";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
     }
@@ -940,7 +939,7 @@ fn a_broken_context_is_found_in_the_last_error_once_and_only_after_a_foreign_cal
 
 #[test]
 fn every_operation_is_refused_in_a_forked_child_and_makes_no_call() {
-    let test = "every_operation_is_refused_in_a_forked_child_and_makes_no_call";
+    let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "calls are counted by the simulated runtime");
     }

@@ -322,7 +322,7 @@ mod tests {
     use super::*;
     use crate::cuda::kernels::{IMAGE, PTX};
     use crate::device::Device;
-    use crate::runtime;
+    use crate::runtime::{self, test_name};
     use crate::stream::stream::Stream;
 
     const MARGIN: usize = 64;
@@ -401,7 +401,7 @@ mod tests {
 
     #[test]
     fn a_fill_begins_and_ends_anywhere() {
-        let Some(stream) = cuda("a_fill_begins_and_ends_anywhere") else { return };
+        let Some(stream) = cuda(test_name!()) else { return };
         for size in (1..=17).chain([48, 100, 225, 3584, 3585, 4000, 4096]) {
             for offset in [0, 1, 2, 3, 4, 7, 8, 12, 15] {
                 for count in [1, 2, 3, 15, 16, 17, (40_000 / size).max(18)] {
@@ -413,7 +413,7 @@ mod tests {
 
     #[test]
     fn a_fill_is_the_same_by_a_memset_and_by_a_kernel() {
-        let Some(stream) = cuda("a_fill_is_the_same_by_a_memset_and_by_a_kernel") else { return };
+        let Some(stream) = cuda(test_name!()) else { return };
         for size in (1..=17).chain([48, 100, 3584, 3585, 4000]) {
             let most = KERNEL_FROM / size;
             for count in [most - 1, most, most + 1] {
