@@ -1,10 +1,11 @@
-//! Compiles `kernels/kernels.cu` into the image that the library embeds: machine code for every
-//! architecture in the list that this nvcc knows, and PTX for those that come after. Without nvcc, or
-//! when it fails, the committed image of the same source is embedded.
+//! Compiles `kernels/kernels.cu` into the image that the library embeds.
+//!
+//! The image has machine code for each listed architecture that this nvcc knows, and PTX for later
+//! architectures. If there is no nvcc, or it fails, the committed image of the same source is
+//! embedded.
 //!
 //! `CPU_GPU_BUFFER_NVCC=never` keeps nvcc out of the build. The build then depends on no other
-//! variable: `PATH` differs between an editor and a shell, and each would have the crate built
-//! again.
+//! variable. `PATH` often differs between an editor and a shell, and each would rebuild the crate.
 
 use std::env;
 use std::ffi::OsString;
@@ -31,19 +32,21 @@ fn main() {
         },
     };
     if !compiled {
-        // Not `fs::copy`, which would copy a read-only source's permissions too.
+        // `fs::copy` would copy the permissions of a read-only source as well.
         let committed = std::fs::read(COMMITTED).expect("the committed image is in the package");
         std::fs::write(&image, committed).expect("OUT_DIR is writable");
     }
 }
 
-/// The value of a variable, on which the build depends from then on.
+/// The value of an environment variable. The build then depends on it.
 fn variable(name: &str) -> Option<OsString> {
     println!("cargo::rerun-if-env-changed={name}");
     env::var_os(name)
 }
 
-/// `NVCC`, or `nvcc` on the path, or in the usual homes of a toolkit. docs.rs never compiles kernels.
+/// Finds nvcc: `NVCC`, or `nvcc` on the path, or in the usual folders of a toolkit.
+///
+/// docs.rs never compiles kernels.
 fn find_nvcc() -> Option<PathBuf> {
     if variable("DOCS_RS").is_some() {
         return None;
@@ -68,10 +71,11 @@ fn find_nvcc() -> Option<PathBuf> {
         .find(|nvcc| nvcc.is_absolute() && nvcc.is_file())
 }
 
+/// Compiles the kernels into `image`.
 fn compile(nvcc: &Path, image: &Path) -> Result<(), String> {
     let known = run(Command::new(nvcc).arg("--list-gpu-code"))?;
     let mut build = cc::Build::new();
-    // `cc` finds nvcc's host compiler and flags; of its own it would add some for object files.
+    // `cc` finds nvcc's host compiler and its flags. Its default flags are for object files.
     build.cuda(true).cudart("none").no_default_flags(true).warnings(false).compiler(nvcc);
     let tool = build.try_get_compiler().map_err(|error| error.to_string())?;
     let mut command = tool.to_command();
@@ -85,6 +89,7 @@ fn compile(nvcc: &Path, image: &Path) -> Result<(), String> {
     run(&mut command).map(drop)
 }
 
+/// Runs a command and returns its output, or the first line of its error.
 fn run(command: &mut Command) -> Result<String, String> {
     let output = command
         .output()

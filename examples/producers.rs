@@ -1,12 +1,15 @@
-//! Several threads feed one GPU through a pool: each takes a buffer, fills it, sends it up and passes it on; one
-//! consumer takes the batches as they come, and gives the buffers back while its own work on them is still queued.
-//! What the GPU got is looked at in the end, batch by batch.
+//! Several threads feed one GPU through a pool.
+//!
+//! Each producer takes a buffer, fills it, uploads it and sends it on. One consumer receives the
+//! batches and returns the buffers while its work on them is still queued. Finally the program
+//! checks every batch that the GPU received.
 //!
 //! ```text
-//! cargo run --release --example producers [--device cpu|cuda:N] [--producers N] [--batches N] [--buffers N]
+//! cargo run --release --example producers [--device cpu|cuda:N] [--producers N] [--batches N]
+//!                                         [--buffers N]
 //! ```
 //!
-//! `--buffers` is what the pool begins with: with too few it grows, and the figures say how far.
+//! `--buffers` is the number of buffers that the pool begins with. The pool grows if it needs more.
 
 use std::collections::VecDeque;
 use std::process::ExitCode;
@@ -18,20 +21,20 @@ use cpu_gpu_buffer::{BufferPool, CpuGpuBuffer, Device, Stream};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// Rows of a batch at the most, and words of a row.
+/// The most rows of a batch, and the words of a row.
 const ROWS: usize = 512;
 const WIDTH: usize = 128;
-/// Batches of which the consumer has not seen yet what the GPU got.
+/// The most batches that the consumer has not checked yet.
 const UNSEEN: usize = 8;
 
-/// A batch on its way: its rows are in the buffer's device side, or will be when the producer's stream gets there.
+/// A batch in the device side of a buffer. Its upload may still be queued on the producer's stream.
 struct Batch {
     buffer: CpuGpuBuffer<u32>,
     rows: usize,
     sum: u32,
 }
 
-/// Makes batches of pseudo-random rows, as many as there are tickets for.
+/// Makes batches of pseudo-random rows and sends them to the consumer.
 fn produce(
     number: u32,
     batches: usize,
@@ -51,13 +54,13 @@ fn produce(
         let mut buffer = pool.acquire()?;
         let rows = 1 + next() as usize % ROWS;
         let mut sum = 0u32;
-        // Waits only if the buffer's last upload is not over, which the pool avoids.
+        // This waits for the buffer's last upload. The pool prefers buffers without one in flight.
         for word in &mut buffer.cpu_mut()?[..rows * WIDTH] {
             *word = next();
             sum = sum.wrapping_add(*word);
         }
         buffer.copy_to_gpu(..rows, &stream)?;
-        // Nobody to take it: the consumer has failed, and says why.
+        // The consumer has failed and reports the reason.
         if to.send(Batch { buffer, rows, sum }).is_err() {
             break;
         }
@@ -65,7 +68,7 @@ fn produce(
     Ok(())
 }
 
-/// What came of the batches.
+/// The batches that were checked.
 #[derive(Default)]
 struct Seen {
     batches: usize,
@@ -74,7 +77,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// Waits for the batch to be there, and compares.
+    /// Waits for a batch and compares its sum.
     fn look(&mut self, Batch { buffer, rows, sum }: &Batch) -> Result<(), Failure> {
         let got =
             buffer.cpu()?[..rows * WIDTH].iter().fold(0u32, |sum, word| sum.wrapping_add(*word));
@@ -85,20 +88,20 @@ impl Seen {
     }
 }
 
-/// Works on each batch on one stream, in the order in which they come.
+/// Works on the batches on one stream, in the order of their arrival.
 fn consume(pool: &BufferPool<u32>, from: &mpsc::Receiver<Batch>) -> Result<Seen, Failure> {
     let stream = Stream::new(pool.device())?;
     let mut seen = Seen::default();
     let mut unseen = VecDeque::new();
     for Batch { mut buffer, rows, sum } in from {
-        // The consumer's stream waits for the producer's, and this thread for neither. Kernels would be launched
-        // here, with the view's address; this one brings the rows back.
+        // The consumer's stream waits for the producer's. This thread waits for neither. A program
+        // would launch kernels here, with the address of the view. This one copies the rows back.
         let view = buffer.gpu_on(&stream)?;
         let mut result = pool.acquire()?;
-        // SAFETY: `view` has as many rows, and the copy goes through the stream that `buffer` was told of, while
-        // the view lives.
+        // SAFETY: `view` has as many rows. The copy is on the stream of `gpu_on`, while the view
+        // lives.
         unsafe { result.copy_from_device_ptr(..rows, view.as_ptr(), &stream) }?;
-        // Given back, with everything still queued.
+        // The buffer returns to the pool with its work still queued.
         drop(buffer);
         unseen.push_back(Batch { buffer: result, rows, sum });
         if unseen.len() > UNSEEN {
@@ -145,7 +148,7 @@ fn arguments() -> Result<Arguments, Failure> {
 fn run() -> Result<(), Failure> {
     let Arguments { device, producers, batches, buffers } = arguments()?;
     let pool = BufferPool::new([ROWS, WIDTH], device, buffers)?;
-    // As many batches wait for the consumer as there are producers, and no more.
+    // The channel holds one batch for each producer.
     let (to, from) = mpsc::sync_channel(producers as usize);
     let start = Instant::now();
     let seen = thread::scope(|scope| {
@@ -157,7 +160,7 @@ fn run() -> Result<(), Failure> {
             .collect();
         drop(to);
         let seen = consume(&pool, &from);
-        // Lets producers go that wait for a consumer which has failed.
+        // Producers that still send, after the consumer has failed, return.
         drop(from);
         for thread in threads {
             thread.join().map_err(|_| "a producer panicked")??;

@@ -1,12 +1,15 @@
-//! Streams a file through a GPU and back: disk to pinned memory, to the device, to pinned memory, with
-//! several pieces in flight so that reading, upload and download overlap; then proves by a digest that
-//! every byte survived.
+//! Streams a file through a GPU and back.
+//!
+//! The file goes from disk to pinned memory, to the device, and back to pinned memory. Several
+//! pieces are in flight, so that reading, upload and download overlap. A digest then shows that
+//! every byte is unchanged.
 //!
 //! ```text
 //! cargo run --release --example quickstart [FILE] [--device cpu|cuda:N] [--serial]
 //! ```
 //!
-//! Without a file it moves its own executable. `--serial` waits for each step before the next.
+//! Without a file, the example moves its own executable. `--serial` waits for each step before the
+//! next.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -19,24 +22,24 @@ use cpu_gpu_buffer::{BufferPool, CpuGpuBuffer, Device, Stream};
 
 type Failure = Box<dyn std::error::Error>;
 
-/// Bytes that move at once, and how many such pieces are under way.
+/// The bytes of a piece, and the most pieces in flight.
 const PIECE: usize = 4 << 20;
 const IN_FLIGHT: usize = 4;
 
-/// A piece of the file on its way back, into the host side of a buffer.
+/// A piece of the file that is copied back into the host side of a buffer.
 struct Piece {
     down: CpuGpuBuffer<u8>,
     bytes: usize,
 }
 
-/// Sends the next piece of the file there and back. `None` behind the last.
+/// Enqueues the copies of the next piece to the device and back. `None` after the last piece.
 fn send(
     file: &mut File,
     pool: &BufferPool<u8>,
     stream: &Stream,
     serial: bool,
 ) -> Result<Option<Piece>, Failure> {
-    // Perhaps with an upload of its last holder's still queued: `cpu_mut` waits for that, if so.
+    // An earlier upload of this buffer may still be queued. `cpu_mut` waits for it.
     let mut up = pool.acquire()?;
     let bytes = read_piece(file, up.cpu_mut()?)?;
     if bytes == 0 {
@@ -48,17 +51,17 @@ fn send(
     }
     let there = up.gpu_on(stream)?;
     let mut down = pool.acquire()?;
-    // SAFETY: `there` is as many bytes as `down`, and the copy goes through the stream that `up` was
-    // told of, while the view lives.
+    // SAFETY: both sides have at least `bytes` bytes. The copy is on the stream of `gpu_on`,
+    // while the view lives.
     unsafe { down.copy_from_device_ptr(..bytes, there.as_ptr(), stream) }?;
     if serial {
         stream.synchronize()?;
     }
-    // `up` goes back to the pool with both copies queued. Whoever gets it next is ordered after them.
+    // `up` returns to the pool with both copies queued. Its next user waits for them if it must.
     Ok(Some(Piece { down, bytes }))
 }
 
-/// Fills `piece` as far as the file goes.
+/// Reads the next bytes of the file into `piece`. Returns their number.
 fn read_piece(file: &mut File, piece: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < piece.len() {
@@ -72,7 +75,7 @@ fn read_piece(file: &mut File, piece: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// Moves the whole file; `back` is shown every piece that came back, in order.
+/// Moves the whole file, and calls `back` for every piece that came back, in order.
 fn stream_file(
     path: &Path,
     pool: &BufferPool<u8>,
@@ -100,7 +103,7 @@ fn stream_file(
     Ok((total, start.elapsed()))
 }
 
-/// Shows what came back; waits until it is there.
+/// Waits for a piece and passes it to `back`.
 fn received(piece: &Piece, back: &mut impl FnMut(&[u8])) -> cpu_gpu_buffer::Result<()> {
     back(&piece.down.cpu()?[..piece.bytes]);
     Ok(())
@@ -141,15 +144,15 @@ fn arguments() -> Result<Arguments, Failure> {
 
 fn run() -> Result<(), Failure> {
     let Arguments { file, device, serial } = arguments()?;
-    // Two for each piece that is under way.
+    // Each piece in flight needs two buffers.
     let pool = BufferPool::new(PIECE, device, 2 * IN_FLIGHT)?;
     let mut streams = Vec::new();
     for _ in 0..IN_FLIGHT {
         streams.push(Stream::new(device)?);
     }
 
-    // What is on the disk, without any buffer; this also brings the file into the system's cache, so that
-    // the rates below are those of the transfers.
+    // The digest of the file itself. Reading it also fills the page cache, so that the rates below
+    // are those of the transfers.
     let mut expected = blake3::Hasher::new();
     let opened = File::open(&file).map_err(|error| describe(&file, error))?;
     expected.update_reader(opened).map_err(|error| describe(&file, error))?;
@@ -166,8 +169,7 @@ fn run() -> Result<(), Failure> {
     writeln!(out, "device  {device}, host memory {memory}")?;
     writeln!(out, "file    {}, {bytes} bytes", file.display())?;
     writeln!(out, "digest  {seen} (blake3)")?;
-    // The rates are taken in runs of their own, without the digest's work in them. On a GPU both ways
-    // are run for comparison.
+    // The rates are measured in further runs, without the digest. A GPU runs both ways.
     let ways = if device == Device::Cpu { vec![serial] } else { vec![true, false] };
     for serial in ways {
         let (bytes, time) = stream_file(&file, &pool, &streams, serial, |_| {})?;

@@ -1,26 +1,29 @@
-// Fills device memory with a pattern of any length, at any address: see src/transfer/fill.rs for the host side.
+// Fills of device memory with a pattern of any length, at any address. The host's part is in
+// src/transfer/fill.rs.
 //
-// A fill repeats a period of `period` 16-byte vectors; the host writes the element out until it comes
-// round to a multiple of 16 bytes, so that a thread only ever stores whole vectors that it holds in
-// registers. A block covers STORES rows, a row being one vector of each of its threads. The host makes the
-// block a multiple of the period long, so that the vector that belongs in a column is the same in every row
-// of every block; and a multiple of 128 bytes, where it can, since memory is written in lines of 128.
+// A fill repeats a period of `period` vectors of 16 bytes. The host repeats the element until its
+// length is a multiple of 16 bytes. Each thread therefore stores whole vectors from its registers.
 //
-// The stores are streaming ones: what is filled is seldom read before it has left the cache, and on an H100
-// they are up to 15 % faster.
+// A block covers STORES rows. A row has one vector for each thread. The host makes a row a multiple
+// of the period, so that every row has the same vector in a column. A row is also a multiple of 128
+// bytes if possible, because memory is written in lines of 128 bytes.
+//
+// The stores are streaming stores, which are up to 15 % faster on an H100. Filled memory is seldom
+// read before it leaves the cache.
 
 #include <stdint.h>
 
-// One store to a thread is the fastest for periods up to 5 vectors, by 1 % at 64 MB, and half as fast for longer ones,
-// whose vectors the threads of a warp read one after the other; more than two gain nothing for any (H100).
+// Stores of each thread. With one store, periods up to 5 vectors are 1 % faster at 64 MB. Longer ones
+// take twice the time, because the threads of a warp read their vectors one after the other. More
+// than two stores gain nothing (H100).
 #define STORES 2
 
 template <int VECTORS> struct Pattern {
     uint4 vector[VECTORS];
 };
 
-// Fills `bytes` bytes at `dst`. The pattern begins at the first 16-byte bound at or after `dst`; the
-// bytes before that bound are the end of the period.
+// Fills `bytes` bytes at `dst`. The pattern begins at the first multiple of 16 at or after `dst`.
+// The bytes before it are the end of the period.
 template <int VECTORS>
 __device__ __forceinline__ void
 fill(unsigned char *dst, uint64_t bytes, uint32_t period, const Pattern<VECTORS> &pattern) {
@@ -37,7 +40,7 @@ fill(unsigned char *dst, uint64_t bytes, uint32_t period, const Pattern<VECTORS>
         if (at < vectors) __stcs(body + at, vector);
     }
 
-    // Fewer than 16 bytes before the first bound, and fewer than 16 after the last.
+    // Fewer than 16 bytes lie before the first whole vector, and fewer than 16 after the last.
     if (blockIdx.x == 0 && threadIdx.x < 16) {
         const unsigned char *period_bytes = (const unsigned char *)pattern.vector;
         const uint64_t length = (uint64_t)period * 16;
@@ -47,15 +50,15 @@ fill(unsigned char *dst, uint64_t bytes, uint32_t period, const Pattern<VECTORS>
     }
 }
 
-// For short periods: the less a launch has to carry, the less it costs the caller.
+// For short periods. A launch with a short parameter costs the caller less.
 extern "C" __global__ void __launch_bounds__(1024)
 cgb_fill_short(unsigned char *dst, uint64_t bytes, uint32_t period, const __grid_constant__ Pattern<16> pattern) {
     fill(dst, bytes, period, pattern);
 }
 
-// For longer ones. Kernel parameters hold 4,096 bytes on every driver (CUDA C++ Programming Guide,
-// "__global__ Function Parameters"): the pattern, two addresses' worth of numbers, and room to spare. Threads
-// that read different parameters are served one after the other, so each is read once to a block.
+// For longer periods. Parameters may have 4,096 bytes on every driver (CUDA C++ Programming Guide,
+// "__global__ Function Parameters"). The pattern and the numbers need less. Threads that read
+// different parameters are served one after the other, so a block reads each vector once.
 extern "C" __global__ void __launch_bounds__(1024)
 cgb_fill_long(unsigned char *dst, uint64_t bytes, uint32_t period, const __grid_constant__ Pattern<224> pattern) {
     __shared__ Pattern<224> shared;
@@ -64,12 +67,12 @@ cgb_fill_long(unsigned char *dst, uint64_t bytes, uint32_t period, const __grid_
     fill(dst, bytes, period, shared);
 }
 
-// Repeats a period of `period` bytes, a whole number of units, through `bytes` bytes at `dst`, for elements too
-// long to pass as a parameter. The period begins at the first bound of a unit at or after `dst`; it is there, and
-// so is what lies before it.
+// Repeats a period of `period` bytes through `bytes` bytes at `dst`, for elements that are too long
+// for a parameter. The period is a whole number of units. It begins at the first multiple of a
+// unit at or after `dst`. The period and the bytes before it have been written.
 //
-// A thread holds a unit of the period. So many `blocks` make up a period; the next as many store into the period
-// after that, and so on, until the grid ends and the first take the next turn.
+// A thread holds one unit of the period. The first `blocks` blocks store the second period, the
+// next `blocks` blocks the third, and so on. After the last block, the first blocks take the next turn.
 template <typename Unit>
 __device__ __forceinline__ void repeat(unsigned char *dst, uint64_t bytes, uint64_t period, uint32_t blocks) {
     const uint64_t head = -(uint64_t)dst & (sizeof(Unit) - 1);
@@ -83,7 +86,7 @@ __device__ __forceinline__ void repeat(unsigned char *dst, uint64_t bytes, uint6
             __stcs(body + at, unit);
     }
 
-    // Fewer bytes than a unit has after the last bound.
+    // Fewer bytes than a unit follow the last whole unit.
     const uint64_t tail = head + units * sizeof(Unit) + threadIdx.x;
     if (blockIdx.x == 0 && tail < bytes) dst[tail] = dst[head + (tail - head) % period];
 }

@@ -1,9 +1,12 @@
-// Copies many ranges between mapped host memory and device memory in one launch: see src/transfer/gather.rs for the host side.
+// Copies of many ranges between mapped host memory and device memory in one launch. The host's part
+// is in src/transfer/gather.rs.
 //
-// Every range lies at the same offset in both slabs, which are aligned to 256 bytes: so both ends of a range have the
-// same distance to a bound of 16 bytes, and all but its first and last bytes are whole vectors. Exactly the bytes of
-// the ranges are read and written. Loads from the host take microseconds to come back, so each thread makes one at a
-// time, and there are enough threads to keep the link busy.
+// A range has the same offset in both slabs, which are aligned to 256 bytes. Its source and its
+// destination are therefore aligned alike, and all but its first and last bytes are whole vectors.
+// The kernel reads and writes exactly the bytes of the ranges.
+//
+// Loads from the host take microseconds. Each thread makes one at a time, and there are enough
+// threads to keep the link busy.
 
 #include <stdint.h>
 
@@ -15,10 +18,10 @@ template <int PIECES> struct Pieces {
     Piece piece[PIECES];
 };
 
-// A column of blocks for each piece; a column of none has nothing to do.
+// Copies one range. A column of blocks has one range, which may be empty.
 __device__ __forceinline__ void gather(unsigned char *to, const unsigned char *from, const Piece piece) {
     const uint64_t end = piece.offset + piece.bytes;
-    // The first and last bound of a vector within the piece; there may be none.
+    // The first and last multiple of 16 within the range. A short range may contain neither.
     const uint64_t bound = (piece.offset + 15) & ~(uint64_t)15;
     const uint64_t first = bound < end ? bound : end;
     const uint64_t last = first + (end - first) / 16 * 16;
@@ -27,14 +30,14 @@ __device__ __forceinline__ void gather(unsigned char *to, const unsigned char *f
     for (uint64_t at = first + ((uint64_t)blockIdx.x * blockDim.x + threadIdx.x) * 16; at < last; at += stride)
         *(uint4 *)(to + at) = *(const uint4 *)(from + at);
 
-    // Fewer than 16 bytes before the first bound, and fewer than 16 after the last.
+    // Fewer than 16 bytes lie before the first whole vector, and fewer than 16 after the last.
     if (blockIdx.x == 0 && threadIdx.x < 16) {
         if (piece.offset + threadIdx.x < first) to[piece.offset + threadIdx.x] = from[piece.offset + threadIdx.x];
         if (last + threadIdx.x < end) to[last + threadIdx.x] = from[last + threadIdx.x];
     }
 }
 
-// A short table and a long one, since the caller fills all of it in.
+// There is a short and a long table, because the caller writes a whole table for each launch.
 extern "C" __global__ void __launch_bounds__(256)
 cgb_gather_32(unsigned char *to, const unsigned char *from, const __grid_constant__ Pieces<32> pieces) {
     gather(to, from, pieces.piece[blockIdx.y]);

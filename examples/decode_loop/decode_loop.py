@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""The loop of `main.rs` in PyTorch, written as vLLM writes it: pinned tensors and their numpy views made once, arrays
-prepared by whole-array operations, and one `copy_` of a prefix for each.
+"""The loop of `main.rs` in PyTorch, written as vLLM writes it.
+
+Pinned tensors and their numpy views are made once. Whole-array operations prepare the arrays. Each
+array has one `copy_` of a prefix.
 
     decode_loop.py [--requests N] [--steps N] [--kernel-us N] [--device cpu|cuda:0]
 
-The engine is that of `engine.rs`, request by request, so that both prepare the same input. What stands in for the model
-takes as long, and gives each request's last token back.
+The engine is that of `engine.rs`, so that both prepare the same input. The substitute for the model
+takes the same time, and returns the last token of each request.
 """
 
 import argparse
@@ -30,7 +32,7 @@ def mix(words):
 
 
 class Engine:
-    """What is known of each request, by its row."""
+    """The live requests and their blocks, by row."""
 
     def __init__(self, requests):
         self.step, self.requests, self.n = 0, requests, 0
@@ -44,10 +46,10 @@ class Engine:
         self.seeds = np.zeros(MAX_REQUESTS, np.uint64)
         self.parameters = np.zeros((7, MAX_REQUESTS), np.float32)
         self.arange = np.arange(MAX_REQUESTS, dtype=np.int32)
-        # What moves where a request takes another row.
+        # The arrays whose rows move when a request takes another row.
         self.of_rows = [self.table, self.tokens, self.prompt, self.total, self.computed, self.scheduled, self.blocks,
                         self.rows[0], self.rows[1], self.source, self.seeds, *self.parameters]
-        # Rows whose blocks or parameters changed in this step.
+        # The rows whose blocks or parameters changed in this step.
         self.changed = []
 
     def draw(self):
@@ -111,7 +113,7 @@ class Engine:
 
 
 class CpuGpuBuffer:
-    """Of the shape that vLLM's has."""
+    """A buffer like vLLM's `CpuGpuBuffer`."""
 
     def __init__(self, *shape, dtype, device):
         self.cpu = torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
@@ -192,7 +194,7 @@ class Inputs:
             buffer.copy_to_gpu(n)
 
     def verify(self, engine, tokens):
-        """Whether everything is there, and what it must be: written anew, by the plainest means."""
+        """Compares the device sides with the expected input, which is computed row by row."""
         n, at = engine.n, 0
         seen = {name: buffer.gpu.cpu().numpy() for name, buffer in vars(self).items() if hasattr(buffer, "gpu")}
         for row in range(n):
@@ -213,7 +215,7 @@ class Inputs:
 
 
 def ticks(microseconds):
-    """What `torch.cuda._sleep` must be given: it counts cycles, so it is timed first."""
+    """The cycles for `torch.cuda._sleep` that take the given time, found by measuring."""
     cycles = 10_000_000
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(2):
@@ -248,13 +250,13 @@ def main(given):
         engine.schedule()
         scheduled = now()
         if cuda and step >= 2:
-            # For what was sampled two steps ago.
+            # This waits for the samples of two steps ago.
             there[step % 2].synchronize()
         if 2 <= step < 34:
             assert (result.np[:counts[step % 2]] == expected[step % 2]).all(), "sampled something else"
         ready = now()
         if cuda and step > 0 and not sent.query():
-            # The last step's copies still read the arrays.
+            # The copies of the last step still read the arrays.
             waited = now()
             sent.synchronize()
             if step >= given.steps // 10:
@@ -301,7 +303,7 @@ def arguments():
 
 if __name__ == "__main__":
     given = arguments()
-    # After the arguments: they are to be told without it, too.
+    # Imported after the arguments are parsed, so that `--help` works without PyTorch.
     import numpy as np
     import torch
 

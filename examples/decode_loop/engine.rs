@@ -1,34 +1,38 @@
-//! What a serving engine knows on the host: which requests there are, and which of their tokens go into the next step.
-//! `decode_loop.py` has the same one, so that both have the same to do.
+//! The host's part of a serving engine: the requests, and their tokens of the next step.
+//!
+//! `decode_loop.py` has the same engine, so that both programs do the same work.
 
 pub const MAX_REQUESTS: usize = 1024;
-/// Of all requests in one step: a token of each, and as many of prompts.
+/// The most tokens of a step: one of each request, and those of prompts.
 pub const MAX_TOKENS: usize = MAX_REQUESTS + PROMPT_TOKENS;
 const PROMPT_TOKENS: usize = 2048;
-/// Tokens of a block of the cache, and blocks of a request at the most.
+/// The tokens of a block of the cache, and the most blocks of a request.
 pub const BLOCK: u32 = 16;
 pub const BLOCKS: usize = 128;
 const VOCABULARY: u32 = 32_000;
 
-/// A request; its row is its place among the others.
+/// A request. Its index among the live requests is its row.
 pub struct Request {
     pub seed: u64,
     prompt: u32,
-    /// The length at which it ends.
+    /// The length at which the request ends.
     total: u32,
-    /// Tokens that earlier steps worked on, and that this one does.
+    /// The tokens of earlier steps, and those of this step.
     pub computed: u32,
     pub scheduled: u32,
     blocks: u32,
-    /// Its row in the last two steps, by the step's parity, and in the one whose result it goes on with.
+    /// The row in the last two steps, by the parity of the step.
     rows: [u32; 2],
+    /// The row in the step whose result this step reads.
     source: u32,
 }
 
 impl Request {
-    /// Its tokens of this step, and their positions. `sampled` is what came of the step before the last: an engine
-    /// that prepares a step while the device works on the one before has nothing newer. A prompt goes in two parts,
-    /// the second of one token, so that there is something when it is needed.
+    /// The tokens of this step, and their positions.
+    ///
+    /// `sampled` is the result of the step before the last. The engine prepares a step while the
+    /// device works on the last one, so there is no newer result. A prompt takes two steps, the
+    /// second with one token, so that a result exists when it is needed.
     pub fn tokens(&self, sampled: &[u32]) -> impl Iterator<Item = (i32, u32)> {
         let decodes = self.computed >= self.prompt;
         let decoded = if decodes { sampled[self.source as usize] % VOCABULARY } else { 0 };
@@ -39,21 +43,22 @@ impl Request {
         (self.computed..self.computed + self.scheduled).map(move |at| (token(at) as i32, at))
     }
 
-    /// A number of 0 to 255 for one of its sampling parameters.
+    /// A number from 0 to 255 for a sampling parameter.
     pub fn parameter(&self, number: u32) -> f32 {
         (self.seed >> (8 * number) & 255) as f32
     }
 }
 
+/// The live requests and their blocks.
 pub struct Engine {
     /// The number of the step, from 1 on.
     pub step: u64,
     pub live: Vec<Request>,
-    /// The most that are live.
+    /// The most live requests.
     requests: usize,
-    /// Each request's blocks of the cache, by its row.
+    /// The blocks of the cache of each row.
     table: Vec<i32>,
-    /// The step in which a row's blocks or parameters changed last.
+    /// The last step that changed the blocks or parameters of each row.
     changed: Vec<u64>,
     free: Vec<i32>,
     random: u64,
@@ -80,17 +85,17 @@ impl Engine {
         self.random
     }
 
-    /// A row's blocks of the cache.
+    /// The blocks of the cache of a row.
     pub fn blocks(&self, row: usize) -> &[i32] {
         &self.table[row * BLOCKS..(row + 1) * BLOCKS]
     }
 
-    /// Whether a row's blocks or parameters have changed since a step.
+    /// Returns whether the blocks or parameters of a row have changed since a step.
     pub fn has_changed(&self, row: usize, since: u64) -> bool {
         self.changed[row] > since
     }
 
-    /// Decides what the next step works on: requests end, others come, and all others go on by a token.
+    /// Schedules the next step: some requests end, new ones begin, the others have one more token.
     pub fn schedule(&mut self) {
         self.step += 1;
         for request in &mut self.live {
@@ -119,7 +124,7 @@ impl Engine {
         }
     }
 
-    /// Ends a request; the last one takes its row.
+    /// Ends a request. The last request takes its row.
     fn end(&mut self, row: usize) {
         let ended = self.live.swap_remove(row);
         let start = row * BLOCKS;
@@ -129,6 +134,7 @@ impl Engine {
         self.changed[row] = self.step;
     }
 
+    /// Begins new requests, as far as there is room for their prompts.
     fn admit(&mut self) {
         let drawn = self.draw();
         let few = self.live.len() * 4 < self.requests * 3;
@@ -154,7 +160,7 @@ impl Engine {
     }
 }
 
-/// Spreads every bit over all: "lowbias32", by Wellons.
+/// Mixes the bits of a word: "lowbias32", by Wellons.
 pub fn mix(word: u32) -> u32 {
     let word = (word ^ word >> 16).wrapping_mul(0x7feb_352d);
     let word = (word ^ word >> 15).wrapping_mul(0x846c_a68b);

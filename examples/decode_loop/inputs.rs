@@ -1,5 +1,6 @@
-//! The arrays of a step's input, and three ways to keep them: as buffers of their own, as a group, as a group with
-//! several host slots.
+//! The arrays of a step's input, and three ways to keep them.
+//!
+//! The ways are separate buffers, a group, and a group with several host slots.
 
 use std::ops::RangeTo;
 use std::time::{Duration, Instant};
@@ -15,24 +16,24 @@ use crate::engine::{BLOCK, BLOCKS, Engine, MAX_REQUESTS, MAX_TOKENS};
 /// The number of arrays.
 pub const ARRAYS: usize = 16;
 
-/// How an array's rows belong to requests.
+/// The relation of an array's rows to requests.
 #[derive(Clone, Copy)]
 #[repr(u32)]
 pub enum By {
-    /// One each.
+    /// One row for each request.
     Request = 0,
-    /// One for each of its tokens.
+    /// One row for each token.
     Token = 1,
-    /// One each, and one more in the end.
+    /// One row for each request, and one more at the end.
     Bound = 2,
 }
 
-/// What there is of each array: its shape, a key, a slice.
+/// The type of each array in an [`Inputs`], for example a shape, a key or a slice.
 pub trait Form {
     type Of<T: Pod>;
 }
 
-/// The arrays, in the order in which `sample.ptx` reads them.
+/// The arrays, in the order of `sample.ptx`.
 pub struct Inputs<F: Form> {
     query_starts: F::Of<i32>,
     ids: F::Of<i32>,
@@ -49,11 +50,11 @@ pub struct Inputs<F: Form> {
     presence: F::Of<f32>,
     frequency: F::Of<f32>,
     repetition: F::Of<f32>,
-    /// The largest one last: what members that the host owns lie between is carried along.
+    /// The largest array is last, because uploads of mirrored members include rows in between.
     table: F::Of<i32>,
 }
 
-/// Makes one form of another.
+/// A conversion from one form to another.
 trait Map<F: Form, G: Form> {
     fn one<T: Pod + Send + Sync>(&mut self, of: F::Of<T>, by: By) -> Result<G::Of<T>>;
 }
@@ -108,15 +109,15 @@ fn shapes() -> Inputs<Shapes> {
     }
 }
 
-// ---- what a step writes ----
+// ---- the input of a step ----
 
-/// Host sides, to write.
+/// The form of host sides to write.
 pub struct Slices<'a>(std::marker::PhantomData<&'a mut ()>);
 impl<'a> Form for Slices<'a> {
     type Of<T: Pod> = &'a mut [T];
 }
 
-/// The rows that a step uses.
+/// The numbers of requests and tokens of a step.
 #[derive(Clone, Copy)]
 pub struct Counts {
     pub requests: usize,
@@ -134,10 +135,11 @@ impl Counts {
 }
 
 impl Inputs<Slices<'_>> {
-    /// Writes a step's input. What a request keeps for many steps is written only where it is not what the sides
-    /// hold: they were written last in step `since`. With a ring that is some steps ago, and not always as many.
+    /// Writes a step's input.
     ///
-    /// Rows behind the last request's are not looked at: whoever comes there changes them.
+    /// The host sides were last written in step `since`. With a ring, that is a varying number of
+    /// steps ago. Rows that have not changed since then are not written, if their arrays change
+    /// rarely. Rows after the last request's are skipped: a new request marks its row as changed.
     pub fn write(self, engine: &Engine, sampled: &[u32], since: u64) -> Counts {
         let mut at = 0;
         self.query_starts[0] = 0;
@@ -170,27 +172,27 @@ impl Inputs<Slices<'_>> {
     }
 }
 
-// ---- what a kernel reads ----
+// ---- the input of a kernel ----
 
 /// An array in the device side, as words.
 #[derive(Clone, Copy)]
 pub struct Column<'a> {
     pub words: *const u32,
     pub len: usize,
-    /// Words of a row.
+    /// The words of a row.
     pub width: usize,
     pub by: By,
-    /// On the CPU.
+    /// The words themselves, if the device is the CPU.
     pub host: Option<&'a [u32]>,
 }
 
-/// For forms of which nothing is left.
+/// The form of arrays without a result.
 struct Nothing;
 impl Form for Nothing {
     type Of<T: Pod> = ();
 }
 
-/// Collects columns, and allocates nothing.
+/// A collection of columns that allocates nothing.
 struct Columns<'a> {
     all: [Column<'a>; ARRAYS],
     count: usize,
@@ -219,7 +221,7 @@ impl<'a> Columns<'a> {
 
 // ---- the ways ----
 
-/// What was waited for before host sides could be written.
+/// The waits before host sides could be written.
 #[derive(Default)]
 pub struct Stalls {
     pub count: usize,
@@ -235,7 +237,7 @@ impl Stalls {
 
 /// A way to keep the arrays.
 pub trait Way {
-    /// Writes a step's input into host sides: all of it, or what has changed since they were written last.
+    /// Writes a step's input to the host sides: the whole input, or the latest changes.
     fn write(
         &mut self,
         engine: &Engine,
@@ -244,7 +246,7 @@ pub trait Way {
         stalls: &mut Stalls,
     ) -> Result<Counts>;
 
-    /// Sends the rows that the step uses.
+    /// Uploads the rows that the step uses.
     fn upload(&mut self, counts: Counts, stream: &Stream) -> Result<()>;
 
     /// The device sides, for the kernel.
@@ -284,10 +286,10 @@ impl Inputs<Buffers> {
     }
 }
 
-/// Each array is a buffer of its own, and goes by a copy of its own.
+/// A buffer for each array. Each upload is a copy of its own.
 pub struct Single {
     inputs: Inputs<Buffers>,
-    /// The step in which they were written last.
+    /// The step in which the buffers were last written.
     written: u64,
 }
 
@@ -371,8 +373,9 @@ impl Copy for Inputs<Keys> {}
 #[derive(Clone, Copy)]
 struct Members {
     inputs: Inputs<Keys>,
-    /// The step in which the host side was written last. It stays on the host: each slot of a ring has its own, which
-    /// says what that slot has yet to catch up with.
+    /// The step in which the host side was last written. It is not uploaded.
+    ///
+    /// Each slot of a ring has its own value, so that its next write includes all later changes.
     written: MemberKey<u64>,
 }
 
@@ -418,7 +421,9 @@ impl<'a> Map<Keys, Nothing> for Views<'a> {
 }
 
 impl Members {
-    /// `mirrored` lets an upload carry along what lies between, and go as one copy: the kernel writes no array.
+    /// With `mirrored`, an upload may include the rows between requested ranges, and is one copy.
+    ///
+    /// This is possible because the kernel writes to no array.
     fn new(mirrored: bool) -> Result<(Members, GroupLayout)> {
         let mut add = Add { builder: GroupLayoutBuilder::new(), mirrored };
         let inputs = shapes().map(&mut add)?;
@@ -426,7 +431,7 @@ impl Members {
         Ok((Members { inputs, written }, add.builder.build()?))
     }
 
-    /// The host sides, and the step in which they were written last.
+    /// The host sides, and the step in which they were last written.
     fn access<'g>(&self, members: MembersMut<'g>) -> Result<(Inputs<Slices<'g>>, &'g mut u64)> {
         let mut access = Access(members);
         let slices = self.inputs.map(&mut access)?;
@@ -447,7 +452,7 @@ impl Members {
     }
 }
 
-/// The arrays are members of a group.
+/// A group whose members are the arrays.
 pub struct Group {
     group: BufferGroup,
     members: Members,
@@ -460,7 +465,7 @@ impl Group {
     }
 }
 
-/// Asking the driver whether a copy has finished takes less than this, for all arrays together.
+/// The time from which an access counts as a wait. Polling all copies takes less.
 const ASKING: Duration = Duration::from_micros(5);
 
 impl Way for Group {
@@ -473,7 +478,7 @@ impl Way for Group {
     ) -> Result<Counts> {
         let start = Instant::now();
         let (slices, written) = self.members.access(self.group.members_mut())?;
-        // A group does not say whether it waited.
+        // A group does not report its waits.
         if start.elapsed() > ASKING {
             stalls.since(start);
         }
@@ -490,7 +495,7 @@ impl Way for Group {
     }
 }
 
-/// The arrays are members of a group with several host slots.
+/// A ring whose members are the arrays. It has several host slots.
 pub struct Ring {
     ring: GroupRing,
     members: Members,

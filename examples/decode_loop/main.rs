@@ -1,16 +1,23 @@
-//! The input of a language model's steps, as a serving engine prepares it: sixteen arrays of tokens, lengths, blocks and
-//! sampling parameters, of other lengths in every step, while requests come and go. Three ways to keep them do the same
-//! work, and must sample the same: each array a buffer of its own, all of them a group, and a group with several host
-//! slots, whose next input is written while the last one is still to be sent.
+//! The input of a language model's steps, as a serving engine prepares it.
+//!
+//! The input is sixteen arrays: tokens, lengths, blocks and sampling parameters. Their lengths
+//! change in every step, because requests begin and end. The example keeps them in three ways,
+//! which do the same work and must sample the same:
+//!
+//! - a buffer for each array
+//! - a group of all arrays
+//! - a group with several host slots: the next input is written while the last upload is queued
 //!
 //! ```text
-//! cargo run --release --example decode_loop [--device cpu|cuda:N] [--requests N] [--steps N] [--kernel-us N]
-//!                                           [--depth N] [--mirrored] [--torch python3]
+//! cargo run --release --example decode_loop [--device cpu|cuda:N] [--requests N] [--steps N]
+//!                                           [--kernel-us N] [--depth N] [--mirrored]
+//!                                           [--torch python3]
 //! ```
 //!
-//! The model's place is taken by a kernel that takes `--kernel-us` and then reads every word of what was sent: what it
-//! samples would not be what it must be if one of them were wrong, late or too early. Every step of every way is
-//! compared with a run on the CPU that writes everything anew. `--torch` runs the same loop in PyTorch, in the end.
+//! A kernel stands in for the model. It takes `--kernel-us` and then reads every uploaded word. If
+//! one word is wrong, late or too early, its samples change. Every step is compared with a run on
+//! the CPU that writes the whole input in each step. Finally, `--torch` runs the same loop in
+//! PyTorch.
 
 mod engine;
 mod inputs;
@@ -27,7 +34,7 @@ use model::Model;
 
 type Failure = Box<dyn std::error::Error>;
 
-/// It travels within the program.
+/// The PyTorch program, which is part of this executable.
 const TORCH: &str = include_str!("decode_loop.py");
 
 struct Arguments {
@@ -40,15 +47,15 @@ struct Arguments {
     torch: Option<String>,
 }
 
-/// What came of a run. The first tenth of the steps, in which the batch grows, counts for no figure.
+/// The results of a run. Its figures leave out the first tenth of the steps, while the batch grows.
 struct Outcome {
-    /// What was sampled, step after step, and where each step's begins.
+    /// The samples of all steps, and the offset of each step.
     sampled: Vec<u32>,
     starts: Vec<usize>,
     tokens: usize,
-    /// Microseconds of each step: writing and sending the input; all that the host does, but for waiting until there
-    /// is something sampled.
+    /// The microseconds in each step that the host writes and uploads the input.
     prepare: Vec<f64>,
+    /// The microseconds of the host in each step, without the wait for samples.
     host: Vec<f64>,
     stalls: Stalls,
     seconds: f64,
@@ -64,7 +71,7 @@ fn decode(
 ) -> Result<Outcome, Failure> {
     let Arguments { requests, steps, .. } = *arguments;
     let stream = Stream::new(device)?;
-    // What step i samples is read by step i + 2, when the model is at work on i + 1.
+    // Step i + 2 reads the samples of step i, while the model works on step i + 1.
     let mut results = [0, 1].map(|_| CpuGpuBuffer::<u32>::new(MAX_REQUESTS, device));
     let mut engine = Engine::new(requests);
     let mut outcome = Outcome {
@@ -87,7 +94,7 @@ fn decode(
         let begin = Instant::now();
         engine.schedule();
         let scheduled = begin.elapsed();
-        // Waits for what was sampled, and for nothing else.
+        // This waits for the samples alone.
         let sampled = results.cpu()?;
         outcome.keep(&sampled[..counts[parity]]);
         let ready = Instant::now();
@@ -118,7 +125,7 @@ impl Outcome {
         self.sampled.extend_from_slice(sampled);
     }
 
-    /// Compares with what should have been sampled, step by step.
+    /// Compares the samples with the expected ones.
     fn compare(&self, expected: &Outcome) -> Result<(), Failure> {
         if self.sampled == expected.sampled && self.starts == expected.starts {
             return Ok(());
@@ -126,7 +133,7 @@ impl Outcome {
         let pairs = self.sampled.iter().zip(&expected.sampled);
         let at = pairs.take_while(|(sampled, expected)| sampled == expected).count();
         let step = expected.starts.partition_point(|start| *start <= at) - 1;
-        // What is kept first is what the first two steps found, which is nothing.
+        // The first two entries are empty: these steps had no samples to read.
         let (step, row) = (step.saturating_sub(2), at - expected.starts[step]);
         Err(format!("step {step} sampled something else in row {row}").into())
     }
@@ -195,7 +202,7 @@ fn run() -> Result<(), Failure> {
     Ok(())
 }
 
-/// The same loop in PyTorch; medians of preparing and of all that the host does.
+/// Runs the same loop in PyTorch. Returns the medians of preparing and of all host work.
 fn torch(python: &str, arguments: &Arguments, expected: &Outcome) -> Result<[f64; 2], Failure> {
     let [requests, steps] = [arguments.requests, arguments.steps].map(|count| count.to_string());
     let output = Command::new(python)

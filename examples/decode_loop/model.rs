@@ -1,5 +1,6 @@
-//! What stands in for the model: the kernel of `sample.ptx`, which takes as long as it is told, or the same sums on the
-//! host.
+//! A substitute for the model: the kernel of `sample.ptx`, or the same sums on the host.
+//!
+//! The kernel takes a given time.
 
 use std::borrow::Cow;
 use std::ffi::{CStr, c_void};
@@ -12,13 +13,14 @@ use crate::Failure;
 use crate::engine::mix;
 use crate::inputs::{ARRAYS, By, Column};
 
+/// The substitute for the model.
 pub enum Model {
     Kernel {
         launch: Launch,
         function: sys::CUfunction,
         time: Duration,
     },
-    /// The sums are made on the host, of what is in the device side.
+    /// Computes the sums on the host, from the contents of the device side.
     Host,
 }
 
@@ -48,12 +50,11 @@ struct Entry {
 const THREADS: u32 = 128;
 
 impl Model {
-    /// Loads the kernel, where the runtime has a driver that takes kernels. Without one, as on the CPU, the host makes
-    /// the sums.
+    /// Loads the kernel. On the CPU, or if the driver has no kernels, the host computes the sums.
     pub fn load(device: Device, time: Duration) -> Result<Model, Failure> {
         let Device::Cuda(ordinal) = device else { return Ok(Model::Host) };
-        // A launch wants the device's context to be current.
-        // SAFETY: an ordinal that does not exist is a status.
+        // A launch needs the device's context to be current.
+        // SAFETY: the function takes any ordinal, and returns an error for one that does not exist.
         checked(unsafe { sys::cudaSetDevice(ordinal as i32) })?;
         let load: sys::PFN_cuModuleLoadData_v2000 = entry(c"cuModuleLoadData")?;
         let get: sys::PFN_cuModuleGetFunction_v2000 = entry(c"cuModuleGetFunction")?;
@@ -62,17 +63,17 @@ impl Model {
             (load.expect("found"), get.expect("found"), launch.expect("found"));
         let text = concat!(include_str!("sample.ptx"), "\0");
         let (mut module, mut function) = (ptr::null_mut(), ptr::null_mut());
-        // SAFETY: PTX that ends with a NUL. The module stays loaded as long as the process lives.
+        // SAFETY: PTX that ends with a NUL. The module stays loaded until the process ends.
         done(unsafe { load(&mut module, text.as_ptr().cast()) })?;
         // SAFETY: the module was just loaded.
         match unsafe { get(&mut function, module, c"sample".as_ptr()) } {
-            // A driver that takes a module and does not have its kernels only simulates one.
+            // A simulated driver loads the module, but has no kernels.
             sys::CUresult::CUDA_ERROR_NOT_FOUND => Ok(Model::Host),
             status => done(status).map(|()| Model::Kernel { launch, function, time }),
         }
     }
 
-    /// Makes the sums of so many requests in stream order, into a buffer's device side.
+    /// Computes the sums of `requests` requests in stream order, into the device side of `results`.
     pub fn run(
         &self,
         requests: usize,
@@ -95,8 +96,9 @@ impl Model {
             [(&raw mut entries).cast(), (&raw mut to).cast(), (&raw mut nanoseconds).cast()];
         let (blocks, parameters, none) =
             (requests as u32, parameters.as_mut_ptr(), ptr::null_mut());
-        // SAFETY: the parameters are those of `sample`: it reads rows of arrays that were given to this stream with
-        // these addresses, and writes a word for each block, of which the buffer has as many. A live stream.
+        // SAFETY: the parameters are those of `sample`. It reads rows of arrays whose views are of
+        // this stream, and writes one word for each block. The buffer has a word for each request.
+        // The stream is live.
         done(unsafe {
             let raw = stream.as_raw();
             launch(*function, blocks, 1, 1, THREADS, 1, 1, 0, raw, parameters, none)
@@ -104,7 +106,7 @@ impl Model {
     }
 }
 
-/// What the kernel computes.
+/// Computes the kernel's sums on the host.
 fn sums(columns: &[Column<'_>; ARRAYS], sums: &mut [u32], stream: &Stream) -> Result<(), Failure> {
     let all = columns.iter().map(|column| words(column, stream));
     let all = all.collect::<Result<Vec<_>, _>>()?;
@@ -128,7 +130,7 @@ fn sums(columns: &[Column<'_>; ARRAYS], sums: &mut [u32], stream: &Stream) -> Re
     Ok(())
 }
 
-/// What the device side holds.
+/// The contents of a column's device side.
 fn words<'a>(column: &Column<'a>, stream: &Stream) -> Result<Cow<'a, [u32]>, Failure> {
     if let Some(host) = column.host {
         return Ok(Cow::Borrowed(host));
@@ -136,7 +138,7 @@ fn words<'a>(column: &Column<'a>, stream: &Stream) -> Result<Cow<'a, [u32]>, Fai
     let mut words = vec![0u32; column.len];
     let (to, from) = (words.as_mut_ptr().cast(), column.words.cast());
     let kind = sys::cudaMemcpyKind::cudaMemcpyDeviceToHost;
-    // SAFETY: both are as many bytes, and the copy is waited for while the column lives.
+    // SAFETY: both have `column.len` words. The column outlives the wait for the copy.
     checked(unsafe { sys::cudaMemcpyAsync(to, from, column.len * 4, kind, stream.as_raw()) })?;
     stream.synchronize()?;
     Ok(Cow::Owned(words))
@@ -152,20 +154,20 @@ fn checked(status: sys::cudaError_t) -> Result<(), Failure> {
 fn done(status: sys::CUresult) -> Result<(), Failure> {
     match status {
         sys::CUresult::CUDA_SUCCESS => Ok(()),
-        status => Err(format!("the driver answers {status:?}").into()),
+        status => Err(format!("the driver returned {status:?}").into()),
     }
 }
 
-/// A driver function, by the runtime. `F` is the type that belongs to the name.
+/// Asks the runtime for a driver function. `F` is the type of the function of that name.
 fn entry<F>(name: &CStr) -> Result<F, Failure> {
     let mut address = ptr::null_mut();
     let mut found = sys::cudaDriverEntryPointQueryResult(0);
-    // SAFETY: the places are valid.
+    // SAFETY: the name is a C string, and both pointers are valid for writes.
     let mut status = unsafe {
         sys::cudaGetDriverEntryPointByVersion(name.as_ptr(), &mut address, 12000, 0, &mut found)
     };
     if status == sys::cudaError::SYMBOL_NOT_FOUND {
-        // Runtimes before 12.5.
+        // Runtimes before 12.5 have this function instead.
         // SAFETY: as above.
         status =
             unsafe { sys::cudaGetDriverEntryPoint(name.as_ptr(), &mut address, 0, &mut found) };
@@ -175,6 +177,6 @@ fn entry<F>(name: &CStr) -> Result<F, Failure> {
         return Err(format!("the driver has no {name:?}").into());
     }
     const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
-    // SAFETY: the callers name the type that belongs to the name, a function's address.
+    // SAFETY: the address is that of the function, and the callers give its type.
     Ok(unsafe { std::mem::transmute_copy(&address) })
 }
