@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""That PyTorch takes the sides of a buffer over, in order, and for as long as it needs them.
+"""Checks that PyTorch takes over the sides of a buffer, in order, for as long as it needs them.
 
     PYTHONPATH=$(examples/pytorch/build) python3 examples/pytorch/test_pytorch.py [NAME...]
 
-Needs the module, and PyTorch or NumPy: what has to do with host memory is checked with either. What needs a CUDA device
-that PyTorch can use is left out without one, and said to be. Names choose the checks that hold them.
+The checks need the module, and PyTorch or NumPy. Checks of host memory run with either. Checks that
+need a CUDA device in PyTorch are left out without one, and reported. NAME selects the checks whose
+names contain it.
 
-A check that could deadlock runs in a process of its own, and fails after LIMIT seconds. Some of
-these need the simulated runtime, which can hold a call back.
+A check that could deadlock runs in its own process, and fails after LIMIT seconds. Some of these
+need the simulated runtime, which can hold a call back.
 """
 import ctypes
 import faulthandler
@@ -38,13 +39,13 @@ SHAPE = [3, 1, 5, 2]
 VALUES = [float(value) for value in range(30)]
 # Cycles of the GPU's clock: about a third of a second.
 LONG = 600_000_000
-# The seconds after which a process is taken to be in a deadlock.
+# The seconds after which a process counts as deadlocked.
 LIMIT = 60
 ALONE = "--alone"
 
 
 def raises(kind, action, *arguments, **named):
-    """Runs an action that must raise; the answer is what it said."""
+    """Runs an action that must raise, and returns the text of the exception."""
     try:
         action(*arguments, **named)
     except kind as error:
@@ -53,17 +54,17 @@ def raises(kind, action, *arguments, **named):
 
 
 def on(stream):
-    """A stream of ours as PyTorch's."""
+    """A stream of the module as a stream of PyTorch."""
     return torch.cuda.ExternalStream(stream.cuda_stream)
 
 
 def devices():
-    """Where buffers can be: on CUDA also where PyTorch cannot use it."""
+    """The devices of buffers. CUDA is one even if PyTorch cannot use it."""
     return ["cpu"] + (["cuda:0"] if cgb.cuda_count() else [])
 
 
 class PyTorch:
-    """A library that takes tensors over."""
+    """PyTorch, as a library that takes over tensors."""
 
     @staticmethod
     def version():
@@ -76,7 +77,7 @@ class PyTorch:
 
     @staticmethod
     def reaches(device):
-        """Whether it takes the device side of a buffer there."""
+        """Returns whether the library takes over the device side of a buffer on this device."""
         return device == "cpu" or torch.cuda.is_available()
 
     @staticmethod
@@ -93,7 +94,7 @@ class PyTorch:
 
 
 class NumPy:
-    """Another one, which knows host memory alone."""
+    """NumPy, which takes over host memory alone."""
 
     @staticmethod
     def version():
@@ -134,7 +135,7 @@ def a_tensor_is_the_side_itself(library):
             host = library.take(buffer.host())
             assert host.dtype == library.dtype(dtype) and list(host.shape) == SHAPE, (host.dtype, host.shape)
             assert library.values(host) == VALUES
-            # It writes, and Rust reads.
+            # The library writes, and Rust reads.
             host[...] = 7
             assert "host side" in raises(BufferError, buffer.tolist)
             del host
@@ -202,7 +203,7 @@ def capsules_are_what_was_asked_for(_):
             raises(BufferError, side.__dlpack__, copy=True)
             for stream in [0, -2]:
                 raises(ValueError, side.__dlpack__, stream=stream)
-            # One of each kind that nobody took lets its tensor go.
+            # A capsule of either kind that nobody took deletes its tensor.
             capsules = [side.__dlpack__(), side.__dlpack__(max_version=(1, 3))]
             raises(BufferError, buffer.synchronize)
             del capsules
@@ -233,7 +234,7 @@ def a_capsule_that_cannot_be_made_leaks_no_tensor(_):
         lambda: buffer.host().__dlpack__(max_version=version),
         lambda: buffer.host().__dlpack__(),
     ]:
-        # Python's allocations fail, a later one each time. That of the capsule is among them.
+        # Each time a later allocation of Python fails. One of them is that of the capsule.
         failed = 0
         while True:
             _testcapi.set_nomemory(failed, failed + 1)
@@ -292,7 +293,7 @@ def runtime():
 
 
 def simulated():
-    """The same, if it is the simulated one."""
+    """The CUDA runtime that this process has loaded, if it is the simulated one."""
     library = runtime()
     if not hasattr(library, "cudart_sim_hold"):
         return None
@@ -302,13 +303,13 @@ def simulated():
 
 
 def launch_host_function(stream, function, data=None):
-    """Queues a call of a C function, or of one of Python's, which then needs the lock."""
+    """Queues a call of a C function, or of a Python function, which needs the lock."""
     status = runtime().cudaLaunchHostFunc(ctypes.c_void_p(stream.cuda_stream), function, data)
     assert status == 0, f"cudaLaunchHostFunc returned {status}"
 
 
 class Gate:
-    """Holds what is queued on a stream back, without Python's lock, until it is opened."""
+    """Holds back the queued work of a stream until it is opened. Needs no lock of Python."""
 
     def __init__(self, stream):
         # These calls keep the lock: nothing else of Python's runs between `open` and the next call.
@@ -325,7 +326,7 @@ HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def dropping_a_buffer_lets_a_host_function_have_the_lock():
-    # A thread gives the lock up only where it says so.
+    # A thread gives up the lock only in explicit calls.
     sys.setswitchinterval(1000)
     ran = []
     function = HOST_FUNCTION(lambda _: ran.append(True))
@@ -359,8 +360,8 @@ CALLS = """
 
 
 def held(sim, function, action):
-    """Runs an action while a function of CUDA's is held back. Another thread of Python's, which
-    needs the lock, lets the call go. Returns whether the action made the call."""
+    """Runs an action while a CUDA function is held back. Another Python thread, which needs the
+    lock, releases the call. Returns whether the action made the call."""
     over, seen = threading.Event(), threading.Event()
 
     def let_go():
@@ -385,7 +386,7 @@ def no_call_into_cuda_is_made_under_the_lock():
     # Once in a process.
     assert held(sim, "cudaGetDeviceCount", cgb.cuda_count)
     assert held(sim, "cuModuleLoadData", lambda: cgb.Stream("cuda:0")), "no kernels were loaded"
-    # Beyond what is cut from chunks that stay.
+    # The size is too large for a chunk, which would stay.
     size = [1 << 21]
     stream, other = cgb.Stream("cuda:0"), cgb.Stream("cuda:0")
     buffer = cgb.Buffer(size, "u8", "cuda:0")
@@ -451,7 +452,7 @@ def no_call_into_cuda_is_made_under_the_lock():
         ("__dlpack__(None)", "cuStreamIsCapturing"), ("__dlpack__(2)", "cudaStreamSynchronize"),
     ]:
         assert expected in found, f"{expected} was not seen"
-    # A consumer that asks for no order gets its tensor without a call into CUDA.
+    # A consumer that orders itself gets its tensor without a CUDA call.
     unordered = [call for name, call in found if name == "__dlpack__(-1)"]
     assert not unordered, unordered
 
@@ -563,7 +564,7 @@ def work_on_a_stream_that_use_on_ordered_needs_no_more():
 
 
 def warm():
-    """Loads the kernels: that waits for the device."""
+    """Loads the kernels, which waits for the device."""
     for dtype in [torch.float32, torch.int64, torch.uint8]:
         ones = torch.ones(30, dtype=dtype, device="cuda")
         ones.mul_(2)
@@ -585,11 +586,11 @@ def the_current_stream_waits_for_the_upload():
             start = time.perf_counter()
             tensor = torch.from_dlpack(buffer)
             total = tensor.sum()
-            # Nobody waited on the host, and nothing was read yet.
+            # The host has not waited, and nothing has been read yet.
             assert time.perf_counter() - start < 0.1 and not current.query(), "something waits on the host"
             assert total.item() == sum(VALUES)
         del tensor
-    # A stream that cannot be named: the host waits in its stead.
+    # The module cannot name this stream, so the host waits instead.
     buffer.fill(0, ours)
     buffer.write(VALUES)
     with torch.cuda.stream(on(ours)):
@@ -697,7 +698,7 @@ def letting_go_ends_no_capture():
         tensors.pop()
         del other, gone
         static.add_(1)
-        # A tensor cannot be made on a stream that is captured: it would be ordered by nothing.
+        # No tensor is made on a captured stream, because nothing would order it.
         assert "captured" in raises(BufferError, torch.from_dlpack, buffer)
     graph.replay()
     torch.cuda.synchronize()
@@ -759,7 +760,7 @@ ON_CUDA = [
 
 
 def alone(check):
-    """Runs a check in a process of its own, which ends itself should it be in a deadlock."""
+    """Runs a check in its own process, which ends itself in case of a deadlock."""
     child = subprocess.run([sys.executable, __file__, ALONE, check.__name__])
     assert child.returncode == 0, f"the process ended with {child.returncode}"
 
@@ -788,7 +789,7 @@ def main():
             else:
                 check(library)
             print(f"{name}: ok", flush=True)
-        except Exception:  # the other checks are of interest all the same
+        except Exception:  # the other checks still run
             traceback.print_exc()
             print(f"{name}: FAILED", flush=True)
             failed += 1

@@ -1,16 +1,16 @@
-//! Paired buffers for Python, whose sides `torch.from_dlpack` takes over without a copy:
+//! Paired buffers for Python. `torch.from_dlpack` takes over their sides without a copy.
 //!
 //! ```python
 //! ours = cgb.Stream("cuda:0")
 //! batch = cgb.Buffer([32, 64], "f32", "cuda:0")
 //! batch.write(values)              # the pinned host side
 //! batch.upload(ours)               # returns at once
-//! tensor = torch.from_dlpack(batch) # the device side; PyTorch's current stream waits for the upload
+//! tensor = torch.from_dlpack(batch) # the device side; the current stream waits for the upload
 //! host = torch.from_dlpack(batch.host())
 //! ```
 //!
-//! While a tensor lives, what would touch its side raises `BufferError`; when it is gone, the first call that does waits for
-//! whatever PyTorch queued. See `cpu_gpu_buffer::dlpack`.
+//! While a tensor lives, operations on its side raise `BufferError`. After that, the next operation
+//! waits for the work that PyTorch has queued. See `cpu_gpu_buffer::dlpack`.
 //!
 //! Every call that may reach CUDA runs without Python's lock (the GIL). Such a call may wait for a
 //! device, and the device for a host function that needs the lock. [`Detached`] covers the drop of
@@ -29,7 +29,7 @@ use pyo3::exceptions::{PyBufferError, PyIndexError, PyRuntimeError, PyValueError
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-/// What went wrong, as Python has it.
+/// The Python exception for an error.
 fn raised(error: Error) -> PyErr {
     let text = error.to_string();
     match error {
@@ -99,7 +99,7 @@ impl Stream {
         Ok(Stream(Detached::new(stream)))
     }
 
-    /// The stream as CUDA knows it, for `torch.cuda.ExternalStream`.
+    /// The `cudaStream_t`, for `torch.cuda.ExternalStream`.
     #[getter]
     fn cuda_stream(&self) -> usize {
         self.0.as_raw().addr()
@@ -223,13 +223,13 @@ where
 {
     let mut buffer = CpuGpuBuffer::<T>::new(shape, device).map_err(raised)?;
     let stream = cpu_gpu_buffer::Stream::new(device).map_err(raised)?;
-    // The first use zeroes the device side. A consumer that asks for no order would not come after it.
+    // The first use zeroes the device side. A consumer that orders itself does not wait for it.
     buffer.gpu_on(&stream).map_err(raised)?;
     buffer.synchronize().map_err(raised)?;
     Ok(Box::new(buffer))
 }
 
-/// A pinned host side and a device side of one shape. Its own DLPack is that of the device side.
+/// A pinned host side and a device side of one shape. `__dlpack__` exports the device side.
 #[pyclass]
 struct Buffer(Detached<Box<dyn Sides>>);
 
@@ -283,12 +283,12 @@ impl Buffer {
         self.0.device_ptr()
     }
 
-    /// The host side's elements, row after row, after pending downloads.
+    /// The elements of the host side, row after row. Waits for pending downloads.
     fn tolist(&self, py: Python<'_>) -> PyResult<Vec<f64>> {
         py.detach(|| self.0.read()).map_err(raised)
     }
 
-    /// Sets the host side, after pending transfers.
+    /// Sets the host side. Waits for pending transfers.
     fn write(&mut self, py: Python<'_>, values: Vec<f64>) -> PyResult<()> {
         match py.detach(|| self.0.write(&values)).map_err(raised)? {
             true => Ok(()),
@@ -315,25 +315,28 @@ impl Buffer {
         py.detach(|| self.0.download(rows, stream)).map_err(raised)
     }
 
-    /// Orders the stream after everything that is pending, for work that uses an unguarded tensor.
+    /// Orders the stream after all pending work, before it uses an unguarded tensor.
     fn use_on(&mut self, py: Python<'_>, stream: &Stream) -> PyResult<()> {
         py.detach(|| self.0.use_on(stream)).map_err(raised)
     }
 
-    /// Waits for everything that is pending, what consumers queued included.
+    /// Waits for all pending work, including that of consumers.
     fn synchronize(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.0.synchronize()).map_err(raised)
     }
 
-    /// The host side, with a DLPack of its own.
+    /// The host side, for export by its own `__dlpack__`.
     fn host(slf: Py<Buffer>) -> Host {
         Host(slf)
     }
 
-    /// A capsule of the device side that is not guarded: `torch.from_dlpack` of it is one tensor for all steps. What uses it
-    /// is sent to a stream of ours, each time after `use_on` with that stream, and before the buffer is used otherwise.
+    /// A capsule of the device side that is not guarded.
     ///
-    /// `max_version` as for `__dlpack__`: without it, a consumer from before DLPack 1.0 is meant.
+    /// `torch.from_dlpack` makes one tensor of it for all steps. Before each use, call `use_on`
+    /// with a stream of this module. Queue the work on that stream before the next operation on the
+    /// buffer.
+    ///
+    /// `max_version` is as for `__dlpack__`. Without it, the consumer is older than DLPack 1.0.
     #[pyo3(signature = (*, max_version = None))]
     fn unguarded(
         &mut self,
@@ -341,7 +344,7 @@ impl Buffer {
         max_version: Option<(u32, u32)>,
     ) -> PyResult<Py<PyAny>> {
         let sides = &mut self.0;
-        // SAFETY: the caller in Python vouches for the consumer, as the description asks.
+        // SAFETY: the caller in Python vouches for the consumer, as documented.
         let tensor = py.detach(|| unsafe { sides.export_gpu_unguarded() });
         capsule(py, tensor.map_err(raised)?, max_version)
     }
@@ -393,8 +396,8 @@ impl Buffer {
                 ours.synchronize()?;
                 Ok(tensor)
             }
-            // SAFETY: the consumer asked for no order, and so has made it itself. The side was zeroed
-            // when the buffer was made.
+            // SAFETY: with -1, the consumer takes on the ordering. The side has been zeroed since
+            // the buffer was created.
             Consumer::Unordered => unsafe { sides.export_gpu_unordered() },
         });
         capsule(py, tensor.map_err(raised)?, max_version)
@@ -408,14 +411,14 @@ impl Buffer {
     }
 }
 
-// The numbers that the array API gives a meaning of their own on CUDA.
+// The stream numbers with a special meaning in the array API.
 const UNORDERED: i64 = -1;
 const LEGACY: i64 = 1;
 const PER_THREAD: i64 = 2;
 
-/// How a consumer's work is ordered after what is pending.
+/// The order of a consumer's work after pending work.
 enum Consumer {
-    /// This stream, by its address or number, waits for what is pending.
+    /// This stream, by its address or number, waits for pending work.
     Stream(usize),
     /// The host waits in place of a stream that this module cannot name.
     Unnamed,
@@ -423,13 +426,15 @@ enum Consumer {
     Unordered,
 }
 
-/// The host side of a buffer. It says that it is CPU memory, also where it is pinned: PyTorch knows nothing else.
+/// The host side of a buffer.
+///
+/// It is exported as CPU memory even if it is pinned: PyTorch takes no other host memory.
 #[pyclass(frozen)]
 struct Host(Py<Buffer>);
 
 #[pymethods]
 impl Host {
-    /// The host side as a DLPack capsule, after pending transfers.
+    /// The host side as a DLPack capsule. Waits for pending transfers.
     #[pyo3(signature = (*, stream = None, max_version = None, dl_device = None, copy = None))]
     fn __dlpack__(
         &self,
@@ -454,7 +459,7 @@ impl Host {
     }
 }
 
-/// Sides are handed out where they are, and never copied.
+/// Refuses a request for another device or for a copy.
 fn refuse(asked: Option<(i32, i32)>, device: (i32, i32), copy: Option<bool>) -> PyResult<()> {
     if asked.is_some_and(|asked| asked != device) {
         return Err(PyBufferError::new_err(format!(
@@ -470,17 +475,18 @@ fn refuse(asked: Option<(i32, i32)>, device: (i32, i32), copy: Option<bool>) -> 
 const VERSIONED: &CStr = c"dltensor_versioned";
 const UNVERSIONED: &CStr = c"dltensor";
 
-/// A tensor as a capsule, which lets it go unless a consumer takes it, and renames the capsule then. Of the newest struct that
-/// the consumer says it knows.
+/// A capsule of a tensor, with the newest struct that the consumer knows.
+///
+/// A consumer that takes the tensor renames the capsule. Otherwise the capsule deletes the tensor.
 fn capsule(py: Python<'_>, tensor: Tensor, max_version: Option<(u32, u32)>) -> PyResult<Py<PyAny>> {
     let capsule = match max_version {
         Some((1.., _)) => {
             let raw = tensor.into_raw();
             let name = VERSIONED.as_ptr();
-            // SAFETY: the name lives for ever, and the destructor is that of its kind.
+            // SAFETY: the name is static, and the destructor is that of its struct.
             let capsule = unsafe { ffi::PyCapsule_New(raw.cast(), name, Some(let_versioned_go)) };
             if capsule.is_null() {
-                // SAFETY: there is no capsule to do it.
+                // SAFETY: the tensor is unused, since there is no capsule.
                 unsafe { delete_versioned(raw) };
             }
             capsule
@@ -501,57 +507,64 @@ fn capsule(py: Python<'_>, tensor: Tensor, max_version: Option<(u32, u32)>) -> P
     unsafe { Bound::from_owned_ptr_or_err(py, capsule) }.map(Bound::unbind)
 }
 
+/// Deletes an unused tensor.
+///
 /// # Safety
 ///
-/// What `into_raw` gave, which nobody uses any more.
+/// - `tensor` comes from `into_raw`.
+/// - Nothing uses it any more.
 unsafe fn delete_versioned(tensor: *mut DLManagedTensorVersioned) {
     // SAFETY: the caller vouches for the tensor.
     let deleter = unsafe { (*tensor).deleter };
-    // SAFETY: once, and nobody uses it again.
+    // SAFETY: the deleter is called once, and nothing uses the tensor any more.
     unsafe { deleter.expect("ours have one")(tensor) };
 }
 
+/// Deletes an unused tensor.
+///
 /// # Safety
 ///
-/// What `into_raw_unversioned` gave, which nobody uses any more.
+/// - `tensor` comes from `into_raw_unversioned`.
+/// - Nothing uses it any more.
 unsafe fn delete_unversioned(tensor: *mut DLManagedTensor) {
     // SAFETY: the caller vouches for the tensor.
     let deleter = unsafe { (*tensor).deleter };
-    // SAFETY: once, and nobody uses it again.
+    // SAFETY: the deleter is called once, and nothing uses the tensor any more.
     unsafe { deleter.expect("ours have one")(tensor) };
 }
 
-/// The tensor in a capsule that nobody took over.
+/// The tensor in a capsule, unless a consumer has taken it.
 ///
 /// # Safety
 ///
-/// A capsule, with the interpreter attached.
+/// - `capsule` is a capsule.
+/// - The interpreter is attached.
 unsafe fn untaken(capsule: *mut ffi::PyObject, name: &CStr) -> Option<*mut c_void> {
     // SAFETY: the caller vouches for the capsule.
     if unsafe { ffi::PyCapsule_IsValid(capsule, name.as_ptr()) } == 0 {
         return None;
     }
-    // SAFETY: it has this name.
+    // SAFETY: the capsule has this name.
     Some(unsafe { ffi::PyCapsule_GetPointer(capsule, name.as_ptr()) })
 }
 
 unsafe extern "C" fn let_versioned_go(capsule: *mut ffi::PyObject) {
-    // SAFETY: Python calls this with a capsule of ours.
+    // SAFETY: Python calls this with a capsule that `capsule` made.
     if let Some(tensor) = unsafe { untaken(capsule, VERSIONED) } {
-        // SAFETY: what `capsule` put there, and no consumer took.
+        // SAFETY: `capsule` put the tensor there, and no consumer has taken it.
         unsafe { delete_versioned(tensor.cast()) };
     }
 }
 
 unsafe extern "C" fn let_unversioned_go(capsule: *mut ffi::PyObject) {
-    // SAFETY: Python calls this with a capsule of ours.
+    // SAFETY: Python calls this with a capsule that `capsule` made.
     if let Some(tensor) = unsafe { untaken(capsule, UNVERSIONED) } {
-        // SAFETY: what `capsule` put there, and no consumer took.
+        // SAFETY: `capsule` put the tensor there, and no consumer has taken it.
         unsafe { delete_unversioned(tensor.cast()) };
     }
 }
 
-/// Gives back what tensors left behind.
+/// Frees memory that tensors have left behind.
 #[pyfunction]
 fn reclaim(py: Python<'_>) -> PyResult<()> {
     py.detach(dlpack::reclaim).map_err(raised)
@@ -564,7 +577,7 @@ fn cuda_count(py: Python<'_>) -> usize {
     py.detach(Device::cuda_count)
 }
 
-/// Paired buffers, whose sides PyTorch takes over without a copy.
+/// Paired buffers whose sides PyTorch takes over without a copy.
 #[pymodule]
 fn cpu_gpu_buffer_pytorch(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Stream>()?;
