@@ -460,7 +460,7 @@ fn a_ring_tells_what_it_is() {
         let (keys, layout) = members(10, false);
         let ring = GroupRing::with_options(&layout, device, 2, options).unwrap();
         assert_eq!((ring.depth(), ring.device(), ring.is_pinned()), (2, device, false));
-        assert!(format!("{ring:?}").contains("depth: 2"), "{ring:?}");
+        assert!(format!("{ring:?}").contains("depth=2"), "{ring:?}");
         // Its layout is the one that it was made of.
         let again = GroupRing::new(ring.layout(), device, 1).unwrap();
         assert_eq!(again.cpu(keys[0]).unwrap().len(), 10);

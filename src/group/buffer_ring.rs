@@ -1,5 +1,6 @@
 //! A ring for one array: a [`GroupRing`] of one member.
 
+use std::any::type_name;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::RangeBounds;
@@ -8,6 +9,7 @@ use bytemuck::Pod;
 
 use crate::buffer::view::GpuView;
 use crate::device::Device;
+use crate::element::DType;
 use crate::error::Result;
 use crate::group::layout::{GroupLayoutBuilder, MemberKey};
 use crate::group::ring::GroupRing;
@@ -15,8 +17,9 @@ use crate::memory::options::BufferOptions;
 use crate::shape::{Shape, select};
 use crate::stream::stream::Stream;
 
-/// Several pinned host slots of one shape, and one device side at an address that never changes.
-/// The slots are taken strictly in turn.
+/// Several pinned host slots for one array, and one device side at a fixed address.
+///
+/// The slots are taken strictly in turn. It is a [`GroupRing`] of one member.
 ///
 /// ```
 /// use cpu_gpu_buffer::{Device, Stream, BufferRing};
@@ -33,6 +36,9 @@ use crate::stream::stream::Stream;
 /// }
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
+#[doc(alias = "double buffer")]
+#[doc(alias = "ring buffer")]
+#[doc(alias = "triple buffer")]
 pub struct BufferRing<T: Pod> {
     ring: GroupRing,
     key: MemberKey<T>,
@@ -40,12 +46,12 @@ pub struct BufferRing<T: Pod> {
 }
 
 impl<T: Pod + Send + Sync> BufferRing<T> {
-    /// A ring of so many zeroed host slots, and a zeroed device side.
+    /// Makes a ring of `depth` host slots and one device side, all zeroed.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without slots, or of more
-    /// than 65,536; otherwise as for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
+    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) if `depth` is 0 or above 65,536.
+    /// Otherwise as for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new).
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, BufferRing};
@@ -59,12 +65,13 @@ impl<T: Pod + Send + Sync> BufferRing<T> {
         BufferRing::with_options(shape, device, depth, BufferOptions::default())
     }
 
-    /// A ring made as `options` say.
+    /// Makes a ring with the given options.
     ///
     /// # Errors
     ///
     /// As for [`new`](Self::new), and
-    /// [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning is required.
+    /// [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) if pinning is required and
+    /// fails.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferOptions, Device, HostFlags, BufferRing};
@@ -88,14 +95,15 @@ impl<T: Pod + Send + Sync> BufferRing<T> {
 }
 
 impl<T: Pod> BufferRing<T> {
-    /// Switches to the next host slot, and gives it, to write. The slots are taken strictly in
-    /// turn, and this waits for the copies of the slot that it takes. The slot holds what was
-    /// written to it last.
+    /// Switches to the next host slot, and returns it, to write. Blocks until the copies of that
+    /// slot are done.
+    ///
+    /// The slots are taken strictly in turn. A slot keeps its contents until it is written again.
     ///
     /// # Errors
     ///
-    /// An error of the driver's, which may be that of earlier work. The current slot stays the
-    /// current one.
+    /// An error of the driver. Earlier work may have caused it. On error the current slot does not
+    /// change.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Stream, BufferRing};
@@ -115,8 +123,9 @@ impl<T: Pod> BufferRing<T> {
         self.cpu_mut()
     }
 
-    /// [`advance`](Self::advance), or `None` if it would wait: a copy of the next slot is in
-    /// flight.
+    /// Switches to the next host slot, or returns `None` if a copy of that slot is in flight.
+    ///
+    /// Unlike [`advance`](Self::advance), this never blocks.
     ///
     /// # Errors
     ///
@@ -148,7 +157,7 @@ impl<T: Pod> BufferRing<T> {
         }
     }
 
-    /// The current host slot, to read. Waits for nothing.
+    /// The current host slot, to read. Never blocks.
     ///
     /// # Errors
     ///
@@ -188,8 +197,10 @@ impl<T: Pod> BufferRing<T> {
         self.ring.cpu_mut(self.key)
     }
 
-    /// Copies rows of the current host slot to the same rows of the device side, on `stream`, after
-    /// everything that the ring has pending on any stream. Returns as soon as the copy is enqueued.
+    /// Copies rows of the current host slot to the same rows of the device side on `stream`.
+    ///
+    /// The copy comes after all pending work of the ring on any stream. This returns as soon as the
+    /// copy is enqueued.
     ///
     /// # Errors
     ///
@@ -207,14 +218,17 @@ impl<T: Pod> BufferRing<T> {
     /// assert_eq!(ring.gpu_on(&stream)?.as_host_slice(), Some(&[1, 1, 2, 2, 1, 1][..]));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "H2D")]
+    #[doc(alias = "memcpy")]
     pub fn copy_to_gpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
         // Here, so that an error names no member.
         let rows = select(&rows, self.shape()[0], None)?;
         self.ring.copy_to_gpu(&[self.key.rows(rows)], stream)
     }
 
-    /// The device side, for kernels and libraries on `stream`:
-    /// [`CpuGpuBuffer::gpu_on`](crate::CpuGpuBuffer::gpu_on).
+    /// The device side, for kernels and libraries on `stream`.
+    ///
+    /// See [`CpuGpuBuffer::gpu_on`](crate::CpuGpuBuffer::gpu_on).
     ///
     /// # Errors
     ///
@@ -236,8 +250,9 @@ impl<T: Pod> BufferRing<T> {
         self.ring.gpu_on(stream)?.member(self.key)
     }
 
-    /// The address of the device side, ordered with nothing, not even with its first zeroing. It
-    /// never changes. Null if there are no bytes.
+    /// The address of the device side, without any ordering, not even with its first zeroing.
+    ///
+    /// The address never changes. It is null if there are no bytes.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, BufferRing};
@@ -252,7 +267,7 @@ impl<T: Pod> BufferRing<T> {
         self.ring.device_ptr(self.key).expect("the ring's own key")
     }
 
-    /// Whether nothing that this ring was used for is still running.
+    /// Returns `true` if no work of this ring is pending.
     ///
     /// # Errors
     ///
@@ -273,7 +288,7 @@ impl<T: Pod> BufferRing<T> {
         self.ring.is_idle()
     }
 
-    /// Waits until [`is_idle`](Self::is_idle), and for nothing else.
+    /// Waits until no work of this ring is pending, and for nothing else.
     ///
     /// # Errors
     ///
@@ -296,7 +311,7 @@ impl<T: Pod> BufferRing<T> {
         self.ring.synchronize()
     }
 
-    /// The dimensions.
+    /// The dimensions of each slot.
     ///
     /// ```
     /// let ring = cpu_gpu_buffer::BufferRing::<u8>::new([2, 3], cpu_gpu_buffer::Device::Cpu, 4)?;
@@ -338,7 +353,7 @@ impl<T: Pod> BufferRing<T> {
         self.ring.device()
     }
 
-    /// Whether the host slots are pinned.
+    /// Returns `true` if the host slots are pinned.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, BufferRing};
@@ -347,6 +362,7 @@ impl<T: Pod> BufferRing<T> {
     /// assert!(!ring.is_pinned()); // the CPU copies at once, whatever the memory
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "page-locked")]
     pub fn is_pinned(&self) -> bool {
         self.ring.is_pinned()
     }
@@ -354,11 +370,14 @@ impl<T: Pod> BufferRing<T> {
 
 impl<T: Pod> fmt::Debug for BufferRing<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BufferRing")
-            .field("shape", &self.shape())
-            .field("depth", &self.depth())
-            .field("device", &self.device())
-            .field("pinned", &self.is_pinned())
-            .finish_non_exhaustive()
+        let dtype = DType::of::<T>().map_or(type_name::<T>(), DType::name);
+        write!(
+            f,
+            "BufferRing(shape={:?}, dtype={dtype}, depth={}, device={}, pinned={})",
+            self.shape(),
+            self.depth(),
+            self.device(),
+            self.is_pinned()
+        )
     }
 }

@@ -1,8 +1,6 @@
-//! Groups: buffers of any types and shapes that share one slab for each side and are moved
-//! together.
+//! Groups: buffers of any types and shapes that share one slab for each side.
 //!
-//! The ordering model is that of [`members`](crate::group::storage), where the in-flight rule
-//! stands. This file turns keys into elements.
+//! The in-flight rule is in [`storage`](crate::group::storage). This file turns keys into elements.
 
 use std::fmt;
 use std::slice;
@@ -18,12 +16,10 @@ use crate::group::storage::GroupStorage;
 use crate::memory::options::BufferOptions;
 use crate::stream::stream::Stream;
 
-/// Buffers that are moved together: members of one [`GroupLayout`], in one pinned slab and one
-/// device slab.
+/// Buffers of one [`GroupLayout`], its members, in one pinned slab and one device slab.
 ///
-/// A call moves rows of any of the members, and not a byte of any other, at about the cost of a
-/// single copy. Each member remembers what is in flight of it: an accessor waits for copies that
-/// touched that member, and for nothing else. The device addresses never change.
+/// One call copies rows of any members, at about the cost of a single copy. An accessor waits for
+/// copies of its member, and for nothing else. The device addresses never change.
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
@@ -47,12 +43,12 @@ use crate::stream::stream::Stream;
 pub struct BufferGroup(GroupStorage);
 
 impl BufferGroup {
-    /// A group with both sides of every member zeroed, its host side pinned if that works.
+    /// Makes a group with both sides of every member zeroed. The host side is pinned if possible.
     ///
     /// # Errors
     ///
-    /// As for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new). The shapes were checked by
-    /// [`build`](crate::GroupLayoutBuilder::build).
+    /// As for [`CpuGpuBuffer::new`](crate::CpuGpuBuffer::new), except for the shapes, which
+    /// [`build`](crate::GroupLayoutBuilder::build) has checked.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
@@ -61,7 +57,8 @@ impl BufferGroup {
     /// let lengths = builder.add::<i32>(64);
     /// let layout = builder.build()?;
     /// // Two groups of one layout, for two models say: a key serves both.
-    /// let (mut first, second) = (BufferGroup::new(&layout, Device::Cpu)?, BufferGroup::new(&layout, Device::Cpu)?);
+    /// let mut first = BufferGroup::new(&layout, Device::Cpu)?;
+    /// let second = BufferGroup::new(&layout, Device::Cpu)?;
     /// first.cpu_mut(lengths)?.fill(1);
     /// assert_eq!(second.cpu(lengths)?, [0; 64]);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -70,12 +67,13 @@ impl BufferGroup {
         BufferGroup::with_options(layout, device, BufferOptions::default())
     }
 
-    /// A group made as `options` say.
+    /// Makes a group with the given options.
     ///
     /// # Errors
     ///
     /// As for [`new`](Self::new), and
-    /// [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning is required.
+    /// [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) if pinning is required and
+    /// fails.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, BufferOptions, Device, GroupLayoutBuilder, Pinning};
@@ -97,12 +95,12 @@ impl BufferGroup {
 
     // ---- host sides ----
 
-    /// A member's host side, to read. Waits for a pending copy *into* it, and for nothing else.
+    /// The host side of a member, to read. Waits only for pending copies *into* it.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout, or an error of the driver's,
-    /// which may be that of earlier work on the stream.
+    /// [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout, or an error of
+    /// the driver. Earlier work on the stream may have caused it.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
@@ -120,8 +118,8 @@ impl BufferGroup {
         host(&self.0, key)
     }
 
-    /// A member's host side, to write. Waits for any pending copy into or out of it, and for
-    /// nothing else: not for copies of other members.
+    /// The host side of a member, to write. Waits only for pending copies into or out of it, and
+    /// not for copies of other members.
     ///
     /// # Errors
     ///
@@ -143,7 +141,7 @@ impl BufferGroup {
         host_mut(&mut self.0, key)
     }
 
-    /// Several members' host sides at once, to write, by several threads if need be.
+    /// The host sides of several members at once, to write, also from several threads.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
@@ -167,25 +165,30 @@ impl BufferGroup {
 
     // ---- transfers ----
 
-    /// Copies rows of members from the host side to the device side on `stream`, after everything
-    /// that those members have pending on any stream, and moves nothing else; only of members that
-    /// the host owns ([`add_mirrored`](crate::GroupLayoutBuilder::add_mirrored)) more rows may
-    /// be carried along. Returns as soon as the copy is enqueued. A copy of no members does
+    /// Copies rows of members from the host side to the device side on `stream`.
+    ///
+    /// The copy comes after all pending work of those members on any stream. This returns as soon
+    /// as the copy is enqueued. No other bytes are copied, except of
+    /// [mirrored](crate::GroupLayoutBuilder::add_mirrored) members. A copy of no members does
     /// nothing.
     ///
-    /// Neighbours go as one copy where nothing lies between their rows. What remains goes by one
-    /// kernel that reads the pinned slab, or by copies where the rows are many; a kernel waits for
-    /// room on the device like any other.
+    /// Neighbours become one copy if nothing lies between their rows. One kernel that reads the
+    /// pinned slab copies the remaining ranges. Long ranges are copied one by one. The kernel waits
+    /// for free multiprocessors as any kernel does.
     ///
     /// # Errors
     ///
-    /// With nothing changed: [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another
-    /// layout, [`Error::OutOfRange`](crate::Error::OutOfRange), which names the member,
-    /// [`Error::DuplicateMember`](crate::Error::DuplicateMember),
-    /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
-    /// [`Error::StreamCapturing`](crate::Error::StreamCapturing),
-    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory). After an error of the driver's the copy
-    /// counts as in flight, until the driver says otherwise.
+    /// These leave the group unchanged:
+    ///
+    /// - [`Error::InvalidKey`](crate::Error::InvalidKey): a key is one of another layout.
+    /// - [`Error::OutOfRange`](crate::Error::OutOfRange), which names the member.
+    /// - [`Error::DuplicateMember`](crate::Error::DuplicateMember): a member is named twice.
+    /// - [`Error::DeviceMismatch`](crate::Error::DeviceMismatch)
+    /// - [`Error::StreamCapturing`](crate::Error::StreamCapturing)
+    /// - [`Error::OutOfMemory`](crate::Error::OutOfMemory)
+    ///
+    /// After an error of the driver the copy counts as in flight until the driver confirms that it
+    /// is not.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
@@ -204,12 +207,16 @@ impl BufferGroup {
     /// assert_eq!(view.member(table)?.as_host_slice(), Some(&[0, 0, 0, 0, 0, 0, 6, 6][..]));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "H2D")]
+    #[doc(alias = "memcpy")]
     pub fn copy_to_gpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
         self.0.copy(Direction::Up, members, stream)
     }
 
-    /// Copies rows of members from the device side to the host side, as
-    /// [`copy_to_gpu`](Self::copy_to_gpu) does the other way, and never more than was asked for.
+    /// Copies rows of members from the device side to the host side on `stream`.
+    ///
+    /// Order and cost are those of [`copy_to_gpu`](Self::copy_to_gpu). Only the requested rows are
+    /// copied.
     ///
     /// # Errors
     ///
@@ -227,11 +234,13 @@ impl BufferGroup {
     /// assert_eq!(group.cpu(sampled)?, [0; 4]);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "D2H")]
+    #[doc(alias = "memcpy")]
     pub fn copy_to_cpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
         self.0.copy(Direction::Down, members, stream)
     }
 
-    /// Whether nothing that this group was used for is still running.
+    /// Returns `true` if no work of this group is pending.
     ///
     /// # Errors
     ///
@@ -254,7 +263,7 @@ impl BufferGroup {
         self.0.is_idle()
     }
 
-    /// Waits until [`is_idle`](Self::is_idle), and for nothing else.
+    /// Waits until no work of this group is pending, and for nothing else.
     ///
     /// # Errors
     ///
@@ -278,14 +287,15 @@ impl BufferGroup {
 
     // ---- the device side ----
 
-    /// The device sides of all members, for kernels and libraries on `stream`: orders the stream,
-    /// once, after everything that the group has pending, and remembers that it may use the memory
-    /// from now on.
+    /// The device sides of all members, for kernels and libraries on `stream`.
+    ///
+    /// Orders the stream after all pending work of the group. Later work of the group comes after
+    /// the work that the stream is given by then.
     ///
     /// # Errors
     ///
     /// [`Error::DeviceMismatch`](crate::Error::DeviceMismatch),
-    /// [`Error::StreamCapturing`](crate::Error::StreamCapturing), or an error of the driver's.
+    /// [`Error::StreamCapturing`](crate::Error::StreamCapturing), or an error of the driver.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
@@ -306,9 +316,11 @@ impl BufferGroup {
         Ok(GroupView(&self.0))
     }
 
-    /// The address of a member's device side, ordered with nothing, not even with its first
-    /// zeroing: for graph capture, where [`gpu_on`](Self::gpu_on) was called before, and for
-    /// logging. It never changes. Null where the group has no bytes.
+    /// The address of a member's device side, without any ordering.
+    ///
+    /// Use it for logging, and for graph capture after [`gpu_on`](Self::gpu_on), since even the
+    /// first zeroing may be pending. The address never changes. It is null if the group has no
+    /// bytes.
     ///
     /// # Errors
     ///
@@ -322,7 +334,7 @@ impl BufferGroup {
     /// let stream = Stream::new(Device::auto())?;
     /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
     /// let captured = group.device_ptr(positions)?; // what a graph is captured with
-    /// assert_eq!(captured.addr(), group.device_ptr(ids)?.addr() + 256); // each at a bound of 256 bytes
+    /// assert_eq!(captured.addr(), group.device_ptr(ids)?.addr() + 256); // aligned to 256 bytes
     /// assert_eq!(group.gpu_on(&stream)?.member(positions)?.as_mut_ptr(), captured);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -353,7 +365,7 @@ impl BufferGroup {
         Ok(self.0.layout().find(key)?.1.shape.dims())
     }
 
-    /// The layout it was made of.
+    /// The layout of this group.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, GroupRing};
@@ -385,7 +397,7 @@ impl BufferGroup {
         self.0.device()
     }
 
-    /// Whether the host side is pinned.
+    /// Returns `true` if the host side is pinned.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
@@ -394,10 +406,11 @@ impl BufferGroup {
     /// builder.add::<i32>(8);
     /// let group = BufferGroup::new(&builder.build()?, Device::auto())?;
     /// if !group.is_pinned() {
-    ///     println!("members are moved by copies; the kernel that gathers them reads pinned memory only");
+    ///     println!("no kernel gathers the members: it reads pinned memory only");
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "page-locked")]
     pub fn is_pinned(&self) -> bool {
         self.0.is_pinned()
     }
@@ -405,31 +418,30 @@ impl BufferGroup {
 
 impl fmt::Debug for BufferGroup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BufferGroup")
-            .field("device", &self.device())
-            .field("pinned", &self.is_pinned())
-            .finish_non_exhaustive()
+        let members = self.layout().table().members.len();
+        let (device, pinned) = (self.device(), self.is_pinned());
+        write!(f, "BufferGroup(members={members}, device={device}, pinned={pinned})")
     }
 }
 
-/// A member's current host slot, to read, once no copy writes it.
+/// A member in the current host slot, to read. Waits for copies that write it.
 pub(crate) fn host<T: Pod>(members: &GroupStorage, key: MemberKey<T>) -> Result<&[T]> {
     let (address, len) = members.wait_to_read(key)?;
-    // SAFETY: the member has `len` elements of `T`, as the key said and the layout checked, aligned
-    // and initialised (it began as zeroes, and any bytes are a `Pod`); no copy writes them, and
+    // SAFETY: the member has `len` elements of `T`: the layout checked the key. They are aligned
+    // and initialized: they began as zeroes, and any bytes are a `Pod`. No copy writes them, and
     // none can be enqueued while this borrow lives.
     Ok(unsafe { slice::from_raw_parts(address.cast(), len) })
 }
 
-/// A member's current host slot, to write, once no copy touches it.
+/// A member in the current host slot, to write. Waits for copies that use it.
 pub(crate) fn host_mut<T: Pod>(members: &mut GroupStorage, key: MemberKey<T>) -> Result<&mut [T]> {
     let (address, len) = members.wait_to_write(key)?;
-    // SAFETY: so many elements, aligned and initialised as in `host`; no copy touches them since
-    // the wait, and the group is borrowed exclusively.
+    // SAFETY: the elements are there, aligned and initialized, as in `host`. No copy uses them
+    // after the wait, and the group is borrowed exclusively.
     Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
 }
 
-/// Hands out the host sides of several members at once: [`BufferGroup::members_mut`].
+/// Gives the host sides of several members at once: see [`BufferGroup::members_mut`].
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
@@ -455,11 +467,12 @@ impl<'g> MembersMut<'g> {
         MembersMut(members)
     }
 
-    /// A member's host side, to write, as [`BufferGroup::cpu_mut`] gives it; each once.
+    /// The host side of a member, to write, as from [`BufferGroup::cpu_mut`]. Each member can be
+    /// taken once.
     ///
     /// # Errors
     ///
-    /// [`Error::DuplicateMember`](crate::Error::DuplicateMember) the second time; otherwise as for
+    /// [`Error::DuplicateMember`](crate::Error::DuplicateMember) the second time. Otherwise as for
     /// [`BufferGroup::cpu`].
     ///
     /// ```
@@ -476,28 +489,33 @@ impl<'g> MembersMut<'g> {
     /// ```
     pub fn cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<&'g mut [T]> {
         let (address, len) = self.0.wait_and_name(key)?;
-        // SAFETY: so many elements, aligned and initialised as in `host`. No copy touches the
-        // member since the wait, and none can be enqueued while the group is borrowed for `'g`;
-        // members do not overlap, and this one was not handed out before, as `wait_and_name`
-        // checked.
+        // SAFETY: the elements are there, aligned and initialized, as in `host`. No copy uses the
+        // member after the wait, and none can be enqueued while the group is borrowed for `'g`.
+        // Members do not overlap, and `wait_and_name` checked that this one was not taken before.
         Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
     }
 }
 
 impl fmt::Debug for MembersMut<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MembersMut").finish_non_exhaustive()
+        let members = self.0.layout().table().members.len();
+        write!(f, "MembersMut(members={members}, device={})", self.0.device())
     }
 }
 
-/// The device sides of a group's members, for work on the stream that `gpu_on` was called with:
-/// what a [`GpuView`] is for a single buffer.
+/// The device sides of a group's members, for work on the stream given to `gpu_on`.
+///
+/// It is to a group as a [`GpuView`] is to a single buffer.
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, GroupView, MemberKey, Stream};
 ///
 /// /// What a kernel of the model's is launched with.
-/// fn arguments(view: GroupView<'_>, ids: MemberKey<i32>, positions: MemberKey<i64>) -> cpu_gpu_buffer::Result<(*const i32, *const i64)> {
+/// fn arguments(
+///     view: GroupView<'_>,
+///     ids: MemberKey<i32>,
+///     positions: MemberKey<i64>,
+/// ) -> cpu_gpu_buffer::Result<(*const i32, *const i64)> {
 ///     Ok((view.member(ids)?.as_ptr(), view.member(positions)?.as_ptr()))
 /// }
 /// let mut builder = GroupLayoutBuilder::new();
@@ -537,7 +555,7 @@ impl<'a> GroupView<'a> {
         Ok(GpuView::new(address, member.shape, member.numel, self.0.device()))
     }
 
-    /// The device whose memory it is.
+    /// The device of the memory.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
@@ -558,6 +576,7 @@ impl<'a> GroupView<'a> {
 
 impl fmt::Debug for GroupView<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("GroupView").field("device", &self.device()).finish_non_exhaustive()
+        let members = self.0.layout().table().members.len();
+        write!(f, "GroupView(members={members}, device={})", self.device())
     }
 }

@@ -1,13 +1,11 @@
-//! What is in a group of buffers: members of any types and shapes, each at a place of its own in
-//! one slab.
+//! The layout of a group: members of any types and shapes, each at its own offset in one slab.
 //!
 //! ```text
 //!  offset    0        256      512                                   640      768
 //!            | ids    | lens   | table                             | pad    | temps
 //! ```
 //!
-//! A layout is made once and then frozen. Its keys name its members, and serve all groups of that
-//! layout.
+//! A layout never changes. Its keys name its members, and work with all groups of that layout.
 
 use std::alloc::Layout;
 use std::any::{TypeId, type_name};
@@ -39,18 +37,27 @@ use crate::shape::{Shape, select};
 /// assert_eq!(group.shape(table)?, [256, 128]);
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-#[derive(Debug)]
 pub struct GroupLayoutBuilder {
     id: u64,
     // An `Err` once there was too little memory for a member: the error of `build`.
     members: Result<Vec<Requested>>,
 }
 
-/// A member that was asked for.
-#[derive(Debug)]
+impl fmt::Debug for GroupLayoutBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.members {
+            Ok(members) => {
+                write!(f, "GroupLayoutBuilder(layout={}, members={})", self.id, members.len())
+            }
+            Err(error) => write!(f, "GroupLayoutBuilder(layout={}, error={error:?})", self.id),
+        }
+    }
+}
+
+/// A member before the layout is made.
 struct Requested {
     shape: Shape,
-    /// Of one element.
+    /// The layout of one element.
     element: Layout,
     kind: TypeId,
     mirrored: bool,
@@ -75,13 +82,14 @@ impl GroupLayoutBuilder {
         GroupLayoutBuilder { id: NEXT.fetch_add(1, Ordering::Relaxed), members: Ok(Vec::new()) }
     }
 
-    /// Adds a member, and gives the key that names it. [`build`](Self::build) checks the shape, as
-    /// a buffer's constructor checks a [`Shape`], and returns the error if there was too little
-    /// memory for the member here.
+    /// Adds a member, and returns the key that names it.
+    ///
+    /// [`build`](Self::build) checks the shape, and returns the error if there was too little
+    /// memory for this entry.
     ///
     /// # Panics
     ///
-    /// Beyond 2^32 members.
+    /// Panics beyond 2^32 members.
     ///
     /// ```
     /// use cpu_gpu_buffer::{GroupLayoutBuilder, MemberKey};
@@ -105,16 +113,19 @@ impl GroupLayoutBuilder {
         self.add_member(shape.into(), false)
     }
 
-    /// Adds a member that the host owns: its device side only ever mirrors its host side, and
-    /// nothing on the device writes it.
+    /// Adds a mirrored member: nothing on the device writes it, so its device side only mirrors its
+    /// host side.
     ///
-    /// An upload may carry rows of this member that were not asked for, from the host side as it is
-    /// then, if that makes one copy of several. It may also carry a mirrored member that the call
-    /// does not name, if that lies between two named ones. Carried rows count as being uploaded:
-    /// [`cpu_mut`](crate::BufferGroup::cpu_mut) of the member waits for the copy, too. The rows of
-    /// other members are never carried along. A ring of several host slots carries nothing along:
-    /// the contents of another slot are some steps old. [`Device::Cpu`] carries the same rows as a
-    /// GPU, so that a member which is not the host's alone is found there, too.
+    /// An upload may include rows of this member that were not requested, if that makes one copy of
+    /// several. It may include a mirrored member that the call does not name, if the member lies
+    /// between two named ones. The rows are copied from the host side as it is then.
+    ///
+    /// - Included rows count as being uploaded: [`cpu_mut`](crate::BufferGroup::cpu_mut) of the
+    ///   member waits for the copy.
+    /// - Rows of other members are never included.
+    /// - A ring of several host slots includes nothing, because another slot may hold older rows.
+    /// - [`Device::Cpu`] includes the same rows as a GPU. A member that the device does write shows
+    ///   there, too.
     ///
     /// # Panics
     ///
@@ -124,7 +135,8 @@ impl GroupLayoutBuilder {
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
     ///
     /// let mut builder = GroupLayoutBuilder::new();
-    /// let (ids, positions) = (builder.add_mirrored::<i32>(1024), builder.add_mirrored::<i32>(1024));
+    /// let ids = builder.add_mirrored::<i32>(1024);
+    /// let positions = builder.add_mirrored::<i32>(1024);
     /// let sampled = builder.add::<u32>(64); // a kernel writes it
     /// let stream = Stream::new(Device::auto())?;
     /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
@@ -137,7 +149,7 @@ impl GroupLayoutBuilder {
     }
 
     fn add_member<T: Pod>(&mut self, shape: Shape, mirrored: bool) -> MemberKey<T> {
-        // Of a layout that will be an error, a key names no member.
+        // After an error the key names no member: `build` will fail.
         let mut index = 0;
         if let Ok(members) = &mut self.members {
             index = u32::try_from(members.len()).expect("more members than can be told apart");
@@ -158,9 +170,11 @@ impl GroupLayoutBuilder {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidGroup`] without members, [`Error::InvalidShape`] if a member's shape is
-    /// invalid or if all members together overflow `isize`, [`Error::OutOfMemory`] if there was too
-    /// little memory for the lists of members.
+    /// - [`Error::InvalidGroup`]: there are no members.
+    /// - [`Error::InvalidShape`]: a member's shape is invalid, or all members together overflow
+    ///   `isize`.
+    /// - [`Error::OutOfMemory`]: there was too little memory for the list of members. Its device is
+    ///   the CPU.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Error, GroupLayoutBuilder};
@@ -174,7 +188,7 @@ impl GroupLayoutBuilder {
     }
 }
 
-/// Gives each member its place.
+/// Gives each member its offset.
 fn lay_out(id: u64, requested: &[Requested]) -> Result<GroupTable> {
     if requested.is_empty() {
         return Err(Error::InvalidGroup { reason: "it has no members" });
@@ -204,7 +218,7 @@ fn lay_out(id: u64, requested: &[Requested]) -> Result<GroupTable> {
     Ok(GroupTable { id, members, layout: whole })
 }
 
-/// The members of a group, and where each of them lies. Cheap to clone.
+/// The members of a group and their offsets. Cheap to clone.
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
@@ -218,22 +232,27 @@ fn lay_out(id: u64, requested: &[Requested]) -> Result<GroupTable> {
 /// assert_eq!(group.cpu(ids)?.len(), 1024);
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct GroupLayout(Arc<GroupTable>);
 
-/// Where the members of a layout lie.
-#[derive(Debug)]
+impl fmt::Debug for GroupLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let GroupTable { id, members, layout } = self.table();
+        write!(f, "GroupLayout(layout={id}, members={}, bytes={})", members.len(), layout.size())
+    }
+}
+
+/// The members of a layout, and the layout of them together.
 pub(crate) struct GroupTable {
     id: u64,
-    /// In the order of their places.
+    /// In the order of their offsets.
     pub(crate) members: Vec<Member>,
-    /// Of all of them together.
+    /// The layout of one side.
     pub(crate) layout: Layout,
 }
 
-#[derive(Debug)]
 pub(crate) struct Member {
-    /// Its place in either slab.
+    /// Its bytes within a side.
     pub(crate) bytes: Range<usize>,
     /// The bytes of one row.
     row: usize,
@@ -248,7 +267,7 @@ impl GroupLayout {
         &self.0
     }
 
-    /// The member that a key names.
+    /// The member that a key names, and its index.
     pub(crate) fn find<T: Pod>(&self, key: MemberKey<T>) -> Result<(usize, &Member)> {
         let (index, member) = self.at(key.layout, key.index)?;
         match member.kind == TypeId::of::<T>() {
@@ -257,7 +276,7 @@ impl GroupLayout {
         }
     }
 
-    /// The member and the bytes in the slab that rows are of.
+    /// The index of the member that has the rows, and their bytes within a side.
     pub(crate) fn locate(&self, rows: &MemberRows) -> Result<(usize, Range<usize>)> {
         let (index, member) = self.at(rows.layout, rows.index)?;
         let selected = select(&rows.bounds, member.shape.rows(), Some(index))?;
@@ -280,7 +299,8 @@ impl GroupLayout {
 /// ```
 /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, MemberKey};
 ///
-/// fn count(group: &BufferGroup, ids: MemberKey<i32>, wanted: i32) -> cpu_gpu_buffer::Result<usize> {
+/// # use cpu_gpu_buffer::Result;
+/// fn count(group: &BufferGroup, ids: MemberKey<i32>, wanted: i32) -> Result<usize> {
 ///     Ok(group.cpu(ids)?.iter().filter(|id| **id == wanted).count())
 /// }
 /// let mut builder = GroupLayoutBuilder::new();
@@ -305,13 +325,14 @@ impl<T> Copy for MemberKey<T> {}
 
 impl<T> fmt::Debug for MemberKey<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "MemberKey<{}>({} of layout {})", type_name::<T>(), self.index, self.layout)
+        let (element, index, layout) = (type_name::<T>(), self.index, self.layout);
+        write!(f, "MemberKey<{element}>(member={index}, layout={layout})")
     }
 }
 
 impl<T> MemberKey<T> {
-    /// Rows of the member, to be copied: `..`, `..n`, `a..b`. Whether they are within its shape is
-    /// checked by the copy.
+    /// Rows of the member for a copy: `..`, `..n`, `a..b`. The copy checks that they are within its
+    /// shape.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder, Stream};
@@ -326,23 +347,24 @@ impl<T> MemberKey<T> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn rows(self, rows: impl RangeBounds<usize>) -> MemberRows {
-        // Each bound is read once: `RangeBounds` is a safe trait, and may answer differently the
+        // Each bound is read once: `RangeBounds` is a safe trait, and may return another bound the
         // second time.
         let bounds = (rows.start_bound().cloned(), rows.end_bound().cloned());
         MemberRows { layout: self.layout, index: self.index, bounds }
     }
 }
 
-/// Rows of a member of a group, made by [`MemberKey::rows`].
+/// Rows of one member for a copy: see [`MemberKey::rows`].
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, MemberRows, Stream};
 ///
 /// let mut builder = GroupLayoutBuilder::new();
-/// let (ids, positions, table) = (builder.add::<i32>(8), builder.add::<i64>(8), builder.add::<i32>([8, 4]));
+/// let (ids, positions) = (builder.add::<i32>(8), builder.add::<i64>(8));
+/// let table = builder.add::<i32>([8, 4]);
 /// let stream = Stream::new(Device::auto())?;
 /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
-/// // Members of any types in one list, which may be made anew for each step.
+/// // Members of any types in one list, and the list may differ in each step.
 /// let mut moved: Vec<MemberRows> = vec![ids.rows(..3), positions.rows(..3)];
 /// let table_changed = true;
 /// if table_changed {
@@ -351,9 +373,16 @@ impl<T> MemberKey<T> {
 /// group.copy_to_gpu(&moved, &stream)?;
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct MemberRows {
     layout: u64,
     index: u32,
     bounds: (Bound<usize>, Bound<usize>),
+}
+
+impl fmt::Debug for MemberRows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let MemberRows { layout, index, bounds } = self;
+        write!(f, "MemberRows(member={index}, rows={bounds:?}, layout={layout})")
+    }
 }

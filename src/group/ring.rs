@@ -1,8 +1,8 @@
-//! Rings: several host slots for one device side, so that the host writes the next step's input
-//! while the upload of the one before is still queued.
+//! Rings: several host slots for one device side. The host writes the next input while the previous
+//! upload is still queued.
 //!
-//! A ring has a current host slot, and everything else is a group's: each slot remembers the copies
-//! that read it, and the uploads of all are ordered by the device side that they write.
+//! A ring is a group whose current host slot changes. Each slot has its own records of copies. The
+//! uploads of all slots write the same device side, and so come one after another.
 
 use std::fmt;
 
@@ -17,9 +17,9 @@ use crate::group::storage::GroupStorage;
 use crate::memory::options::BufferOptions;
 use crate::stream::stream::Stream;
 
-/// Several host slots for one [`BufferGroup`](crate::BufferGroup)'s device side, whose addresses
-/// never change: a whole step's input is written while those of earlier steps are still on their
-/// way.
+/// Several host slots for the members of a layout, and one device side at fixed addresses.
+///
+/// The program writes the input of a step while uploads of earlier steps are still queued.
 ///
 /// The slots are taken strictly in turn.
 ///
@@ -43,16 +43,20 @@ use crate::stream::stream::Stream;
 /// }
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
+#[doc(alias = "double buffer")]
+#[doc(alias = "ring buffer")]
+#[doc(alias = "triple buffer")]
 pub struct GroupRing(GroupStorage);
 
 impl GroupRing {
-    /// A ring of so many host slots, each with every member zeroed, and a zeroed device side. With
-    /// one slot it is a group that waits in [`advance`](Self::advance).
+    /// Makes a ring of `depth` host slots and one device side, all zeroed.
+    ///
+    /// A ring of one slot is a group that waits in [`advance`](Self::advance).
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) for a ring without slots, or of more
-    /// than 65,536; otherwise as for [`BufferGroup::new`](crate::BufferGroup::new).
+    /// [`Error::InvalidGroup`](crate::Error::InvalidGroup) if `depth` is 0 or above 65,536.
+    /// Otherwise as for [`BufferGroup::new`](crate::BufferGroup::new).
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Error, GroupLayoutBuilder, GroupRing};
@@ -69,12 +73,13 @@ impl GroupRing {
         GroupRing::with_options(layout, device, depth, BufferOptions::default())
     }
 
-    /// A ring made as `options` say.
+    /// Makes a ring with the given options.
     ///
     /// # Errors
     ///
     /// As for [`new`](Self::new), and
-    /// [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) where pinning is required.
+    /// [`Error::PinningUnavailable`](crate::Error::PinningUnavailable) if pinning is required and
+    /// fails.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferOptions, Device, Error, GroupLayoutBuilder, GroupRing, Pinning};
@@ -99,14 +104,15 @@ impl GroupRing {
         GroupStorage::new(layout, device, depth, options).map(GroupRing)
     }
 
-    /// Switches to the next host slot. A new ring is at slot 0. The slots are taken strictly in
-    /// turn, and this waits for the copies of the slot that it takes. The slot holds what was
-    /// written to it last.
+    /// Switches to the next host slot. Blocks until the copies of that slot are done.
+    ///
+    /// The slots are taken strictly in turn. A new ring is at slot 0. A slot keeps its contents
+    /// until it is written again.
     ///
     /// # Errors
     ///
-    /// An error of the driver's, which may be that of earlier work. The current slot stays the
-    /// current one.
+    /// An error of the driver. Earlier work may have caused it. On error the current slot does not
+    /// change.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
@@ -126,8 +132,9 @@ impl GroupRing {
         self.0.advance()
     }
 
-    /// [`advance`](Self::advance), or `false` if it would wait: a copy of the next slot is in
-    /// flight.
+    /// Switches to the next host slot, or returns `false` if a copy of that slot is in flight.
+    ///
+    /// Unlike [`advance`](Self::advance), this never blocks.
     ///
     /// # Errors
     ///
@@ -156,7 +163,7 @@ impl GroupRing {
         self.0.try_advance()
     }
 
-    /// A member in the current host slot, to read. Waits for nothing.
+    /// A member in the current host slot, to read. Never blocks.
     ///
     /// # Errors
     ///
@@ -178,7 +185,7 @@ impl GroupRing {
         host(&self.0, key)
     }
 
-    /// A member in the current host slot, to write. Waits for uploads of the member out of this
+    /// A member in the current host slot, to write. Waits for uploads of that member from this
     /// slot.
     ///
     /// # Errors
@@ -205,8 +212,9 @@ impl GroupRing {
         host_mut(&mut self.0, key)
     }
 
-    /// Several members in the current host slot at once:
-    /// [`BufferGroup::members_mut`](crate::BufferGroup::members_mut).
+    /// Several members in the current host slot at once, to write.
+    ///
+    /// See [`BufferGroup::members_mut`](crate::BufferGroup::members_mut).
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
@@ -226,8 +234,9 @@ impl GroupRing {
         MembersMut::new(&mut self.0)
     }
 
-    /// Copies rows of members from the current host slot to the device side:
-    /// [`BufferGroup::copy_to_gpu`](crate::BufferGroup::copy_to_gpu).
+    /// Copies rows of members from the current host slot to the device side on `stream`.
+    ///
+    /// See [`BufferGroup::copy_to_gpu`](crate::BufferGroup::copy_to_gpu).
     ///
     /// # Errors
     ///
@@ -249,11 +258,15 @@ impl GroupRing {
     /// assert_eq!(ring.gpu_on(&stream)?.member(ids)?.as_host_slice(), Some(&[3; 3][..]));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "H2D")]
+    #[doc(alias = "memcpy")]
     pub fn copy_to_gpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
         self.0.copy(Direction::Up, members, stream)
     }
 
-    /// The device sides of all members: [`BufferGroup::gpu_on`](crate::BufferGroup::gpu_on).
+    /// The device sides of all members, for kernels and libraries on `stream`.
+    ///
+    /// See [`BufferGroup::gpu_on`](crate::BufferGroup::gpu_on).
     ///
     /// # Errors
     ///
@@ -268,7 +281,7 @@ impl GroupRing {
     /// let mut ring = GroupRing::new(&builder.build()?, stream.device(), 3)?;
     /// let address = ring.gpu_on(&stream)?.member(ids)?.as_ptr();
     /// ring.advance()?;
-    /// assert_eq!(ring.gpu_on(&stream)?.member(ids)?.as_ptr(), address); // whichever slot is the current one
+    /// assert_eq!(ring.gpu_on(&stream)?.member(ids)?.as_ptr(), address); // for every slot
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GroupView<'_>> {
@@ -282,7 +295,7 @@ impl GroupRing {
         Ok(self.0.gpu_of(member).cast())
     }
 
-    /// Whether nothing that this ring was used for is still running.
+    /// Returns `true` if no work of this ring is pending.
     ///
     /// # Errors
     ///
@@ -306,7 +319,7 @@ impl GroupRing {
         self.0.is_idle()
     }
 
-    /// Waits until [`is_idle`](Self::is_idle), and for nothing else.
+    /// Waits until no work of this ring is pending, and for nothing else.
     ///
     /// # Errors
     ///
@@ -346,7 +359,7 @@ impl GroupRing {
         self.0.depth()
     }
 
-    /// The layout it was made of.
+    /// The layout of the members.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, GroupRing};
@@ -379,7 +392,7 @@ impl GroupRing {
         self.0.device()
     }
 
-    /// Whether the host slots are pinned.
+    /// Returns `true` if the host slots are pinned.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
@@ -391,6 +404,7 @@ impl GroupRing {
     /// println!("{depth} steps can be under way");
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "page-locked")]
     pub fn is_pinned(&self) -> bool {
         self.0.is_pinned()
     }
@@ -398,10 +412,7 @@ impl GroupRing {
 
 impl fmt::Debug for GroupRing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("GroupRing")
-            .field("depth", &self.depth())
-            .field("device", &self.device())
-            .field("pinned", &self.is_pinned())
-            .finish_non_exhaustive()
+        let (depth, device, pinned) = (self.depth(), self.device(), self.is_pinned());
+        write!(f, "GroupRing(depth={depth}, device={device}, pinned={pinned})")
     }
 }

@@ -5,8 +5,8 @@
 //!
 //! | table | the newest submission that | waited for by |
 //! |---|---|---|
-//! | `upload` of a host slot | reads the member's bytes in that slot | writers of these bytes |
-//! | `download` of a host slot | writes the member's bytes in that slot | readers and writers of these bytes |
+//! | `upload` of a host slot | reads the member's bytes in that slot | writers of them |
+//! | `download` of a host slot | writes the member's bytes in that slot | readers and writers of them |
 //! | `latest` | touches the member's bytes in the device side | other streams |
 //!
 //! Stream order puts a submission after the `latest` of each member that it touches, and after the
