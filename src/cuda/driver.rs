@@ -1,4 +1,14 @@
-//! The driver's own functions.
+//! The table of the driver's own functions.
+//!
+//! It holds the functions that the runtime lacks, and those that cost less than the runtime's own.
+//! On an H100 with driver 580:
+//!
+//! - Asking if a stream is in capture takes 21 ns instead of 59 ns.
+//! - Exchanging the capture mode takes 11 ns instead of 47 ns.
+//! - A copy of 4 KB takes 0.1 us less.
+//!
+//! The runtime looks the functions up, so `libcuda` is never linked. Handles are the same in both
+//! ("CUDA Runtime API, Interactions with the CUDA Driver API").
 
 use std::ffi::{CStr, c_void};
 use std::mem;
@@ -10,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::sys;
 use crate::sys::cudaError as Status;
 
-/// The function behind a header's `PFN_` type, which is an `Option`.
+/// The function type inside a `PFN_` type of the headers, which is an `Option`.
 pub(crate) trait Nullable {
     type Function;
 }
@@ -19,8 +29,10 @@ impl<F> Nullable for Option<F> {
     type Function = F;
 }
 
-/// Declares the table of functions: a row for each, with its name here, its versioned type from the
-/// headers, and the name and the version that the driver is asked for.
+/// Declares the table of functions.
+///
+/// A row has the field's name and its versioned type from the headers. Then follow the name and the
+/// version to ask the driver for.
 macro_rules! driver {
     ($(#[$doc:meta])* $($name:ident: $type:ty = entry($symbol:expr, $version:expr);)*) => {
         $(#[$doc])*
@@ -37,10 +49,7 @@ macro_rules! driver {
 }
 
 driver! {
-    /// Functions of the driver that the runtime lacks, or whose namesake in the runtime costs a multiple: asking
-    /// for capture takes 21 ns there and 59 in the runtime, exchanging its mode 11 and 47, a copy of 4 KB 0.1 us less
-    /// (H100, driver 580). The runtime hands them out: `libcuda` is never linked. Handles are the same in both ("CUDA Runtime API,
-    /// Interactions with the CUDA Driver API").
+    /// Functions that every driver since CUDA 12.0 has.
     device_get: sys::PFN_cuDeviceGet_v2000 = entry(c"cuDeviceGet", 2000);
     primary_retain: sys::PFN_cuDevicePrimaryCtxRetain_v7000 = entry(c"cuDevicePrimaryCtxRetain", 7000);
     primary_release: sys::PFN_cuDevicePrimaryCtxRelease_v11000 = entry(c"cuDevicePrimaryCtxRelease", 11000);
@@ -72,7 +81,7 @@ driver! {
 
 static DRIVER: OnceLock<Driver> = OnceLock::new();
 
-/// The table of functions, loaded at its first use.
+/// Returns the table of functions. The first call loads it.
 #[inline]
 pub(crate) fn driver() -> Result<&'static Driver> {
     match DRIVER.get() {
@@ -89,13 +98,15 @@ fn load_driver() -> Result<&'static Driver> {
     Ok(DRIVER.get_or_init(|| driver))
 }
 
-/// The driver's function of this name, in the version of the signature that `F` declares.
+/// Returns the driver's function `name` with the signature `F`, or `None` if the driver lacks it.
+///
+/// `version` is the version of CUDA that `F` is declared for.
 pub(crate) fn entry<F>(name: &CStr, version: u32) -> Result<Option<F>> {
     const { assert!(size_of::<Option<F>>() == size_of::<*mut c_void>()) };
     let mut address = ptr::null_mut();
     let mut found = sys::cudaDriverEntryPointQueryResult(0);
     let flags = u64::from(sys::cudaGetDriverEntryPointFlags::cudaEnableLegacyStream.0);
-    // SAFETY: `name` is NUL-terminated, and the other two are valid places.
+    // SAFETY: `name` ends with a NUL. `address` and `found` are valid places.
     let mut status = unsafe {
         sys::cudaGetDriverEntryPointByVersion(
             name.as_ptr(),
@@ -106,14 +117,15 @@ pub(crate) fn entry<F>(name: &CStr, version: u32) -> Result<Option<F>> {
         )
     };
     if status == Status::SYMBOL_NOT_FOUND {
-        // Runtimes before 12.5. It answers with the newest signature that the runtime's own version
-        // knows, which for these functions is the same one.
+        // Runtimes before 12.5 have this call alone. It returns the newest signature that the
+        // runtime's own version knows. For these functions it is the same one.
         // SAFETY: as above.
         status =
             unsafe { sys::cudaGetDriverEntryPoint(name.as_ptr(), &mut address, flags, &mut found) };
     }
     check(status, "cudaGetDriverEntryPoint")?;
-    // SAFETY: `F` is a C function pointer, by the assertion as large as an address, whose `None` is null;
-    // the driver gave the address for the name and version of `F`'s declaration in its headers.
+    // SAFETY: `F` is a C function pointer, and `None` is null. By the assertion, `Option<F>` is as
+    // large as an address. The driver gave the address for the name and version of `F`'s declaration
+    // in its headers.
     Ok(unsafe { mem::transmute_copy::<*mut c_void, Option<F>>(&address) })
 }

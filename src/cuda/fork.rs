@@ -1,13 +1,17 @@
-//! Whether this process is a forked child of one that used CUDA.
+//! Detects a forked child of a process that used CUDA.
 //!
-//! CUDA does not survive `fork`, and registered memory is not inherited: values made before a fork
-//! must neither be used nor freed in the child. A handler that runs in the child sets a flag, so
-//! that a use costs one load and no system call.
+//! CUDA does not survive `fork`, and a child does not inherit registered memory. The child must
+//! neither use nor free values that were made before the fork. A handler that runs in the child sets
+//! a flag. So a check costs one load and no system call.
 //!
-//! Measured with a driver of CUDA 13.0: after `cuInit` has succeeded, and be it for
-//! `cudaGetDeviceCount` alone, it fails in the child (3). After it has failed it may crash the
-//! child. So the child of a process in which CUDA never worked does not ask again: it inherits the
-//! status. Asking the driver for its version initializes nothing.
+//! Seen with a driver of CUDA 13.0:
+//!
+//! - If `cuInit` succeeded in the parent, it fails in the child with status 3. A call of
+//!   `cudaGetDeviceCount` in the parent is enough for that.
+//! - If `cuInit` failed in the parent, it may crash the child.
+//! - Asking the driver for its version initializes nothing.
+//!
+//! So the child of a process in which CUDA never worked does not ask again. It inherits the reason.
 
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
@@ -15,27 +19,29 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 use crate::error::{Error, Result};
 
 static FORKED: AtomicBool = AtomicBool::new(false);
-/// Whether the first question to CUDA has ever been answered with a device.
+/// Set once the first question to CUDA has found a device.
 static WORKED: AtomicBool = AtomicBool::new(false);
-/// How many threads are asking right now.
+/// The number of threads inside [`ask`].
 static ASKING: AtomicU32 = AtomicU32::new(0);
-/// Why the first question last failed in this process, and in the one that it was forked from.
+/// Why the first question last failed in this process.
 static FAILED: AtomicPtr<Failure> = AtomicPtr::new(ptr::null_mut());
+/// Why it last failed in the process that this one was forked from.
 static INHERITED: AtomicPtr<Failure> = AtomicPtr::new(ptr::null_mut());
 
-/// Never freed, since a child may be reading it.
+/// A reason that is never freed, because a child may be reading it.
 struct Failure {
     reason: String,
-    /// The one before, which a leak detector finds by this.
+    /// Keeps the failure before this one reachable for a leak detector.
     _before: *mut Failure,
 }
 
-/// Asks the first question to CUDA, whose answer decides about children forked from now on. An
-/// error has its whole text when the question returns: a child makes no call for it.
+/// Asks CUDA the first question. Its result decides how children behave that are forked later.
+///
+/// `question` must return errors with their whole text. A child makes no call to complete it.
 pub(crate) fn ask<T>(question: impl FnOnce() -> Result<T>) -> Result<T> {
     refuse_heir()?;
     watch()?;
-    // A child that is forked meanwhile cannot know how far the question came.
+    // A child that is forked meanwhile cannot know how far the question got.
     ASKING.fetch_add(1, Ordering::SeqCst);
     let answer = question();
     match &answer {
@@ -49,15 +55,15 @@ pub(crate) fn ask<T>(question: impl FnOnce() -> Result<T>) -> Result<T> {
 
 fn remember(reason: &str) {
     let before = FAILED.load(Ordering::SeqCst);
-    // SAFETY: null, or a failure that was leaked below.
+    // SAFETY: `before` is null, or a failure that was leaked below.
     if unsafe { before.as_ref() }.is_none_or(|known| known.reason != reason) {
-        // The same reason is not leaked again.
+        // The same reason is not leaked twice in a row.
         let failure = Failure { reason: reason.into(), _before: before };
         FAILED.store(Box::leak(Box::new(failure)), Ordering::SeqCst);
     }
 }
 
-/// Called before the first use of CUDA.
+/// Registers the handler for children. Must run before the first use of CUDA.
 #[cfg(unix)]
 fn watch() -> Result<()> {
     extern "C" fn in_child() {
@@ -69,13 +75,13 @@ fn watch() -> Result<()> {
         }
     }
 
-    // Not a lock, which a child could find held. A handler that is registered twice does no harm.
+    // A child could find a lock held, so this is a flag. Registering the handler twice does no harm.
     static WATCHED: AtomicBool = AtomicBool::new(false);
     if WATCHED.load(Ordering::SeqCst) {
         return Ok(());
     }
-    // SAFETY: the handler only loads and stores atomics, which is async-signal-safe, and it lives
-    // as long as the program.
+    // SAFETY: the handler only loads and stores atomics, which is async-signal-safe. It lives as
+    // long as the program.
     match unsafe { libc::pthread_atfork(None, None, Some(in_child)) } {
         0 => WATCHED.store(true, Ordering::SeqCst),
         _ => {
@@ -91,12 +97,13 @@ fn watch() -> Result<()> {
     Ok(())
 }
 
-/// In the child of a process that had used CUDA before it forked.
+/// Returns `true` in the child of a process that had used CUDA before it forked.
 #[inline]
 pub(crate) fn forked() -> bool {
     FORKED.load(Ordering::Relaxed)
 }
 
+/// Returns [`Error::Forked`] if this process is [`forked`].
 #[inline]
 pub(crate) fn refuse_child() -> Result<()> {
     match forked() {
@@ -105,11 +112,12 @@ pub(crate) fn refuse_child() -> Result<()> {
     }
 }
 
-/// [`refuse_child`], also in a child of a process in which CUDA never worked, whose reason it
-/// returns. It takes no lock, and makes no call.
+/// Like [`refuse_child`], and also refuses a child that inherited a failure of CUDA.
+///
+/// The error has the parent's reason. This takes no lock and makes no call.
 pub(crate) fn refuse_heir() -> Result<()> {
     refuse_child()?;
-    // SAFETY: null, or a failure that `remember` leaked in the parent.
+    // SAFETY: the pointer is null, or a failure that `remember` leaked in the parent.
     match unsafe { INHERITED.load(Ordering::Relaxed).as_ref() } {
         None => Ok(()),
         Some(failure) => Err(Error::Unavailable { reason: failure.reason.clone() }),

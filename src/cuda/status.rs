@@ -1,25 +1,27 @@
-//! Statuses of CUDA as results.
+//! Turns statuses of CUDA into results.
 //!
-//! A status that is not success clears the runtime's last error. Otherwise the next check of another
-//! library in this process would report it.
+//! A status other than success also clears the runtime's last error. Otherwise another library in
+//! this process would report it at its next check.
 
 use crate::error::{Error, Result};
 use crate::sys;
 use crate::sys::cudaError as Status;
 
-/// Turns a status of the runtime's into a result.
+/// Turns a status of the runtime into a result.
 #[inline]
 pub(crate) fn check(status: sys::cudaError_t, call: &'static str) -> Result<()> {
     match status {
         Status::cudaSuccess => Ok(()),
         code => {
-            // SAFETY: it has no arguments. Its status is the one in hand, or that of an earlier call.
+            // Its result is `code` or the status of an earlier call, so it is ignored.
+            // SAFETY: the call takes no arguments.
             let _ = unsafe { sys::cudaGetLastError() };
             Err(failed(code, call))
         }
     }
 }
 
+/// Makes the error of a call that failed.
 #[cold]
 pub(crate) fn failed(code: sys::cudaError_t, call: &'static str) -> Error {
     match code {
@@ -28,7 +30,7 @@ pub(crate) fn failed(code: sys::cudaError_t, call: &'static str) -> Error {
     }
 }
 
-/// Turns a result that may say "not ready" into whether it was success.
+/// Returns `true` for success and `false` for "not ready".
 pub(crate) fn ready(result: Result<()>) -> Result<bool> {
     match result {
         Ok(()) => Ok(true),
@@ -37,8 +39,10 @@ pub(crate) fn ready(result: Result<()>) -> Result<bool> {
     }
 }
 
-/// Turns a status of the driver's into a result. They have the numbers of the runtime's (since CUDA 10.1),
-/// and leave the runtime's last error alone.
+/// Turns a status of the driver into a result.
+///
+/// Since CUDA 10.1 the runtime uses the same numbers. The driver does not set the runtime's last
+/// error.
 #[inline]
 pub(crate) fn check_driver(status: sys::CUresult, call: &'static str) -> Result<()> {
     match status {
