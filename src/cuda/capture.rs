@@ -1,10 +1,10 @@
-//! Calls that leave the captures of other threads alone.
+//! Keeps calls from ending the stream captures of other threads.
 
 use crate::cuda::driver::driver;
 use crate::cuda::status::check_driver;
 use crate::sys;
 
-/// This thread's calls do not end another thread's capture while this lives.
+/// While this lives, calls of this thread do not end another thread's capture.
 pub(crate) struct RelaxedCapture(sys::CUstreamCaptureMode);
 
 const RELAXED: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -23,11 +23,13 @@ impl Drop for RelaxedCapture {
     }
 }
 
-/// Sets this thread's mode and gives back the one before. Should that fail, which leaves the mode as it is, the
-/// answer is the mode that was asked for: there is nothing to put back.
+/// Sets this thread's capture mode and returns the one before.
+///
+/// If the driver refuses, the mode is unchanged and nothing must be restored. This then returns the
+/// requested mode.
 fn exchange_capture_mode(mut mode: sys::CUstreamCaptureMode) -> sys::CUstreamCaptureMode {
     if let Ok(driver) = driver() {
-        // SAFETY: `mode` is a valid mode, and a place for the previous one.
+        // SAFETY: `mode` holds a valid mode and is a valid place for the previous one.
         let status = unsafe { (driver.exchange_capture_mode)(&mut mode) };
         let _ = check_driver(status, "cuThreadExchangeStreamCaptureMode");
     }

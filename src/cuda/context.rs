@@ -1,9 +1,10 @@
 //! The context behind a CUDA device.
 //!
-//! The first use of a CUDA device retains its primary context, which the runtime and every other
-//! library in the process share. It also loads the kernels. Loading waits for the whole device, so
-//! it must not happen at the first fill: the device may be held up by work that depends on the
-//! caller. A context stays for the life of the process.
+//! The first use of a CUDA device retains its primary context. The runtime and every other library
+//! in the process share this context. It stays for the life of the process.
+//!
+//! The first use also loads the kernels. Loading waits for the whole device, so it must not happen at
+//! the first fill. By then the device may be held up by work that depends on the caller.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,20 +14,20 @@ use crate::cuda::kernels::Kernels;
 use crate::error::Result;
 use crate::sys;
 
-/// A CUDA device in use: its primary context, and the kernels loaded into it.
+/// The primary context of a CUDA device and the kernels loaded into it.
 pub(crate) struct Context {
     handle: sys::CUcontext,
     pub(crate) kernels: Kernels,
     keeps_memory: AtomicBool,
 }
-// SAFETY: a context may be used from any thread, and by several at once ("CUDA Driver API, Context
-// Management"); the handles are never changed.
+// SAFETY: any thread may use a context, and several may at once ("CUDA Driver API, Context
+// Management"). The handles never change.
 unsafe impl Send for Context {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Context {}
 
 impl Context {
-    /// Makes the context this thread's current one while the answer lives.
+    /// Makes the context current for this thread until the result is dropped.
     #[inline]
     pub(crate) fn enter(&self) -> Result<calls::context::Entered> {
         fork::refuse_child()?;
@@ -34,7 +35,9 @@ impl Context {
         unsafe { calls::context::enter(self.handle) }
     }
 
-    /// Makes the context current where it is not: enough where nothing makes another one current meanwhile.
+    /// Like [`enter`](Self::enter), but makes no call if the context is current already.
+    ///
+    /// It suffices if nothing makes another context current meanwhile.
     #[inline]
     pub(crate) fn ensure_current(&self) -> Result<Option<calls::context::Entered>> {
         fork::refuse_child()?;
@@ -44,11 +47,12 @@ impl Context {
         }
     }
 
-    /// Keeps the driver's chunk of device memory, from which it cuts small allocations, by one that
-    /// is never freed. Without it, a lone small allocation makes and releases a chunk. The context
-    /// is current.
+    /// Keeps the chunk of device memory that the driver cuts small allocations from.
+    ///
+    /// One small allocation that is never freed keeps it. Without it, a lone small allocation makes
+    /// and releases a chunk. The context must be current.
     pub(crate) fn keep_memory(&self) {
-        // Most calls find it set, and write nothing.
+        // Most calls find the flag set and write nothing.
         if self.keeps_memory.load(Ordering::Relaxed)
             || self.keeps_memory.swap(true, Ordering::Relaxed)
         {
@@ -60,14 +64,15 @@ impl Context {
     }
 }
 
+/// Retains the primary context of a device and loads the kernels into it.
 pub(crate) fn make(ordinal: u32) -> Result<Context> {
     let handle = calls::context::retain_primary(ordinal)?;
-    // SAFETY: the line above retained it.
+    // SAFETY: the line above retained the context.
     let kernels = unsafe { calls::context::enter(handle) }.and_then(|_current| Kernels::load());
     match kernels {
         Ok(kernels) => Ok(Context { handle, kernels, keeps_memory: AtomicBool::new(false) }),
         Err(error) => {
-            // What went wrong first is what the caller should hear.
+            // The caller gets the first error.
             let _ = calls::context::release_primary(ordinal);
             Err(error)
         }

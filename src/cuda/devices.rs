@@ -1,4 +1,4 @@
-//! The CUDA devices of this machine, and the reasons why one cannot be used.
+//! The CUDA devices of this machine, and the reasons why one is unusable.
 
 use std::str::FromStr;
 use std::sync::{Mutex, OnceLock};
@@ -11,7 +11,9 @@ use crate::error::{Error, Result};
 use crate::sys;
 
 impl Device {
-    /// The first CUDA device that can be used, or else [`Device::Cpu`]. Never fails and never panics.
+    /// Returns the first usable CUDA device, or [`Device::Cpu`] if there is none.
+    ///
+    /// Never fails and never panics.
     ///
     /// ```
     /// use cpu_gpu_buffer::Device;
@@ -24,11 +26,12 @@ impl Device {
             .map_or(Device::Cpu, Device::Cuda)
     }
 
-    /// The CUDA device of this ordinal.
+    /// Returns the CUDA device with this ordinal.
     ///
     /// # Errors
     ///
-    /// [`Error::Unavailable`] says why it cannot be used: no library, no driver, no such device.
+    /// [`Error::Unavailable`] says why the device is unusable. Its reason may be a missing library, a
+    /// missing driver or a missing device.
     ///
     /// ```
     /// use cpu_gpu_buffer::Device;
@@ -42,7 +45,7 @@ impl Device {
         context(ordinal).map(|_| Device::Cuda(ordinal))
     }
 
-    /// The number of CUDA devices; 0 where CUDA cannot be used.
+    /// Returns the number of CUDA devices, or 0 if CUDA is unusable.
     ///
     /// ```
     /// println!("{} CUDA devices", cpu_gpu_buffer::Device::cuda_count());
@@ -69,14 +72,14 @@ impl FromStr for Device {
     }
 }
 
-/// The context of a device, made by the first call that succeeds.
+/// Returns the context of a device. The first call that succeeds makes it.
 pub(crate) fn context(ordinal: u32) -> Result<&'static Context> {
     fork::refuse_heir()?;
     let cell = context_cell(ordinal)?;
     if let Some(context) = cell.made.get() {
         return Ok(context);
     }
-    // Making a context may wait for its device, and for no other.
+    // Each device has its own lock, because making a context may wait for the device.
     let _making = cell.making.lock().unwrap_or_else(|poison| poison.into_inner());
     if let Some(context) = cell.made.get() {
         return Ok(context);
@@ -90,14 +93,17 @@ pub(crate) fn context(ordinal: u32) -> Result<&'static Context> {
     Ok(cell.made.get_or_init(|| made))
 }
 
-/// Waits for everything that was sent to any device of this process, by whomever: pinned memory serves them all. Devices
-/// that nobody uses have no primary context, and get none. Ends captures: see [`calls::context::synchronize`].
+/// Waits for all work that this process sent to any device.
+///
+/// Work of other libraries counts too, because every device can reach pinned memory. A device
+/// without a primary context is unused and gets none. Captures end as in
+/// [`calls::context::synchronize`].
 #[cfg(feature = "dlpack")]
 pub(crate) fn synchronize_all() -> Result<()> {
     for ordinal in 0..count()? as u32 {
         if calls::context::has_primary(ordinal)? {
             let handle = calls::context::retain_primary(ordinal)?;
-            // SAFETY: retained above, and released below.
+            // SAFETY: the context was retained above and is released below.
             let waited = unsafe { calls::context::enter(handle) }
                 .and_then(|_current| calls::context::synchronize());
             let released = calls::context::release_primary(ordinal);
@@ -107,7 +113,7 @@ pub(crate) fn synchronize_all() -> Result<()> {
     Ok(())
 }
 
-/// Where a device's context is kept.
+/// Keeps the context of a device.
 #[derive(Default)]
 struct ContextCell {
     made: OnceLock<Context>,
@@ -121,7 +127,7 @@ fn context_cell(ordinal: u32) -> Result<&'static ContextCell> {
     if let Some(cell) = cells().get(index) {
         return Ok(cell);
     }
-    // Not under the lock, which a child that is forked meanwhile would find held.
+    // The lock is free during this call. A child that is forked meanwhile would find it held.
     let devices = count()?;
     if index >= devices {
         return Err(Error::Unavailable {
@@ -138,7 +144,7 @@ fn context_cell(ordinal: u32) -> Result<&'static ContextCell> {
     Ok(cells[index])
 }
 
-/// The number of CUDA devices, or why there is none.
+/// Returns the number of CUDA devices, or why there is none.
 fn count() -> Result<usize> {
     let call = "cudaGetDeviceCount";
     let counted = || match calls::context::device_count()? {
@@ -156,7 +162,7 @@ fn count() -> Result<usize> {
     })
 }
 
-/// Why there is no device, by the status that says so.
+/// Returns why there is no device, according to the status `code`.
 fn reason(code: sys::cudaError_t, error: &Error) -> Result<String> {
     match code {
         sys::cudaError::cudaErrorNoDevice => {
@@ -167,13 +173,15 @@ fn reason(code: sys::cudaError_t, error: &Error) -> Result<String> {
     }
 }
 
-/// The variable that hides devices, if it is set: an empty one hides all.
+/// Names the variable that hides devices, if it is set. An empty value hides all.
 fn visible_devices() -> String {
     let name = "CUDA_VISIBLE_DEVICES";
     std::env::var_os(name).map_or_else(String::new, |value| format!("; {name} is {value:?}"))
 }
 
-/// Why the runtime returns `cudaErrorInsufficientDriver`, which it does without a driver, too.
+/// Returns why the runtime reports `cudaErrorInsufficientDriver`.
+///
+/// The runtime reports it without a driver, too.
 fn insufficient_driver() -> Result<String> {
     let version = |version: i32| format!("CUDA {}.{}", version / 1000, version % 1000 / 10);
     let (runtime, passed_over) = match sys::runtime() {

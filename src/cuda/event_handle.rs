@@ -1,4 +1,4 @@
-//! An event of the runtime, owned.
+//! An owned event of the runtime.
 
 use bitflags::bitflags;
 
@@ -9,29 +9,29 @@ use crate::error::Result;
 use crate::sys;
 
 bitflags! {
-    /// How an event is made: `cudaEventCreateWithFlags`.
+    /// Flags of `cudaEventCreateWithFlags`.
     #[derive(Clone, Copy, PartialEq, Eq)]
     pub(crate) struct EventFlags: u32 {
         /// Waiting for the event yields the thread instead of spinning.
         const BLOCKING_SYNC = sys::cudaEventBlockingSync;
-        /// The event takes no time stamp, which makes it cheaper.
+        /// The event takes no time stamp and is cheaper.
         const DISABLE_TIMING = sys::cudaEventDisableTiming;
     }
 }
 
-/// An event of the runtime's, destroyed with the value.
+/// An event of the runtime that is destroyed with this value.
 pub(crate) struct EventHandle {
     raw: sys::cudaEvent_t,
     context: &'static Context,
 }
 
-// SAFETY: the runtime's events may be used from any thread, by several at once.
+// SAFETY: any thread may use an event of the runtime, and several may at once.
 unsafe impl Send for EventHandle {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for EventHandle {}
 
 impl EventHandle {
-    /// A new event of `context`, which is current.
+    /// Makes an event of `context`, which must be current.
     pub(crate) fn new(context: &'static Context, flags: EventFlags) -> Result<EventHandle> {
         let raw = calls::event::create(flags.bits())?;
         Ok(EventHandle { raw, context })
@@ -41,23 +41,25 @@ impl EventHandle {
         self.raw
     }
 
+    /// Returns `true` if the event is complete.
     pub(crate) fn is_complete(&self) -> Result<bool> {
-        // Its own context: another one might answer with an error of its own.
+        // In another context the query could return an error of that context.
         let _current = self.context.ensure_current()?;
-        // SAFETY: the event is destroyed with the value, not before.
+        // SAFETY: the event lives as long as this value.
         unsafe { calls::event::query(self.raw) }
     }
 
+    /// Waits for the event.
     pub(crate) fn synchronize(&self) -> Result<()> {
         let _current = self.context.ensure_current()?;
         // SAFETY: as above.
         unsafe { calls::event::synchronize(self.raw) }
     }
 
-    /// Milliseconds since `earlier`, an event of the same device.
+    /// Returns the milliseconds since `earlier`, an event of the same device.
     pub(crate) fn since(&self, earlier: &EventHandle) -> Result<f32> {
         let _current = self.context.ensure_current()?;
-        // SAFETY: both are live, and of one device.
+        // SAFETY: both events are live and of one device.
         unsafe { calls::event::elapsed(earlier.raw, self.raw) }
     }
 }
@@ -67,13 +69,13 @@ impl Drop for EventHandle {
         if fork::forked() {
             return;
         }
-        // Its own context: a broken one would refuse to destroy the event. The handle says enough,
-        // should the context not be had.
+        // Another context may be broken and refuse to destroy the event. If this context
+        // cannot be entered, the handle alone is enough.
         let _current = self.context.ensure_current();
-        // SAFETY: the value owns the event, and this is its end. An event may be destroyed before it
-        // has finished (CUDA Runtime API, `cudaEventDestroy`).
+        // SAFETY: this value owns the event, and nothing uses it later. An event may be destroyed
+        // before it is complete ("CUDA Runtime API, `cudaEventDestroy`").
         let destroyed = unsafe { calls::event::destroy(self.raw) };
-        // Nobody could act on the error, and there is nothing left to give back.
+        // No caller could act on the error, and nothing is left to release.
         let _ = destroyed;
     }
 }

@@ -1,19 +1,23 @@
-//! The kernels of this crate, loaded into a context when its device is first used: loading waits for the device,
-//! so that it is not left to the first fill, which may come while work is held up.
+//! The kernels of this crate.
+//!
+//! They are loaded at the first use of a device. The module [`context`](crate::cuda::context) says
+//! why.
 
 use crate::cuda::calls;
 use crate::error::{Error, Result};
 use crate::sys;
 
-/// Made by `build.rs` from `kernels/kernels.cu`, or committed.
+/// The fat binary of the kernels, committed or made by `build.rs` from `kernels/kernels.cu`.
 pub(crate) static IMAGE: &Aligned<[u8]> =
     &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
 
-/// As nvcc aligns the images that it embeds, and more.
+/// Aligns an image at least as much as nvcc aligns those that it embeds.
 #[repr(C, align(16))]
 pub(crate) struct Aligned<Bytes: ?Sized>(pub(crate) Bytes);
 
-/// The same source as PTX that every driver since CUDA 12.0's compiles, for one that refuses the image.
+/// The same source as PTX, for a driver that refuses the image.
+///
+/// Every driver since CUDA 12.0 compiles it.
 pub(crate) static PTX: &str = concat!(include_str!("../../kernels/kernels.ptx"), "\0");
 
 /// The kernels, loaded into a context for the life of the process.
@@ -29,16 +33,18 @@ pub(crate) struct Kernels {
 impl Kernels {
     /// Loads the kernels into the current context.
     pub(crate) fn load() -> Result<Kernels> {
-        // SAFETY: a whole fat binary.
+        // SAFETY: `IMAGE` is a whole fat binary.
         let image = unsafe { Kernels::of(&IMAGE.0) };
-        // What the image was refused for is the better reason: the PTX is the second choice.
-        // SAFETY: PTX that ends with a NUL.
+        // If both fail, the error of the image is returned, because the PTX is the second choice.
+        // SAFETY: `PTX` is PTX that ends with a NUL.
         image.or_else(|refused| unsafe { Kernels::of(PTX.as_bytes()) }.map_err(|_| refused))
     }
 
+    /// Loads the kernels of `image` into the current context.
+    ///
     /// # Safety
     ///
-    /// As for [`calls::module::load`].
+    /// The conditions of [`calls::module::load`] hold.
     pub(crate) unsafe fn of(image: &[u8]) -> Result<Kernels> {
         // SAFETY: the caller vouches for the image.
         let module = unsafe { calls::module::load(image) }?;
@@ -55,7 +61,7 @@ impl Kernels {
             })
         };
         load().inspect_err(|_: &Error| {
-            // SAFETY: loaded above, and nothing of it was launched.
+            // SAFETY: the module was loaded above, and none of its kernels was launched.
             let _ = unsafe { calls::module::unload(module) };
         })
     }

@@ -1,3 +1,5 @@
+//! CUDA's driver and runtime: devices, contexts, events and kernels.
+
 pub(crate) mod calls;
 pub(crate) mod capture;
 pub(crate) mod context;
