@@ -3,8 +3,8 @@
 //! The first use of a CUDA device retains its primary context. The runtime and every other library
 //! in the process share this context. It stays for the life of the process.
 //!
-//! The first use also loads the kernels. Loading waits for the whole device, so it must not happen at
-//! the first fill. By then the device may be held up by work that depends on the caller.
+//! The first use also loads the kernels. Loading waits for the whole device, so it must not happen
+//! at the first fill. By then the device may be held up by work that depends on the caller.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -30,8 +30,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`Error::Unavailable`] says why the device is unusable. Its reason may be a missing library, a
-    /// missing driver or a missing device.
+    /// [`Error::Unavailable`] says why the device is unusable. The library, the driver or the device
+    /// may be missing.
     ///
     /// ```
     /// use cpu_gpu_buffer::Device;

@@ -125,7 +125,7 @@ pub(crate) fn entry<F>(name: &CStr, version: u32) -> Result<Option<F>> {
     }
     check(status, "cudaGetDriverEntryPoint")?;
     // SAFETY: `F` is a C function pointer, and `None` is null. By the assertion, `Option<F>` is as
-    // large as an address. The driver gave the address for the name and version of `F`'s declaration
-    // in its headers.
+    // large as an address. The driver gave the address for the name and version of `F`'s
+    // declaration in its headers.
     Ok(unsafe { mem::transmute_copy::<*mut c_void, Option<F>>(&address) })
 }

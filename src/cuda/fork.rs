@@ -1,8 +1,8 @@
 //! Detects a forked child of a process that used CUDA.
 //!
 //! CUDA does not survive `fork`, and a child does not inherit registered memory. The child must
-//! neither use nor free values that were made before the fork. A handler that runs in the child sets
-//! a flag. So a check costs one load and no system call.
+//! neither use nor free values that were made before the fork. A handler that runs in the child
+//! sets a flag. So a check costs one load and no system call.
 //!
 //! Seen with a driver of CUDA 13.0:
 //!
@@ -75,7 +75,8 @@ fn watch() -> Result<()> {
         }
     }
 
-    // A child could find a lock held, so this is a flag. Registering the handler twice does no harm.
+    // A child could find a lock held, so this is a flag. Registering the handler twice does no
+    // harm.
     static WATCHED: AtomicBool = AtomicBool::new(false);
     if WATCHED.load(Ordering::SeqCst) {
         return Ok(());

@@ -4,8 +4,8 @@
 //! kernel costs 3.9 us (H100, driver 580). The gain needs an unchanged grid.
 //!
 //! An executable graph runs once at a time. Each launch waits for the one before, even on another
-//! stream ("CUDA Driver API, `cuGraphLaunch`"). So each stream handle has its own graph. Launches on
-//! one stream follow each other anyway.
+//! stream ("CUDA Driver API, `cuGraphLaunch`"). So each stream handle has its own graph. Launches
+//! on one stream follow each other anyway.
 
 use std::ffi::c_void;
 use std::mem;
@@ -25,8 +25,8 @@ pub(crate) struct KernelGraph {
     context: &'static Context,
 }
 
-// SAFETY: any thread may use a graph, one at a time ("CUDA Driver API, Graph object thread safety").
-// Every use needs an exclusive reference.
+// SAFETY: any thread may use a graph, one at a time ("CUDA Driver API, Graph object thread
+// safety"). Every use needs an exclusive reference.
 unsafe impl Send for KernelGraph {}
 
 impl KernelGraph {
@@ -51,8 +51,8 @@ impl KernelGraph {
             context,
         };
         let node = calls::graph::kernel_node(kernel, grid, threads, parameters);
-        // SAFETY: the graph was just made. The current context is the kernel's. The caller vouches for
-        // the parameters.
+        // SAFETY: the graph was just made. The current context is the kernel's. The caller vouches
+        // for the parameters.
         graph.node = unsafe { calls::graph::add_kernel(graph.graph, &node) }?;
         // SAFETY: as above.
         graph.exec = unsafe { calls::graph::instantiate(graph.graph) }?;
@@ -85,8 +85,8 @@ impl KernelGraph {
     /// - The conditions of [`calls::module::launch`] hold for this kernel and these parameters.
     /// - `stream` is the one that the graph was made for.
     pub(crate) unsafe fn launch(&mut self, stream: sys::cudaStream_t) -> Result<()> {
-        // SAFETY: the exclusive reference keeps other threads out. The caller vouches for the work of
-        // the kernel.
+        // SAFETY: the exclusive reference keeps other threads out. The caller vouches for the work
+        // of the kernel.
         unsafe { calls::graph::launch(self.exec, stream) }
     }
 }
@@ -107,8 +107,8 @@ pub(crate) enum StreamGraph {
 impl StreamGraph {
     /// Returns the graph for a launch, if there is one.
     ///
-    /// The second launch calls `make` for it. If that fails, launches do without. A graph only makes
-    /// them cheaper.
+    /// The second launch calls `make` for it. If that fails, launches do without. A graph only
+    /// makes them cheaper.
     pub(crate) fn for_launch(
         &mut self,
         make: impl FnOnce() -> Result<KernelGraph>,

@@ -1,4 +1,4 @@
-//! Devices and contexts.
+//! Calls on devices and contexts.
 
 use std::ffi::c_int;
 use std::marker::PhantomData;
@@ -17,7 +17,7 @@ use crate::sys;
 #[cfg(feature = "dlpack")]
 use crate::sys::cudaError as Status;
 
-/// The number of CUDA devices.
+/// Returns the number of CUDA devices.
 pub(crate) fn device_count() -> Result<usize> {
     let mut count = 0;
     // SAFETY: `count` is a valid place for an int.
@@ -26,7 +26,9 @@ pub(crate) fn device_count() -> Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
-/// The newest version of CUDA that the driver takes, 13000 for 13.0; 0 where there is no driver.
+/// Returns the newest version of CUDA that the driver supports, or 0 without a driver.
+///
+/// Version 13.0 is 13000.
 pub(crate) fn driver_version() -> Result<i32> {
     let mut version = 0;
     // SAFETY: `version` is a valid place for an int.
@@ -35,11 +37,13 @@ pub(crate) fn driver_version() -> Result<i32> {
     Ok(version)
 }
 
-/// Creates the device's primary context if there is none yet, and keeps it from being destroyed.
+/// Retains the primary context of a device, so that it is not destroyed.
+///
+/// Creates the context if there is none yet.
 pub(crate) fn retain_primary(ordinal: u32) -> Result<sys::CUcontext> {
     let driver = driver()?;
     let mut device = 0;
-    // SAFETY: `device` is a valid place; an ordinal out of range is a status.
+    // SAFETY: `device` is a valid place. An ordinal out of range returns an error status.
     let status = unsafe { (driver.device_get)(&mut device, ordinal as c_int) };
     check_driver(status, "cuDeviceGet")?;
     let mut context = ptr::null_mut();
@@ -49,19 +53,21 @@ pub(crate) fn retain_primary(ordinal: u32) -> Result<sys::CUcontext> {
     Ok(context)
 }
 
-/// Takes one [`retain_primary`] back.
+/// Undoes one [`retain_primary`].
 pub(crate) fn release_primary(ordinal: u32) -> Result<()> {
     let driver = driver()?;
     let mut device = 0;
     // SAFETY: as in `retain_primary`.
     let status = unsafe { (driver.device_get)(&mut device, ordinal as c_int) };
     check_driver(status, "cuDeviceGet")?;
-    // SAFETY: the caller retained this device's primary context, and uses it no more.
+    // SAFETY: the caller retained this device's primary context and no longer uses it.
     check_driver(unsafe { (driver.primary_release)(device) }, "cuDevicePrimaryCtxRelease")
 }
 
-/// This thread's current context, or null. Where there is none, most calls of the runtime make one: that of
-/// device 0, whatever device their arguments belong to; and most of the driver's fail.
+/// Returns this thread's current context, or null.
+///
+/// Without one, most calls of the driver fail. Most calls of the runtime then make the context of
+/// device 0 current, even if their arguments belong to another device.
 #[inline]
 pub(crate) fn current() -> Result<sys::CUcontext> {
     let mut context = ptr::null_mut();
@@ -71,17 +77,18 @@ pub(crate) fn current() -> Result<sys::CUcontext> {
     Ok(context)
 }
 
-/// A context is this thread's current one while this lives; the one before comes back after.
+/// Keeps a context current for this thread. Dropping it restores the one before.
 pub(crate) struct Entered {
     driver: &'static Driver,
-    // It belongs to the thread whose context it put aside.
+    // Only the thread that pushed the context may pop it.
     not_send: PhantomData<*const ()>,
 }
 
-/// Makes `context` current.
+/// Makes `context` current until the result is dropped.
 ///
-/// `cudaSetDevice` there and back would do for most callers, but creates a context on device 0 in a
-/// thread that never chose a device, and replaces a context that is not its device's primary one.
+/// Setting the device with `cudaSetDevice` and setting it back would do for most callers. But that
+/// creates a context on device 0 in a thread that never chose a device. It also replaces a context
+/// that is not the primary one of its device.
 ///
 /// # Safety
 ///
@@ -96,51 +103,54 @@ pub(crate) unsafe fn enter(context: sys::CUcontext) -> Result<Entered> {
 impl Drop for Entered {
     fn drop(&mut self) {
         let mut popped = ptr::null_mut();
-        // SAFETY: `popped` is a valid place, and what is popped is what `enter` pushed: this value does
-        // not leave the thread, and its uses in this crate end in the reverse order of their beginnings.
+        // SAFETY: `popped` is a valid place. This value does not leave its thread, and its uses in
+        // this crate end in the reverse order of their beginnings. So the call pops the context
+        // that `enter` pushed.
         let status = unsafe { (self.driver.pop)(&mut popped) };
         let _ = check_driver(status, "cuCtxPopCurrent");
     }
 }
 
-/// Free and total bytes of the current device.
+/// Returns the free and the total bytes of the current device.
 pub(crate) fn memory_info() -> Result<(usize, usize)> {
     let (mut free, mut total) = (0, 0);
-    // SAFETY: both are valid places.
+    // SAFETY: `free` and `total` are valid places.
     let status = unsafe { sys::cudaMemGetInfo(&mut free, &mut total) };
     check(status, "cudaMemGetInfo")?;
     Ok((free, total))
 }
 
-/// Whether the device has a primary context.
+/// Returns `true` if the device has a primary context.
 #[cfg(feature = "dlpack")]
 pub(crate) fn has_primary(ordinal: u32) -> Result<bool> {
     let device_get = driver()?.device_get;
     let mut device = 0;
-    // SAFETY: `device` is a valid place; an ordinal out of range is a status.
+    // SAFETY: `device` is a valid place. An ordinal out of range returns an error status.
     let status = unsafe { device_get(&mut device, ordinal as c_int) };
     check_driver(status, "cuDeviceGet")?;
-    // Asked seldom, and so looked for each time.
+    // Calls are rare, so each one looks the function up.
     let get_state: sys::PFN_cuDevicePrimaryCtxGetState_v7000 =
         entry(c"cuDevicePrimaryCtxGetState", 7000)?;
     let get_state = get_state.ok_or_else(|| Error::Unavailable {
         reason: "the driver lacks cuDevicePrimaryCtxGetState, which CUDA 12.0 has".into(),
     })?;
     let (mut flags, mut active) = (0, 0);
-    // SAFETY: both are valid places, and the driver just gave `device`.
+    // SAFETY: `flags` and `active` are valid places, and the driver just gave `device`.
     let status = unsafe { get_state(device, &mut flags, &mut active) };
     check_driver(status, "cuDevicePrimaryCtxGetState")?;
     Ok(active != 0)
 }
 
-/// Waits for everything that was sent to the current context. Ends each capture of a stream there, whatever its mode and
-/// this thread's: a context that encompasses a capture cannot be waited for ("CUDA C++ Programming Guide, Prohibited and
-/// Unhandled Operations"; seen with CUDA 13.0 on an H100).
+/// Waits for all work that was sent to the current context.
+///
+/// Ends each capture of a stream there, regardless of its mode and of this thread's mode. Waiting
+/// for a context that encompasses a capture is prohibited ("CUDA C++ Programming Guide, Prohibited
+/// and Unhandled Operations"). This was seen with CUDA 13.0 on an H100.
 #[cfg(feature = "dlpack")]
 pub(crate) fn synchronize() -> Result<()> {
-    // Captures elsewhere have nothing to do with it.
+    // Captures in other contexts must not end.
     let _relaxed = RelaxedCapture::begin();
-    // SAFETY: no arguments.
+    // SAFETY: the call takes no arguments.
     match check(unsafe { sys::cudaDeviceSynchronize() }, "cudaDeviceSynchronize") {
         Err(Error::Cuda { code: Status::cudaErrorStreamCaptureUnsupported, .. }) => {
             Err(Error::StreamCapturing)

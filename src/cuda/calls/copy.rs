@@ -1,11 +1,11 @@
-//! Copies and memsets.
+//! Calls that copy and fill memory.
 
 use crate::cuda::driver::driver;
 use crate::cuda::status::{check, check_driver};
 use crate::error::Result;
 use crate::sys;
 
-/// Which way a copy goes.
+/// The direction of a copy.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
     /// From host memory to device memory.
@@ -14,13 +14,17 @@ pub(crate) enum Direction {
     Down,
 }
 
+/// Sends a copy to a stream.
+///
 /// # Safety
 ///
-/// - As for [`refuse_capture`](super::stream::refuse_capture).
-/// - Both ranges are valid, in the memory that `direction` says, `from` for reads and `to` for
-///   writes; `from` is initialised in stream order. The device memory is of the stream's device.
-/// - Until the copy has finished in stream order, both stay allocated, nothing else writes either,
-///   and nothing reads `to`.
+/// - The conditions of [`refuse_capture`](super::stream::refuse_capture) hold.
+/// - Each range is in the memory that `direction` says.
+/// - `from` is valid for reads, and `to` is valid for writes.
+/// - `from` is initialised in stream order.
+/// - The device memory belongs to the stream's device.
+/// - Both ranges stay allocated until the copy has finished in stream order.
+/// - Until then nothing else writes either range, and nothing reads `to`.
 #[inline]
 pub(crate) unsafe fn memcpy(
     direction: Direction,
@@ -46,9 +50,11 @@ pub(crate) unsafe fn memcpy(
     }
 }
 
+/// Sends a fill of bytes to a stream.
+///
 /// # Safety
 ///
-/// As for [`memcpy`].
+/// The conditions of [`memcpy`] hold for `to`.
 pub(crate) unsafe fn memset_d8(
     to: *mut u8,
     value: u8,
@@ -60,9 +66,12 @@ pub(crate) unsafe fn memset_d8(
     check(status, "cudaMemsetAsync")
 }
 
+/// Sends a fill of values of two bytes to a stream.
+///
 /// # Safety
 ///
-/// As for [`memcpy`], and `to` is a multiple of 2.
+/// - The conditions of [`memcpy`] hold for `to`.
+/// - `to` is a multiple of 2.
 pub(crate) unsafe fn memset_d16(
     to: *mut u8,
     value: u16,
@@ -75,9 +84,12 @@ pub(crate) unsafe fn memset_d16(
     check_driver(status, "cuMemsetD16Async")
 }
 
+/// Sends a fill of values of four bytes to a stream.
+///
 /// # Safety
 ///
-/// As for [`memcpy`], and `to` is a multiple of 4.
+/// - The conditions of [`memcpy`] hold for `to`.
+/// - `to` is a multiple of 4.
 pub(crate) unsafe fn memset_d32(
     to: *mut u8,
     value: u32,

@@ -1,4 +1,4 @@
-//! Events.
+//! Calls on events.
 
 use std::ptr;
 
@@ -8,7 +8,7 @@ use crate::cuda::status::{check, check_driver, ready};
 use crate::error::Result;
 use crate::sys;
 
-/// A new event of the current device.
+/// Makes an event of the current device.
 pub(crate) fn create(flags: u32) -> Result<sys::cudaEvent_t> {
     let mut event = ptr::null_mut();
     // SAFETY: `event` is a valid place.
@@ -17,17 +17,23 @@ pub(crate) fn create(flags: u32) -> Result<sys::cudaEvent_t> {
     Ok(event)
 }
 
+/// Destroys an event.
+///
 /// # Safety
 ///
-/// `event` is one that [`create`] gave, and is not used again.
+/// - `event` came from [`create`].
+/// - It is not used again.
 pub(crate) unsafe fn destroy(event: sys::cudaEvent_t) -> Result<()> {
     // SAFETY: the caller vouches for the event.
     check(unsafe { sys::cudaEventDestroy(event) }, "cudaEventDestroy")
 }
 
+/// Records an event on a stream.
+///
 /// # Safety
 ///
-/// As for [`wait`](super::stream::wait), and both are of one device.
+/// - The conditions of [`wait`](super::stream::wait) hold.
+/// - The event and the stream belong to one device.
 #[inline]
 pub(crate) unsafe fn record(event: sys::cudaEvent_t, stream: sys::cudaStream_t) -> Result<()> {
     let record = driver()?.event_record;
@@ -35,6 +41,8 @@ pub(crate) unsafe fn record(event: sys::cudaEvent_t, stream: sys::cudaStream_t) 
     check_driver(unsafe { record(event, stream) }, "cuEventRecord")
 }
 
+/// Returns `true` if an event is complete.
+///
 /// # Safety
 ///
 /// `event` is live.
@@ -45,6 +53,8 @@ pub(crate) unsafe fn query(event: sys::cudaEvent_t) -> Result<bool> {
     ready(check_driver(unsafe { query(event) }, "cuEventQuery"))
 }
 
+/// Waits for an event.
+///
 /// # Safety
 ///
 /// `event` is live.
@@ -55,11 +65,12 @@ pub(crate) unsafe fn synchronize(event: sys::cudaEvent_t) -> Result<()> {
     check_driver(unsafe { synchronize(event) }, "cuEventSynchronize")
 }
 
-/// Milliseconds from one event to another.
+/// Returns the milliseconds from one event to another.
 ///
 /// # Safety
 ///
-/// Both are live, and of one device.
+/// - Both events are live.
+/// - Both belong to one device.
 pub(crate) unsafe fn elapsed(from: sys::cudaEvent_t, to: sys::cudaEvent_t) -> Result<f32> {
     let _relaxed = RelaxedCapture::begin();
     let mut milliseconds = 0.0;

@@ -1,4 +1,4 @@
-//! Allocating, releasing and registering memory.
+//! Calls that allocate, release and register memory.
 
 use std::ptr;
 
@@ -7,7 +7,7 @@ use crate::cuda::status::check;
 use crate::error::Result;
 use crate::sys;
 
-/// Device memory of the current device.
+/// Allocates memory of the current device.
 pub(crate) fn malloc(bytes: usize) -> Result<*mut u8> {
     let _relaxed = RelaxedCapture::begin();
     let mut address = ptr::null_mut();
@@ -17,16 +17,20 @@ pub(crate) fn malloc(bytes: usize) -> Result<*mut u8> {
     Ok(address.cast())
 }
 
+/// Releases device memory.
+///
 /// # Safety
 ///
-/// `address` is one that [`malloc`] gave in the current context, freed once, and used by nothing.
+/// - `address` came from [`malloc`] in the current context.
+/// - It is freed once.
+/// - Nothing uses it.
 pub(crate) unsafe fn free(address: *mut u8) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
     // SAFETY: the caller vouches for the address.
     check(unsafe { sys::cudaFree(address.cast()) }, "cudaFree")
 }
 
-/// Pinned host memory, not zeroed.
+/// Allocates pinned host memory, which is not zeroed.
 pub(crate) fn host_alloc(bytes: usize, flags: u32) -> Result<*mut u8> {
     let _relaxed = RelaxedCapture::begin();
     let mut address = ptr::null_mut();
@@ -36,20 +40,24 @@ pub(crate) fn host_alloc(bytes: usize, flags: u32) -> Result<*mut u8> {
     Ok(address.cast())
 }
 
+/// Releases pinned host memory.
+///
 /// # Safety
 ///
-/// `address` is one that [`host_alloc`] gave, freed once, and used by nothing.
+/// - `address` came from [`host_alloc`].
+/// - It is freed once.
+/// - Nothing uses it.
 pub(crate) unsafe fn free_host(address: *mut u8) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
     // SAFETY: the caller vouches for the address.
     check(unsafe { sys::cudaFreeHost(address.cast()) }, "cudaFreeHost")
 }
 
-/// Pins pages.
+/// Pins pages of host memory.
 ///
 /// # Safety
 ///
-/// The pages are mapped, and stay so until [`host_unregister`] succeeds.
+/// The pages are mapped. They stay so until [`host_unregister`] succeeds.
 #[cfg(unix)]
 pub(crate) unsafe fn host_register(address: *mut u8, bytes: usize, flags: u32) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
@@ -58,9 +66,12 @@ pub(crate) unsafe fn host_register(address: *mut u8, bytes: usize, flags: u32) -
     check(status, "cudaHostRegister")
 }
 
+/// Unpins pages of host memory.
+///
 /// # Safety
 ///
-/// `address` was registered, and nothing is in flight from or to it.
+/// - `address` was registered.
+/// - Nothing is in flight from or to it.
 #[cfg(unix)]
 pub(crate) unsafe fn host_unregister(address: *mut u8) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
@@ -68,10 +79,10 @@ pub(crate) unsafe fn host_unregister(address: *mut u8) -> Result<()> {
     check(unsafe { sys::cudaHostUnregister(address.cast()) }, "cudaHostUnregister")
 }
 
-/// The address under which kernels of the current device reach pinned host memory.
+/// Returns the address of pinned host memory for kernels of the current device.
 pub(crate) fn host_device_ptr(address: *mut u8) -> Result<*mut u8> {
     let mut mapped = ptr::null_mut();
-    // SAFETY: `mapped` is a valid place; an address that is not of mapped memory is a status.
+    // SAFETY: `mapped` is a valid place. An address outside mapped memory returns an error status.
     let status = unsafe { sys::cudaHostGetDevicePointer(&mut mapped, address.cast(), 0) };
     check(status, "cudaHostGetDevicePointer")?;
     Ok(mapped.cast())

@@ -1,9 +1,11 @@
-//! Every call into CUDA that this crate makes, with its status as a [`Result`](crate::error::Result).
+//! Every call into CUDA that this crate makes.
 //!
-//! Some calls end another thread's stream capture: allocation (also of graphs), release, queries and
-//! waiting ("CUDA C++ Programming Guide, Prohibited and Unhandled Operations"). They run within a
-//! [`RelaxedCapture`](crate::cuda::capture::RelaxedCapture). Copies, fills, launches and event records
-//! need none.
+//! Each returns its status as a [`Result`](crate::error::Result).
+//!
+//! Some calls end another thread's stream capture ("CUDA C++ Programming Guide, Prohibited and
+//! Unhandled Operations"). These are allocation, release, queries and waiting. Allocation includes
+//! that of graphs. They run within a [`RelaxedCapture`](crate::cuda::capture::RelaxedCapture).
+//! Copies, fills, launches and event records need none.
 
 pub(crate) mod context;
 pub(crate) mod copy;

@@ -1,4 +1,4 @@
-//! Kernels: loading and launching them.
+//! Calls that load and launch kernels.
 
 use std::ffi::{CStr, c_void};
 use std::ptr;
@@ -13,7 +13,7 @@ use crate::sys;
 ///
 /// # Safety
 ///
-/// `image` is a whole fat binary, or PTX that ends with a NUL.
+/// `image` is a whole fat binary or PTX that ends with a NUL.
 pub(crate) unsafe fn load(image: &[u8]) -> Result<sys::CUmodule> {
     let _relaxed = RelaxedCapture::begin();
     let driver = driver()?;
@@ -24,22 +24,29 @@ pub(crate) unsafe fn load(image: &[u8]) -> Result<sys::CUmodule> {
     Ok(module)
 }
 
+/// Unloads a module.
+///
 /// # Safety
 ///
-/// `module` is one that [`load`] gave, unloaded once, and no kernel of it runs.
+/// - `module` came from [`load`].
+/// - It is unloaded once.
+/// - None of its kernels runs.
 pub(crate) unsafe fn unload(module: sys::CUmodule) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
     // SAFETY: the caller vouches for the module.
     check_driver(unsafe { (driver()?.module_unload)(module) }, "cuModuleUnload")
 }
 
+/// Returns the kernel of a module by its name.
+///
 /// # Safety
 ///
 /// `module` is live.
 pub(crate) unsafe fn function(module: sys::CUmodule, name: &CStr) -> Result<sys::CUfunction> {
     let driver = driver()?;
     let mut function = ptr::null_mut();
-    // SAFETY: the caller vouches for the module, the name is NUL-terminated, `function` a valid place.
+    // SAFETY: the caller vouches for the module. `name` ends with a NUL, and `function` is a valid
+    // place.
     let status = unsafe { (driver.module_function)(&mut function, module, name.as_ptr()) };
     check_driver(status, "cuModuleGetFunction")?;
     Ok(function)
@@ -49,8 +56,11 @@ pub(crate) unsafe fn function(module: sys::CUmodule, name: &CStr) -> Result<sys:
 ///
 /// # Safety
 ///
-/// `function`'s context is current, `stream` is one of it, `parameters` are the kernel's, each
-/// a valid address of a value of its type, and what the kernel does is as for [`memcpy`](super::copy::memcpy).
+/// - The context of `function` is current.
+/// - `stream` belongs to that context.
+/// - `parameters` are those of the kernel.
+/// - Each is the valid address of a value of its type.
+/// - The work of the kernel meets the conditions of [`memcpy`](super::copy::memcpy).
 pub(crate) unsafe fn launch(
     function: sys::CUfunction,
     [x, y]: [u32; 2],
@@ -60,8 +70,8 @@ pub(crate) unsafe fn launch(
 ) -> Result<()> {
     let launch = driver()?.launch;
     let parameters = parameters.as_mut_ptr();
-    // SAFETY: the caller vouches for everything; the parameters are copied before the call returns
-    // (CUDA Driver API, `cuLaunchKernel`).
+    // SAFETY: the caller vouches for everything. The parameters are copied before the call returns
+    // ("CUDA Driver API, `cuLaunchKernel`").
     let status =
         unsafe { launch(function, x, y, 1, threads, 1, 1, 0, stream, parameters, ptr::null_mut()) };
     check_driver(status, "cuLaunchKernel")

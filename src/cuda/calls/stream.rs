@@ -1,4 +1,4 @@
-//! Streams.
+//! Calls on streams.
 
 use std::ptr;
 
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::sys;
 use crate::sys::cudaError as Status;
 
-/// A new stream of the current device.
+/// Makes a stream of the current device.
 pub(crate) fn create(flags: u32, priority: i32) -> Result<sys::cudaStream_t> {
     let mut stream = ptr::null_mut();
     // SAFETY: `stream` is a valid place.
@@ -18,31 +18,35 @@ pub(crate) fn create(flags: u32, priority: i32) -> Result<sys::cudaStream_t> {
     Ok(stream)
 }
 
+/// Destroys a stream.
+///
 /// # Safety
 ///
-/// `stream` is one that [`create`] gave, and is not used again.
+/// - `stream` came from [`create`].
+/// - It is not used again.
 pub(crate) unsafe fn destroy(stream: sys::cudaStream_t) -> Result<()> {
     // SAFETY: the caller vouches for the stream.
     check(unsafe { sys::cudaStreamDestroy(stream) }, "cudaStreamDestroy")
 }
 
-/// An error where work sent to the stream would be captured into a graph.
+/// Returns an error if work sent to the stream would be captured into a graph.
 ///
 /// # Safety
 ///
-/// `stream` is live; if it is a legacy stream, its device's context is current.
+/// - `stream` is live.
+/// - If it is a legacy stream, the context of its device is current.
 #[inline]
 pub(crate) unsafe fn refuse_capture(stream: sys::cudaStream_t) -> Result<()> {
     const NONE: sys::CUstreamCaptureStatus =
         sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     let mut capture = NONE;
     let is_capturing = driver()?.is_capturing;
-    // SAFETY: the caller vouches for the stream, and `capture` is a valid place.
+    // SAFETY: the caller vouches for the stream. `capture` is a valid place.
     let status = unsafe { is_capturing(stream, &mut capture) };
     match check_driver(status, "cuStreamIsCapturing") {
         Ok(()) if capture == NONE => Ok(()),
         Ok(()) => Err(Error::StreamCapturing),
-        // The legacy stream, while a stream that it would wait for is in capture.
+        // This is the legacy stream, and it would wait for a stream that is in capture.
         Err(Error::Cuda { code: Status::cudaErrorStreamCaptureImplicit, .. }) => {
             Err(Error::StreamCapturing)
         }
@@ -50,18 +54,22 @@ pub(crate) unsafe fn refuse_capture(stream: sys::cudaStream_t) -> Result<()> {
     }
 }
 
+/// Waits for all work of a stream.
+///
 /// # Safety
 ///
-/// As for [`refuse_capture`].
+/// The conditions of [`refuse_capture`] hold.
 pub(crate) unsafe fn synchronize(stream: sys::cudaStream_t) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
     // SAFETY: the caller vouches for the stream.
     check(unsafe { sys::cudaStreamSynchronize(stream) }, "cudaStreamSynchronize")
 }
 
+/// Returns `true` if all work of a stream has finished.
+///
 /// # Safety
 ///
-/// As for [`refuse_capture`].
+/// The conditions of [`refuse_capture`] hold.
 pub(crate) unsafe fn query(stream: sys::cudaStream_t) -> Result<bool> {
     let _relaxed = RelaxedCapture::begin();
     let query = driver()?.stream_query;
@@ -69,9 +77,12 @@ pub(crate) unsafe fn query(stream: sys::cudaStream_t) -> Result<bool> {
     ready(check_driver(unsafe { query(stream) }, "cuStreamQuery"))
 }
 
+/// Makes a stream wait for an event.
+///
 /// # Safety
 ///
-/// As for [`refuse_capture`], and `event` is live.
+/// - The conditions of [`refuse_capture`] hold.
+/// - `event` is live.
 pub(crate) unsafe fn wait(stream: sys::cudaStream_t, event: sys::cudaEvent_t) -> Result<()> {
     // SAFETY: the caller vouches for both.
     let status = unsafe { sys::cudaStreamWaitEvent(stream, event, 0) };
