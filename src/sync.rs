@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::sync::atomic;
 
 pub(crate) use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
-pub(crate) use std::sync::{Arc, Mutex};
+pub(crate) use std::sync::{Arc, Mutex, MutexGuard};
 
 /// A look at a word that decides nothing, for figures: the models do not follow it.
 #[inline]

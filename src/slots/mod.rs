@@ -1,310 +1,86 @@
-//! Slots that threads take and give back without locks: the core of the pool, which knows nothing of what
-//! a slot holds.
+//! Slots that threads claim and release without locks. They are the core of the pool, and know
+//! nothing of the values that they hold.
 //!
-//! The algorithm is a bitmap allocator spread over cache lines. A set bit is a free slot. Words lie in
-//! cache lines of their own with few slots each, and each thread begins at a word of its own, its *home*:
-//! threads that take and give back one slot after another touch no line of each other's. A claim clears a
-//! bit by compare-and-swap, a release sets it again; the word is the whole state, so there is no ABA and
-//! nothing to reclaim. Segments of slots are only appended, to a fixed array of pointers, and so the place
-//! of a slot never changes.
+//! The algorithm is a bitmap allocator that is spread over cache lines. A set bit is a free slot.
+//! Each word lies in cache lines of its own, and has few slots. Each thread begins at a word of its
+//! own, its *home*. So threads that claim and release one slot after another touch different cache
+//! lines.
+//!
+//! A claim clears a bit by compare-and-swap, and a release sets it again. The word is the whole
+//! state, so there is no ABA problem and no memory to reclaim. Segments of slots are only appended,
+//! to a fixed array of pointers. So a slot never moves.
 //!
 //! A word has three fields, which change together:
 //!
 //! | bits | field |
 //! |---|---|
 //! | 0 to 31 | the free slots |
-//! | 32 | the pool is gone |
-//! | 33 to 63 | how often a slot of this word was released, modulo 2^31 |
+//! | 32 | the pool is closed |
+//! | 33 to 63 | the releases of slots of this word, modulo 2^31 |
 //!
 //! # The races
 //!
-//! | while one thread | another | and so |
+//! | one thread | another thread | result |
 //! |---|---|---|
-//! | claims slot `s` | claims `s` | one compare-and-swap fails and looks again |
-//! | claims `s` (`AcqRel`) | released `s` (`Release`) | it sees all that the last holder did: every change of a word is a read-modify-write, so the claim is in the release's sequence whatever other bits changed in between |
-//! | reads what slot `s` holds | claims `s` | nobody reads a slot that he has not claimed |
-//! | looks through the words | appends a segment | the pointer is stored (`Release`) when the segment is whole, and read with `Acquire` |
-//! | finds no free slot | releases a slot that was looked at before, and claims one that comes after | the words are read again: their counts of releases tell, and the search goes on |
-//! | finds no free slot and begins to grow | does so too | one lock: the second finds what the first appended |
-//! | closes the pool | releases `s` | either the bit is set first, and the closing takes the slot; or the releasing finds the word closed, and takes it |
+//! | claims slot `s` | claims `s` | One compare-and-swap fails, and its thread looks again. |
+//! | claims `s` (`AcqRel`) | released `s` (`Release`) | The claim sees all that the last holder did. Each change of a word is a read-modify-write, so the claim is in the release's sequence, whatever other bits changed in between. |
+//! | reads the value in slot `s` | claims `s` | This cannot happen: only the holder of `s` reads its value. |
+//! | looks through the words | appends a segment | The pointer is stored (`Release`) once the segment is complete, and read with `Acquire`. |
+//! | finds no free slot | releases a slot that was looked at before, and claims a later one | The words are read again. Their counts of releases have changed, and the search goes on. |
+//! | finds no free slot, and begins to grow | does so, too | One lock orders them. The second thread finds what the first one appended. |
+//! | closes the pool | releases `s` | If the bit is set first, the closing thread takes the slot. Otherwise the releasing thread finds the word closed, and takes it. |
 //!
 //! # Lifetime
 //!
-//! Each slot owns a reference of its segment. A claim moves it into the [`Lease`], a release moves it back:
-//! no count is touched. Closing drops the references of the slots that are free then, a lease that finds
-//! its word closed its own. So a segment lives as long as the pool or one lease of it, and no longer.
+//! Each slot owns a reference of its segment. A claim moves the reference into the [`Lease`], and a
+//! release moves it back. Neither touches a count. Closing drops the references of the slots that
+//! are free then. A lease that finds its word closed drops its own reference. So a segment lives as
+//! long as the pool or one lease of it, and no longer.
 //!
-//! # What is promised
+//! # Promises
 //!
-//! - No two leases of a slot at a time, and none without its release, unless the lease is forgotten.
-//! - `claim` and release are lock-free: a thread that is stopped anywhere holds up nobody, and where one has to
-//!   begin again, another has got on. `claim_or_grow` locks, but is asked only where there was nothing to claim.
-//! - `claim` answers "none" only if at some moment during the call no slot was free: each was leased, or being
-//!   looked at by another claim, which looks at one at a time. So where there are as many slots as all threads
-//!   together hold and want, nobody is told that there is none. That moment is past when it answers. (It would take
-//!   a multiple of 2^31 releases of one word, between two readings of it, to be deceived.)
-//! - Not promised: that a thread gets the slot that was released first, or ever gets one while others keep
-//!   taking what comes free; that `available` and the figures are those of one moment while others work.
+//! - A slot has at most one lease at a time. Only a release makes it free again, so a forgotten
+//!   lease costs its slot.
+//! - [`claim`](Slots::claim) and release are lock-free. A thread that is stopped anywhere blocks no
+//!   other. If one thread has to begin again, another one has made progress. Growing takes a lock,
+//!   and happens only after a claim found no free slot.
+//! - `claim` returns `None` only if there was a moment during the call at which no slot was free.
+//!   Each slot was leased then, or another claim was looking at it. A claim looks at one slot at a
+//!   time. So if there are at least as many slots as all threads together hold and want, no thread
+//!   gets `None`. The moment is past when `claim` returns. (More than 2^31 releases of one word
+//!   between two readings could deceive a claim.)
+//!
+//! Not promised:
+//!
+//! - A thread need not get the slot that was released first. It may get none while other threads
+//!   keep taking the slots that come free.
+//! - `available` and the figures need not be those of one moment while other threads work.
 
-use std::cell::UnsafeCell;
-use std::mem::ManuallyDrop;
-use std::ops::{Deref, DerefMut};
+mod segment;
+mod stats;
+
 use std::ptr;
-// Hints and figures, on which nothing rests: the models do not follow them.
-use std::sync::atomic::{AtomicU32, AtomicUsize};
+// Hints and figures. Nothing rests on them, so the models do not follow them.
+use std::sync::atomic::AtomicUsize;
 
-use crate::sync::{Arc, AtomicPtr, AtomicU64, Mutex, Ordering, load_for_stats, thread_number};
+use crate::sync::{Arc, AtomicPtr, Mutex, MutexGuard, Ordering, thread_number};
+pub(crate) use segment::{Lease, Segment};
+use segment::{Padded, Word};
+use stats::{LaneStats, Stats};
 
-/// Slots of one word.
-const WIDTH: usize = 32;
-const CLOSED: u64 = 1 << WIDTH;
-/// One release more. The count runs over into nothing.
-const RELEASE: u64 = CLOSED << 1;
-/// Doubling fills few of them, but segments may have to be smaller.
+/// The most segments. Doubling fills few of them, but a segment may have to be smaller.
 const SEGMENTS: usize = 256;
-/// Slots that a claim looks at, at home and elsewhere, before it settles for one that is not ready.
+/// Slots that a claim looks at, at home and elsewhere, before it takes one that is not ready.
 const PROBES: usize = 4;
-/// Releases of a word between two claims at home that count all slots.
-const RECOUNT: u64 = 1 << 14;
-/// With so many words, each claim away from home counts all slots; with more of them, fewer do.
-const QUICKLY_COUNTED: usize = 128;
 
-/// In cache lines of its own: two, since processors fetch them in pairs.
-#[repr(align(128))]
-struct Padded<T>(T);
-
-struct Word {
-    bits: AtomicU64,
-    /// The slot of the word whose turn it is.
-    turn: AtomicU32,
-    /// The fewest free slots that a claim at home left here since the last claim away from it.
-    low: AtomicU32,
-}
-
-impl Word {
-    fn set_low(&self) {
-        let free = free(load_for_stats(&self.bits));
-        self.low.store(free.count_ones(), Ordering::Relaxed);
-    }
-}
-
-fn free(bits: u64) -> u32 {
-    bits as u32
-}
-
-/// What threads of one number, modulo the number of lanes, share.
+/// The state that threads share if their numbers are equal modulo the number of lanes.
 struct Lane {
-    /// Where this lane goes on when its home has nothing ready.
+    /// The word from which this lane searches when its home has nothing ready.
     scan_start: AtomicUsize,
-    /// Its claims away from home.
-    elsewhere: AtomicUsize,
-    /// Claims that had to do with a slot that was not ready.
-    not_ready: AtomicUsize,
+    stats: LaneStats,
 }
 
-/// Slots that come and go together. Slot `i` has bit `i / words` of word `i % words`.
-pub(crate) struct Segment<S> {
-    /// 1 << `shift` of them.
-    words: Box<[Padded<Word>]>,
-    shift: u32,
-    /// Padded, as neighbours belong to different words, and so to different threads.
-    slots: Box<[Padded<UnsafeCell<S>>]>,
-}
-
-// SAFETY: what a slot holds is touched by the holder of its lease alone, and by whoever drops the segment,
-// which nobody else has then.
-unsafe impl<S: Send + Sync> Send for Segment<S> {}
-// SAFETY: as for `Send`.
-unsafe impl<S: Send + Sync> Sync for Segment<S> {}
-
-impl<S> Segment<S> {
-    /// All slots free. `None` where there is no memory for it.
-    fn new(slots: Vec<S>, lanes: usize) -> Option<Segment<S>> {
-        let count = slots.len();
-        let spread = 1 << count.min(lanes).checked_ilog2()?;
-        let words = count.div_ceil(WIDTH).next_power_of_two().max(spread);
-        let word = |at: usize| {
-            let slots = count.saturating_sub(at).div_ceil(words);
-            Padded(Word {
-                bits: AtomicU64::new((1 << slots) - 1),
-                turn: AtomicU32::new(0),
-                low: AtomicU32::new(u32::MAX),
-            })
-        };
-        let slots = slots.into_iter().map(|slot| Padded(UnsafeCell::new(slot)));
-        Some(Segment {
-            words: boxed((0..words).map(word))?,
-            shift: words.ilog2(),
-            slots: boxed(slots)?,
-        })
-    }
-
-    /// A slot's word and its bit there.
-    #[inline]
-    fn word_of(&self, slot: usize) -> (&Word, u32) {
-        (&self.words[slot & (self.words.len() - 1)].0, (slot >> self.shift) as u32)
-    }
-
-    /// Claims the free slot of a word whose turn comes first, of those whose bits are not to be `passed` over. The
-    /// answer is the slot, and the word since.
-    #[inline]
-    fn claim(&self, at: usize, passed: u32) -> Option<(usize, u64)> {
-        let word = &self.words[at].0;
-        let mut seen = word.bits.load(Ordering::Relaxed);
-        while free(seen) & !passed != 0 {
-            let turn = word.turn.load(Ordering::Relaxed);
-            let ahead = (free(seen) & !passed).rotate_right(turn).trailing_zeros();
-            let bit = (turn + ahead) % WIDTH as u32;
-            let next = seen & !(1 << bit);
-            match change(&word.bits, seen, next, Ordering::AcqRel) {
-                Ok(()) => return Some((((bit as usize) << self.shift) + at, next)),
-                Err(now) => seen = now,
-            }
-        }
-        None
-    }
-
-    /// Claims this very slot, if it is free.
-    fn claim_slot(&self, slot: usize) -> bool {
-        let (word, bit) = self.word_of(slot);
-        let bit = 1 << bit;
-        let mut seen = word.bits.load(Ordering::Relaxed);
-        while seen & bit != 0 {
-            match change(&word.bits, seen, seen & !bit, Ordering::AcqRel) {
-                Ok(()) => return true,
-                Err(now) => seen = now,
-            }
-        }
-        false
-    }
-
-    /// What the slot holds.
-    ///
-    /// # Safety
-    ///
-    /// The caller has claimed the slot, and does not give it back while it looks.
-    #[inline]
-    unsafe fn peek(&self, slot: usize) -> &S {
-        // SAFETY: the caller is its only holder.
-        unsafe { &*self.slots[slot].0.get() }
-    }
-
-    /// Gives back a slot that was only looked at, of a pool that is there.
-    fn release(&self, slot: usize) {
-        let (word, bit) = self.word_of(slot);
-        release(&word.bits, bit);
-    }
-
-    /// It is the turn of the slot behind this one, which was claimed to be kept.
-    #[inline]
-    fn pass_turn(&self, slot: usize) {
-        let (word, bit) = self.word_of(slot);
-        word.turn.store((bit + 1) % WIDTH as u32, Ordering::Relaxed);
-    }
-}
-
-/// A slice of so many; `None` where there is no memory for it.
-fn boxed<T>(items: impl ExactSizeIterator<Item = T>) -> Option<Box<[T]>> {
-    let mut all = Vec::new();
-    all.try_reserve_exact(items.len()).ok()?;
-    all.extend(items);
-    Some(all.into_boxed_slice())
-}
-
-/// One step of a word.
-#[inline]
-fn change(word: &AtomicU64, seen: u64, next: u64, order: Ordering) -> Result<(), u64> {
-    word.compare_exchange_weak(seen, next, order, Ordering::Relaxed).map(drop)
-}
-
-/// What became of a release.
-#[derive(Debug, PartialEq, Eq)]
-enum Released {
-    /// The slot is free.
-    Free,
-    /// The pool is gone, and the slot with it.
-    Closed,
-    /// The slot was free already: this release has no lease behind it, and changed nothing.
-    Twice,
-}
-
-/// Gives a slot back. From the moment that its bit is set the segment may be gone: nothing but the word is
-/// borrowed here, and nothing is touched after.
-#[inline]
-fn release(word: &AtomicU64, bit: u32) -> Released {
-    let bit = 1 << bit;
-    let mut seen = word.load(Ordering::Relaxed);
-    loop {
-        if seen & CLOSED != 0 {
-            return Released::Closed;
-        }
-        if seen & bit != 0 {
-            return Released::Twice;
-        }
-        let next = seen.wrapping_add(RELEASE) | bit;
-        match change(word, seen, next, Ordering::Release) {
-            Ok(()) => return Released::Free,
-            Err(now) => seen = now,
-        }
-    }
-}
-
-/// A slot that was claimed, given back when this is dropped.
-pub(crate) struct Lease<S> {
-    /// The slot's reference.
-    segment: ManuallyDrop<Arc<Segment<S>>>,
-    slot: u32,
-}
-
-impl<S> Deref for Lease<S> {
-    type Target = S;
-
-    #[inline]
-    fn deref(&self) -> &S {
-        // SAFETY: the lease is the only one of its slot.
-        unsafe { &*self.segment.slots[self.slot as usize].0.get() }
-    }
-}
-
-impl<S> DerefMut for Lease<S> {
-    #[inline]
-    fn deref_mut(&mut self) -> &mut S {
-        // SAFETY: the lease is the only one of its slot, and borrowed exclusively.
-        unsafe { &mut *self.segment.slots[self.slot as usize].0.get() }
-    }
-}
-
-impl<S> Lease<S> {
-    /// Gives the slot back. Where the pool is gone, the answer is the slot's share in the segment, to be dropped.
-    ///
-    /// # Safety
-    ///
-    /// Called once, and the value is neither used nor dropped any more.
-    #[inline]
-    pub(crate) unsafe fn release(&mut self) -> Option<Arc<Segment<S>>> {
-        let (word, bit) = self.segment.word_of(self.slot as usize);
-        match release(&word.bits, bit) {
-            // The reference is the slot's again.
-            Released::Free => None,
-            // SAFETY: once, as the caller vouches.
-            Released::Closed => Some(unsafe { ManuallyDrop::take(&mut self.segment) }),
-            Released::Twice => {
-                debug_assert!(false, "a slot was released twice");
-                None
-            }
-        }
-    }
-}
-
-impl<S> Drop for Lease<S> {
-    #[inline]
-    fn drop(&mut self) {
-        // SAFETY: the end of the value, which comes once.
-        drop(unsafe { self.release() });
-    }
-}
-
-/// A word: its segment's number, and its own in the segment.
+/// A word, by the number of its segment and its number in the segment.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct WordIndex {
     segment: usize,
@@ -327,29 +103,36 @@ impl WordIndex {
     }
 }
 
+/// A slot that was claimed.
+pub(crate) enum Claim<S> {
+    /// The slot was found ready.
+    Ready(Lease<S>),
+    /// The slot was not ready, and none of the few others that were looked at was.
+    Busy(Lease<S>),
+}
+
 /// A growing set of slots.
 pub(crate) struct Slots<S: Send + Sync> {
-    /// A reference of each segment; null behind the last.
+    /// A reference of each segment. The pointers behind the last segment are null.
     segments: [AtomicPtr<Segment<S>>; SEGMENTS],
-    /// The number of the last segment, which is where homes are: it has most of the slots. Any other would do.
+    /// The number of the segment that has the homes. It is the last one, which has most of the
+    /// slots, but any other would do.
     newest: AtomicUsize,
     /// A power of two of them.
     lanes: Box<[Padded<Lane>]>,
-    /// Locked by whoever appends a segment.
+    /// Held by the thread that appends a segment.
     growing: Mutex<()>,
-    growths: AtomicUsize,
-    high_water: AtomicUsize,
+    stats: Stats,
 }
 
 impl<S: Send + Sync> Slots<S> {
-    /// No slots yet, for about as many threads at once.
+    /// An empty set, for about `threads` threads at once.
     pub(crate) fn new(threads: usize) -> Slots<S> {
         let lane = |number| {
             Padded(Lane {
                 // Behind its home.
                 scan_start: AtomicUsize::new(WordIndex { segment: 0, word: number + 1 }.pack()),
-                elsewhere: AtomicUsize::new(0),
-                not_ready: AtomicUsize::new(0),
+                stats: LaneStats::new(),
             })
         };
         Slots {
@@ -357,15 +140,15 @@ impl<S: Send + Sync> Slots<S> {
             newest: AtomicUsize::new(0),
             lanes: (0..threads.max(1).next_power_of_two()).map(lane).collect(),
             growing: Mutex::new(()),
-            growths: AtomicUsize::new(0),
-            high_water: AtomicUsize::new(0),
+            stats: Stats::new(),
         }
     }
 
     #[inline]
     fn segment(&self, number: usize) -> Option<&Segment<S>> {
         let pointer = self.segments.get(number)?.load(Ordering::Acquire);
-        // SAFETY: null, or stored when the segment was whole; the pool's reference keeps it.
+        // SAFETY: the pointer is null, or was stored when the segment was complete. The pool's own
+        // reference keeps the segment.
         unsafe { pointer.as_ref() }
     }
 
@@ -374,19 +157,24 @@ impl<S: Send + Sync> Slots<S> {
     }
 
     fn words(&self) -> impl Iterator<Item = &Word> {
-        self.segments().flat_map(|segment| segment.words.iter().map(|word| &word.0))
+        self.segments().flat_map(Segment::words)
     }
 
-    /// The calling thread's lane, by its number.
+    /// The number of the calling thread's lane.
     #[inline]
-    fn lane(&self) -> usize {
+    fn lane_number(&self) -> usize {
         thread_number() & (self.lanes.len() - 1)
     }
 
-    /// The place, or where the words go on behind the last of a segment, and of all.
+    fn lane(&self) -> &Lane {
+        &self.lanes[self.lane_number()].0
+    }
+
+    /// The word itself. Behind the last word of a segment it is the first one of the next segment,
+    /// and behind the last of all it is the first of all.
     fn wrap(&self, WordIndex { segment, word }: WordIndex) -> WordIndex {
         match self.segment(segment) {
-            Some(found) if word < found.words.len() => WordIndex { segment, word },
+            Some(found) if word < found.word_count() => WordIndex { segment, word },
             Some(_) if self.segment(segment + 1).is_some() => {
                 WordIndex { segment: segment + 1, word: 0 }
             }
@@ -398,41 +186,41 @@ impl<S: Send + Sync> Slots<S> {
     #[inline]
     fn lease(&self, segment: usize, slot: usize) -> Lease<S> {
         let pointer = self.segments[segment].load(Ordering::Relaxed);
-        // SAFETY: the slot's own reference, which the claim hands over.
+        // SAFETY: the slot owned this reference while it was free, and the claim took it over.
         let segment = unsafe { Arc::from_raw(pointer.cast_const()) };
-        segment.pass_turn(slot);
-        Lease { segment: ManuallyDrop::new(segment), slot: slot as u32 }
+        // SAFETY: the slot was just claimed, and the reference is its own.
+        unsafe { Lease::new(segment, slot) }
     }
 
-    /// Claims a slot, and says whether it was `ready`: one that is, if there is one among the few at home and
-    /// elsewhere that are looked at; otherwise the one whose turn it is. `None` only if at some moment no slot
+    /// Claims a slot that is `ready`, if there is one among the few that are looked at. Otherwise
+    /// claims the slot whose turn it is. Returns `None` only if there was a moment at which no slot
     /// was free.
     ///
-    /// Claims one slot at a time, however many it looks at: a second one could be what another thread finds
-    /// missing.
+    /// A claim holds one slot at a time, however many it looks at. With a second one it could make
+    /// another thread find none.
     #[inline]
-    pub(crate) fn claim(&self, ready: impl Fn(&S) -> bool) -> Option<(Lease<S>, bool)> {
+    pub(crate) fn claim(&self, ready: impl Fn(&S) -> bool) -> Option<Claim<S>> {
         let mut number = self.newest.load(Ordering::Relaxed);
         let segment = match self.segment(number) {
             Some(segment) => segment,
-            // Known to be there, and not seen yet.
+            // This thread sees the number, and not yet the segment.
             None => {
                 number = 0;
                 self.segment(0)?
             }
         };
-        let home = WordIndex { segment: number, word: self.lane() & (segment.words.len() - 1) };
+        let home =
+            WordIndex { segment: number, word: self.lane_number() & (segment.word_count() - 1) };
         let mut seen = None;
         if let Some((slot, bits)) = segment.claim(home.word, 0) {
-            // SAFETY: claimed above, and given back below.
+            // SAFETY: the slot was claimed above, and is released below.
             if ready(unsafe { segment.peek(slot) }) {
-                let word = &segment.words[home.word].0;
-                let low = word.low.load(Ordering::Relaxed);
-                if free(bits).count_ones() < low || (bits / RELEASE).is_multiple_of(RECOUNT) {
+                let word = segment.word(home.word);
+                if word.is_count_due(bits) {
                     word.set_low();
                     self.count();
                 }
-                return Some((self.lease(number, slot), true));
+                return Some(Claim::Ready(self.lease(number, slot)));
             }
             segment.release(slot);
             seen = Some(slot);
@@ -440,67 +228,67 @@ impl<S: Send + Sync> Slots<S> {
         self.claim_elsewhere(home, seen, &ready)
     }
 
-    /// What [`claim`](Self::claim) does when home has nothing, or when the slot there that was looked at first is
-    /// not ready.
+    /// The rest of [`claim`](Self::claim), if home has no free slot, or if the first one there was
+    /// `seen` and is not ready.
     #[cold]
     fn claim_elsewhere(
         &self,
         home: WordIndex,
         seen: Option<usize>,
         ready: &dyn Fn(&S) -> bool,
-    ) -> Option<(Lease<S>, bool)> {
+    ) -> Option<Claim<S>> {
         let mut claimed = self.probe_home(home, seen, ready);
         while claimed.is_none() {
             if self.was_empty() {
                 return None;
             }
-            // The first that comes: two threads that only look could take each other's choice away for ever.
-            claimed = self.scan_all(home, None, &|_| true).map(|(lease, _)| {
-                let ready = ready(&lease);
-                (lease, ready)
+            // Takes the first free slot. Two threads that look for better ones could take each
+            // other's choice away for ever.
+            claimed = self.scan_all(home, None, &|_| true).map(|claim| match claim {
+                Claim::Ready(lease) if !ready(&lease) => Claim::Busy(lease),
+                claim => claim,
             });
         }
-        // The most that home held does not tell any more whether there were ever more.
-        self.segment(home.segment)?.words[home.word].0.set_low();
-        let elsewhere = self.lanes[self.lane()].0.elsewhere.fetch_add(1, Ordering::Relaxed);
-        let words: usize = self.segments().map(|segment| segment.words.len()).sum();
-        if elsewhere.is_multiple_of(words.div_ceil(QUICKLY_COUNTED)) {
+        // Slots elsewhere are taken, too, from now on: the word's mark begins again.
+        self.segment(home.segment)?.word(home.word).set_low();
+        let words: usize = self.segments().map(Segment::word_count).sum();
+        if self.lane().stats.count_elsewhere(words) {
             self.count();
         }
         claimed
     }
 
-    /// Looks at some more slots at home, and then at some elsewhere. `None` also where others were quicker.
+    /// Looks at a few more slots at home, and then at some elsewhere. Returns `None` also if other
+    /// threads were quicker.
     fn probe_home(
         &self,
         home: WordIndex,
         seen: Option<usize>,
         ready: &dyn Fn(&S) -> bool,
-    ) -> Option<(Lease<S>, bool)> {
+    ) -> Option<Claim<S>> {
         let segment = self.segment(home.segment)?;
-        let bit = |slot| 1 << segment.word_of(slot).1;
-        let mut passed = seen.map_or(0, bit);
+        let mut passed = seen.map_or(0, |slot| segment.mask(slot));
         for _ in 1..PROBES {
             let Some((slot, _)) = segment.claim(home.word, passed) else { break };
-            // SAFETY: claimed above, and given back below.
+            // SAFETY: the slot was claimed above, and is released below.
             if ready(unsafe { segment.peek(slot) }) {
-                return Some((self.lease(home.segment, slot), true));
+                return Some(Claim::Ready(self.lease(home.segment, slot)));
             }
             segment.release(slot);
-            passed |= bit(slot);
+            passed |= segment.mask(slot);
         }
         self.scan_all(home, seen, ready)
     }
 
-    /// Looks through the words, once around from where the lane stopped the last time. At home a slot was `seen`
-    /// that is not ready.
+    /// Looks through all words once, from the word at which the lane stopped the last time. At
+    /// home, the slot `seen` is known not to be ready.
     fn scan_all(
         &self,
         home: WordIndex,
         seen: Option<usize>,
         ready: &dyn Fn(&S) -> bool,
-    ) -> Option<(Lease<S>, bool)> {
-        let scan_start = &self.lanes[self.lane()].0.scan_start;
+    ) -> Option<Claim<S>> {
+        let scan_start = &self.lane().scan_start;
         let start = self.wrap(WordIndex::unpack(scan_start.load(Ordering::Relaxed)));
         let (mut index, mut turn, mut probes) = (start, None, 0);
         loop {
@@ -508,10 +296,10 @@ impl<S: Send + Sync> Slots<S> {
             let found = match seen.filter(|_| index == home) {
                 Some(slot) => Some(slot),
                 None => match segment.claim(index.word, 0) {
-                    // SAFETY: claimed above, and given back below.
+                    // SAFETY: the slot was claimed above, and is released below.
                     Some((slot, _)) if ready(unsafe { segment.peek(slot) }) => {
                         scan_start.store(index.next().pack(), Ordering::Relaxed);
-                        return Some((self.lease(index.segment, slot), true));
+                        return Some(Claim::Ready(self.lease(index.segment, slot)));
                     }
                     Some((slot, _)) => {
                         segment.release(slot);
@@ -535,68 +323,52 @@ impl<S: Send + Sync> Slots<S> {
         let (index, slot) = turn?;
         self.segment(index.segment)?.claim_slot(slot).then(|| {
             scan_start.store(index.next().pack(), Ordering::Relaxed);
-            (self.lease(index.segment, slot), false)
+            Claim::Busy(self.lease(index.segment, slot))
         })
     }
 
-    /// Counts the slots that are taken.
+    /// Whether there was a moment at which no slot was free. This is a double collect, as in
+    /// "Atomic Snapshots of Shared Memory" by Afek, Attiya, Dolev, Gafni, Merritt and Shavit.
     ///
-    /// Where one thread claims, this sees the most that are. Each claim away from home counts, and each at home that
-    /// leaves fewer free than any since; in between, slots are only given back.
-    #[cold]
-    fn count(&self) {
-        let taken = self.total().saturating_sub(self.available());
-        self.high_water.fetch_max(taken, Ordering::Relaxed);
-    }
-
-    /// Whether there was a moment at which no slot was free: a double collect, as in "Atomic Snapshots of Shared
-    /// Memory" by Afek, Attiya, Dolev, Gafni, Merritt and Shavit.
-    ///
-    /// The words are read twice, one after the other. Where no slot was free either time and none was
-    /// released in between, no word changed from its first reading to its second; so all of them stood as they
-    /// were read from the end of the first round to the beginning of the second.
+    /// The words are read twice, one after the other. Assume that no slot was free either time, and
+    /// that none was released in between. Then no word changed from its first reading to its
+    /// second. So from the end of the first round to the beginning of the second, all words were as
+    /// they were read.
     pub(crate) fn was_empty(&self) -> bool {
         let round = || {
             self.words().try_fold(0, |releases, word| {
-                let bits = word.bits.load(Ordering::Acquire);
-                (free(bits) == 0).then(|| releases + bits / RELEASE)
+                word.releases_if_empty().map(|of_word| releases + of_word)
             })
         };
         round().is_some_and(|first| round() == Some(first))
     }
 
-    /// A segment to be appended, of one slot at least. `None` where there is no memory for it.
+    /// Makes a segment of at least one slot, to be appended. Returns `None` if there is no memory
+    /// for it.
     pub(crate) fn prepare(&self, slots: Vec<S>) -> Option<Segment<S>> {
         Segment::new(slots, self.lanes.len())
     }
 
-    /// As [`claim`](Self::claim), but where nothing is free, appends what `make` makes, which is told how many
-    /// slots there are. Of several threads that find nothing, one does.
-    pub(crate) fn claim_or_grow<E>(
-        &self,
-        ready: impl Fn(&S) -> bool,
-        make: impl FnOnce(usize) -> Result<Segment<S>, E>,
-    ) -> Result<(Lease<S>, bool), E> {
-        let _growing = self.growing.lock().unwrap_or_else(|poison| poison.into_inner());
-        if let Some(claimed) = self.claim(&ready) {
-            return Ok(claimed);
-        }
-        let segment = make(self.total())?;
-        // Before others see it: what was made for this thread is not for them to take.
-        segment.claim_slot(0);
-        let number = self.append(segment);
-        self.growths.fetch_add(1, Ordering::Relaxed);
-        self.count();
-        Ok((self.lease(number, 0), true))
+    /// Appends a segment before other threads see the slots.
+    pub(crate) fn append(&mut self, segment: Segment<S>) {
+        self.publish(segment);
     }
 
-    /// Appends a segment, whose number is the answer: the first, or under the lock.
-    pub(crate) fn append(&self, segment: Segment<S>) -> usize {
-        let count = segment.slots.len();
+    /// Takes the lock under which slots are appended. The holder claims again first: another thread
+    /// may have appended some.
+    pub(crate) fn lock_growth(&self) -> Growth<'_, S> {
+        let lock = self.growing.lock().unwrap_or_else(|poison| poison.into_inner());
+        Growth { slots: self, _lock: lock }
+    }
+
+    /// Stores a segment, and returns its number. The caller has the lock of growing, or the slots
+    /// exclusively.
+    fn publish(&self, segment: Segment<S>) -> usize {
+        let count = segment.len();
         let number = self.segments().count();
         let pointer = Arc::into_raw(Arc::new(segment));
         for _ in 0..count {
-            // SAFETY: of an Arc that is kept.
+            // SAFETY: the pointer is that of an `Arc` that lives.
             unsafe { Arc::increment_strong_count(pointer) };
         }
         self.segments[number].store(pointer.cast_mut(), Ordering::Release);
@@ -604,42 +376,77 @@ impl<S: Send + Sync> Slots<S> {
         number
     }
 
-    /// Whether no segment can be appended any more.
+    /// Whether no more segment can be appended.
     pub(crate) fn is_full(&self) -> bool {
         self.segments().count() == SEGMENTS
     }
 
+    /// Counts the slots that are taken, for the high-water mark.
+    ///
+    /// Each claim away from home counts, and each claim at home that leaves fewer free slots than
+    /// the ones since. In between, slots are only released. So if one thread claims, no peak is
+    /// missed.
+    #[cold]
+    fn count(&self) {
+        self.stats.raise_high_water(self.total().saturating_sub(self.available()));
+    }
+
+    /// The number of slots.
     pub(crate) fn total(&self) -> usize {
-        self.segments().map(|segment| segment.slots.len()).sum()
+        self.segments().map(Segment::len).sum()
     }
 
-    /// The free slots, each word at its moment.
+    /// The number of free slots. Each word is read at a moment of its own.
     pub(crate) fn available(&self) -> usize {
-        self.words().map(|word| free(load_for_stats(&word.bits)).count_ones() as usize).sum()
+        self.words().map(|word| word.available() as usize).sum()
     }
 
-    /// Counts a claim that had to do with a slot that was not ready.
+    /// Counts a claim that returned a slot that was not ready.
     pub(crate) fn count_not_ready(&self) {
-        self.lanes[self.lane()].0.not_ready.fetch_add(1, Ordering::Relaxed);
+        self.lane().stats.count_not_ready();
     }
 
+    /// The claims that returned a slot that was not ready.
     pub(crate) fn not_ready(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.0.not_ready.load(Ordering::Relaxed)).sum()
+        self.lanes.iter().map(|lane| lane.0.stats.not_ready()).sum()
     }
 
     /// How often slots were appended because none was free.
     pub(crate) fn growths(&self) -> usize {
-        self.growths.load(Ordering::Relaxed)
+        self.stats.growths()
     }
 
     /// The most slots that were seen to be taken at once.
     pub(crate) fn high_water(&self) -> usize {
-        self.high_water.load(Ordering::Relaxed)
+        self.stats.high_water()
+    }
+}
+
+/// The lock of growing. One thread at a time has it.
+pub(crate) struct Growth<'s, S: Send + Sync> {
+    slots: &'s Slots<S>,
+    _lock: MutexGuard<'s, ()>,
+}
+
+impl<S: Send + Sync> Growth<'_, S> {
+    /// As [`Slots::claim`].
+    pub(crate) fn claim(&self, ready: impl Fn(&S) -> bool) -> Option<Claim<S>> {
+        self.slots.claim(ready)
+    }
+
+    /// Appends a segment, and returns the lease of its first slot.
+    pub(crate) fn append(&self, segment: Segment<S>) -> Lease<S> {
+        // Before other threads see it: they could take all slots that were made for this thread.
+        segment.claim_slot(0);
+        let number = self.slots.publish(segment);
+        self.slots.stats.count_growth();
+        self.slots.count();
+        self.slots.lease(number, 0)
     }
 }
 
 impl<S: Send + Sync> Drop for Slots<S> {
-    /// Closes every word: what is free goes now, what is not with its lease.
+    /// Closes every word. Free slots are dropped now, the others with their leases.
     fn drop(&mut self) {
         let mut segments = [const { None }; SEGMENTS];
         for (pointer, kept) in self.segments.iter().zip(&mut segments) {
@@ -647,76 +454,18 @@ impl<S: Send + Sync> Drop for Slots<S> {
             if pointer.is_null() {
                 break;
             }
-            // SAFETY: the pool's own reference, given up here.
+            // SAFETY: this is the pool's own reference, which it gives up here.
             let segment = unsafe { Arc::from_raw(pointer) };
-            for word in &segment.words {
-                // `Acquire`: what the last holders did is seen by whoever drops the slots.
-                let bits = word.0.bits.swap(CLOSED, Ordering::AcqRel);
-                for _ in 0..free(bits).count_ones() {
-                    // SAFETY: a reference of a slot that was free; nobody can claim it any more.
+            for word in segment.words() {
+                for _ in 0..word.close() {
+                    // SAFETY: the reference of a slot that was free. No thread can claim it now.
                     unsafe { Arc::decrement_strong_count(pointer) };
                 }
             }
             *kept = Some(segment);
         }
-        // When all are closed, since what a slot holds may panic when it is dropped. The others go all the same.
+        // After all are closed: the drop of a value may panic. The other segments are dropped then
+        // all the same.
         drop(segments);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::sync::run;
-
-    fn segment(count: usize, lanes: usize) -> Segment<u8> {
-        Segment::new(vec![0; count], lanes).unwrap()
-    }
-
-    fn claimed<S>(segment: &Segment<S>) -> Vec<usize> {
-        let words = 0..segment.words.len();
-        let mut claimed: Vec<usize> = words
-            .flat_map(|at| std::iter::from_fn(move || segment.claim(at, 0)))
-            .map(|(slot, _)| slot)
-            .collect();
-        claimed.sort_unstable();
-        claimed
-    }
-
-    #[test]
-    fn the_words_of_a_segment_hold_its_slots_and_no_others() {
-        for lanes in [1, 2, 16, 64] {
-            for count in (1..=130).chain([512, 513, 1000, 4096, 5000]) {
-                run(move || {
-                    let segment = segment(count, lanes);
-                    assert!(segment.words.len().is_power_of_two());
-                    assert_eq!(claimed(&segment), (0..count).collect::<Vec<_>>(), "{lanes}");
-                    assert!((0..count).all(|slot| !segment.claim_slot(slot)));
-                });
-            }
-        }
-    }
-
-    #[test]
-    fn a_second_release_of_a_slot_is_found_out_and_changes_nothing() {
-        run(|| {
-            let segment = segment(3, 1);
-            let (slot, _) = segment.claim(0, 0).unwrap();
-            let (word, bit) = segment.word_of(slot);
-            assert_eq!(release(&word.bits, bit), Released::Free);
-            let before = word.bits.load(Ordering::Relaxed);
-            assert_eq!(release(&word.bits, bit), Released::Twice);
-            assert_eq!(word.bits.load(Ordering::Relaxed), before);
-            assert_eq!(claimed(&segment), [0, 1, 2]);
-        });
-    }
-
-    #[test]
-    fn the_count_of_releases_runs_over_into_nothing() {
-        run(|| {
-            let word = AtomicU64::new(!(RELEASE - 1) | 0b110);
-            assert_eq!(release(&word, 0), Released::Free);
-            assert_eq!(word.load(Ordering::Relaxed), 0b111);
-        });
     }
 }

@@ -18,7 +18,7 @@ mod sync {
     use std::sync::atomic::Ordering::SeqCst;
 
     pub(crate) use loom::sync::atomic::Ordering;
-    pub(crate) use loom::sync::{Arc, Mutex};
+    pub(crate) use loom::sync::{Arc, Mutex, MutexGuard};
 
     std::thread_local! {
         /// Loom runs all threads of a model in the thread of its test.
@@ -125,7 +125,7 @@ mod sync {
 #[path = "../../src/slots/mod.rs"]
 mod slots;
 
-use slots::{Lease, Slots};
+use slots::{Claim, Lease, Slots};
 use sync::Arc;
 
 /// What a slot holds.
@@ -156,7 +156,7 @@ impl Drop for Held {
 type Pool = Arc<Slots<Held>>;
 
 fn pool(count: usize, words: usize) -> Pool {
-    let slots = Slots::new(words);
+    let mut slots = Slots::new(words);
     if count > 0 {
         slots.append(slots.prepare((0..count).map(|_| Held::new()).collect()).unwrap());
     }
@@ -164,14 +164,23 @@ fn pool(count: usize, words: usize) -> Pool {
 }
 
 fn claim(pool: &Pool) -> Option<Lease<Held>> {
-    pool.claim(|_| true).map(|(lease, _)| lease)
+    pool.claim(|_| true).map(kept)
 }
 
-/// What the pool does: looks for a slot, and then again under the lock, and grows.
+fn kept(claim: Claim<Held>) -> Lease<Held> {
+    match claim {
+        Claim::Ready(lease) | Claim::Busy(lease) => lease,
+    }
+}
+
+/// Does as the pool does: looks for a slot, then looks again under the lock, and grows.
 fn claim_or_grow(pool: &Pool, made: impl FnOnce(usize) -> Vec<Held>) -> Lease<Held> {
     claim(pool).unwrap_or_else(|| {
-        let made = |total| pool.prepare(made(total)).ok_or(());
-        pool.claim_or_grow(|_| true, made).unwrap().0
+        let growth = pool.lock_growth();
+        match growth.claim(|_| true) {
+            Some(claim) => kept(claim),
+            None => growth.append(pool.prepare(made(pool.total())).unwrap()),
+        }
     })
 }
 
@@ -282,10 +291,9 @@ fn closing() {
 /// A slot that is not ready goes back while others are looked at; by two threads at once, of which each is to end.
 fn choosing() {
     let pool = pool(2, 2);
-    let choose = |pool: &Pool| {
-        let (lease, ready) = pool.claim(|_| false).expect("told that none is free");
-        assert!(!ready);
-        lease.touch();
+    let choose = |pool: &Pool| match pool.claim(|_| false).expect("told that none is free") {
+        Claim::Ready(_) => panic!("no slot is ready"),
+        Claim::Busy(lease) => lease.touch(),
     };
     let other = {
         let pool = Arc::clone(&pool);
@@ -304,7 +312,8 @@ fn published_before_it_is_made() {
         thread::spawn(move || visit(&pool))
     };
     let making = Held::new();
-    pool.append(pool.prepare(vec![Held(Arc::clone(&making.0))]).unwrap());
+    let made = pool.prepare(vec![Held(Arc::clone(&making.0))]).unwrap();
+    drop(pool.lock_growth().append(made));
     making.touch();
     other.join().unwrap();
 }
