@@ -1,4 +1,5 @@
-//! Host sides as arrays of the `ndarray` crate: what the accessors of slices give, with the buffer's shape.
+//! Host sides as arrays of the `ndarray` crate. They are the slices that the accessors return, with
+//! the buffer's shape.
 
 use ndarray::{ArrayViewD, ArrayViewMutD, IxDyn, ShapeError};
 
@@ -12,12 +13,14 @@ use crate::group::ring::GroupRing;
 use crate::shape::Shape;
 
 impl<T: Pod> CpuGpuBuffer<T> {
-    /// [`cpu`](Self::cpu) as an array of the buffer's shape. Waits as `cpu` does. Needs the feature `ndarray`.
+    /// Returns the host side as an array of the buffer's shape. Waits as [`cpu`](Self::cpu) does.
+    /// Needs the feature `ndarray`.
     ///
     /// # Errors
     ///
-    /// As for [`cpu`](Self::cpu), and [`Error::InvalidShape`] for a shape of no elements whose other dimensions
-    /// overflow `isize`, which `ndarray` refuses.
+    /// - As for [`cpu`](Self::cpu).
+    /// - [`Error::InvalidShape`] for a shape that `ndarray` refuses: it has no elements, and its
+    ///   other dimensions overflow `isize`.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -36,8 +39,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
         shared(self.cpu()?, self.shape())
     }
 
-    /// [`cpu_mut`](Self::cpu_mut) as an array of the buffer's shape. Waits as `cpu_mut` does. Needs the feature
-    /// `ndarray`.
+    /// Returns the host side as a mutable array of the buffer's shape. Waits as
+    /// [`cpu_mut`](Self::cpu_mut) does. Needs the feature `ndarray`.
     ///
     /// # Errors
     ///
@@ -58,7 +61,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
 }
 
 impl BufferGroup {
-    /// [`cpu`](Self::cpu) as an array of the member's shape. Needs the feature `ndarray`.
+    /// Returns a member's host side as an array of its shape. Waits as [`cpu`](Self::cpu) does.
+    /// Needs the feature `ndarray`.
     ///
     /// # Errors
     ///
@@ -77,7 +81,8 @@ impl BufferGroup {
         shared(self.cpu(key)?, self.shape(key)?)
     }
 
-    /// [`cpu_mut`](Self::cpu_mut) as an array of the member's shape. Needs the feature `ndarray`.
+    /// Returns a member's host side as a mutable array of its shape. Waits as
+    /// [`cpu_mut`](Self::cpu_mut) does. Needs the feature `ndarray`.
     ///
     /// # Errors
     ///
@@ -100,7 +105,8 @@ impl BufferGroup {
 }
 
 impl GroupRing {
-    /// [`cpu`](Self::cpu) as an array of the member's shape. Needs the feature `ndarray`.
+    /// Returns a member's host side as an array of its shape. Waits as [`cpu`](Self::cpu) does.
+    /// Needs the feature `ndarray`.
     ///
     /// # Errors
     ///
@@ -119,7 +125,8 @@ impl GroupRing {
         shared(self.cpu(key)?, self.layout().find(key)?.1.shape.dims())
     }
 
-    /// [`cpu_mut`](Self::cpu_mut) as an array of the member's shape. Needs the feature `ndarray`.
+    /// Returns a member's host side as a mutable array of its shape. Waits as
+    /// [`cpu_mut`](Self::cpu_mut) does. Needs the feature `ndarray`.
     ///
     /// # Errors
     ///

@@ -332,8 +332,8 @@ impl<T: Pod> BufferPool<T> {
         CpuGpuBuffer::stored(StorageHandle::pool(slot))
     }
 
-    /// The number of buffers that can be acquired without growing. While other threads work, this is
-    /// an estimate.
+    /// The number of buffers that can be acquired without growing. While other threads work, this
+    /// is an estimate.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferPool, Device};

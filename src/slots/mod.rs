@@ -23,7 +23,7 @@
 //! | one thread | another thread | result |
 //! |---|---|---|
 //! | claims slot `s` | claims `s` | One compare-and-swap fails, and its thread looks again. |
-//! | claims `s` (`AcqRel`) | released `s` (`Release`) | The claim sees all that the last holder did. Each change of a word is a read-modify-write, so the claim is in the release's sequence, whatever other bits changed in between. |
+//! | claims `s` (`AcqRel`) | released `s` (`Release`) | The claim sees all that the last holder did. Each change of a word is a read-modify-write, so the claim is in the release's sequence. Changes of other bits in between do not matter. |
 //! | reads the value in slot `s` | claims `s` | This cannot happen: only the holder of `s` reads its value. |
 //! | looks through the words | appends a segment | The pointer is stored (`Release`) once the segment is complete, and read with `Acquire`. |
 //! | finds no free slot | releases a slot that was looked at before, and claims a later one | The words are read again. Their counts of releases have changed, and the search goes on. |

@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use loom::cell::UnsafeCell;
 use loom::thread;
 
-/// What `src/sync.rs` is to the library: here, loom's, with a switch that breaks one use.
+/// Stands in for `src/sync.rs`: loom's primitives, with a switch that breaks one use.
 mod sync {
     use std::cell::Cell;
     use std::sync::atomic::Ordering::SeqCst;
@@ -41,7 +41,7 @@ mod sync {
         if is_broken(this) { Ordering::Relaxed } else { shipped }
     }
 
-    /// Beside loom's, the newest value, for looks that decide nothing.
+    /// Loom's atomic, and beside it the newest value, for looks that decide nothing.
     pub(crate) struct AtomicU64(loom::sync::atomic::AtomicU64, std::sync::atomic::AtomicU64);
 
     impl AtomicU64 {
@@ -71,12 +71,12 @@ mod sync {
         }
         pub(crate) fn load(&self, shipped: Ordering) -> u64 {
             match shipped {
-                // Only the search for a moment without free slots: without the count of releases it is a plain
-                // second look.
+                // Only the search for a moment without free slots loads so. Without the count of
+                // releases it is a plain second look.
                 Ordering::Acquire if is_broken(COUNT) => u64::from(self.0.load(shipped) as u32),
                 Ordering::Acquire => self.0.load(shipped),
-                // A look before a compare-and-swap, which says whether it was stale. Loom takes the other
-                // threads' loads into account only where a thread's first access is no load.
+                // A look before a compare-and-swap, which fails if the look was stale. Loom takes
+                // the other threads' loads into account only if a thread's first access is no load.
                 _ => self.0.fetch_or(0, shipped),
             }
         }
@@ -100,7 +100,7 @@ mod sync {
         }
     }
 
-    /// The file's unit tests, of one thread each.
+    /// Runs a unit test of the shipped files. Each has one thread.
     pub(crate) fn run(test: impl Fn() + Send + Sync + 'static) {
         let mut builder = loom::model::Builder::new();
         builder.max_branches = 1 << 20;
@@ -111,7 +111,7 @@ mod sync {
         static NUMBER: std::cell::Cell<usize> = std::cell::Cell::new(0);
     }
 
-    /// What [`act_as`] said; 0 unless it did.
+    /// The number that [`act_as`] set, or 0.
     pub(crate) fn thread_number() -> usize {
         NUMBER.with(std::cell::Cell::get)
     }
@@ -128,12 +128,12 @@ mod slots;
 use slots::{Claim, Lease, Slots};
 use sync::Arc;
 
-/// What a slot holds.
+/// The value in a slot.
 struct Held(Arc<Cell>);
 
 struct Cell(UnsafeCell<u32>);
 
-// SAFETY: loom finds out who touches the cell together with whom.
+// SAFETY: loom reports two threads that touch the cell without an order.
 unsafe impl Sync for Cell {}
 
 impl Held {
@@ -142,7 +142,7 @@ impl Held {
     }
 
     fn touch(&self) {
-        // SAFETY: loom checks that nobody else does at the same time.
+        // SAFETY: loom checks that no other thread does so at the same time.
         self.0.0.with_mut(|held| unsafe { *held += 1 });
     }
 }
@@ -184,7 +184,7 @@ fn claim_or_grow(pool: &Pool, made: impl FnOnce(usize) -> Vec<Held>) -> Lease<He
     })
 }
 
-/// Takes a slot and gives it back, if there is one.
+/// Claims a slot and releases it, if one is free.
 fn visit(pool: &Pool) -> bool {
     claim(pool).inspect(|held| held.touch()).is_some()
 }
@@ -193,7 +193,7 @@ fn at_rest(pool: &Pool, total: usize) {
     assert_eq!((pool.available(), pool.total()), (total, total), "a slot is lost");
 }
 
-/// Three threads, two slots in one word.
+/// Three threads claim two slots in one word.
 fn three_threads() {
     let pool = pool(2, 1);
     let others: [_; 2] = std::array::from_fn(|_| {
@@ -207,7 +207,8 @@ fn three_threads() {
     at_rest(&pool, 2);
 }
 
-/// Two threads and two slots, each in a word of its own; a thread holds one at a time. One is always left.
+/// Two threads claim two slots, each in a word of its own. A thread holds one at a time, so one
+/// slot is always left.
 fn as_many_slots_as_are_held() {
     let pool = pool(2, 2);
     let other = {
@@ -219,7 +220,8 @@ fn as_many_slots_as_are_held() {
     at_rest(&pool, 2);
 }
 
-/// One thread holds one slot or the other, never both, and another looks for a moment without a free one.
+/// One thread holds one slot or the other, and never both. Another looks for a moment without a
+/// free slot.
 fn never_empty() {
     let pool = pool(2, 2);
     let other = {
@@ -235,7 +237,7 @@ fn never_empty() {
     other.join().unwrap();
 }
 
-/// A pool without slots, and threads that find that out at once.
+/// Two threads find at the same time that a pool has no slots.
 fn growth() {
     let pool = pool(0, 2);
     let grow = |pool: &Pool| {
@@ -255,7 +257,7 @@ fn growth() {
     assert_eq!(pool.growths(), 1);
 }
 
-/// One thread grows the pool while a second takes and gives back, and a third gives back.
+/// One thread grows the pool while a second claims and releases, and a third releases.
 fn growth_beside_others() {
     let pool = pool(1, 1);
     let held = claim(&pool).unwrap();
@@ -273,7 +275,8 @@ fn growth_beside_others() {
     at_rest(&pool, 1 + pool.growths());
 }
 
-/// The pool goes while its slots come back: each is dropped once, after its last holder.
+/// The pool is dropped while its slots are released. Each value is dropped once, after its last
+/// holder.
 fn closing() {
     let pool = pool(2, 1);
     let [first, second] = [claim(&pool).unwrap(), claim(&pool).unwrap()];
@@ -288,7 +291,7 @@ fn closing() {
     third.join().unwrap();
 }
 
-/// A slot that is not ready goes back while others are looked at; by two threads at once, of which each is to end.
+/// Two threads at once release a slot that is not ready, to look at others. Each has to end.
 fn choosing() {
     let pool = pool(2, 2);
     let choose = |pool: &Pool| match pool.claim(|_| false).expect("told that none is free") {
@@ -304,7 +307,7 @@ fn choosing() {
     at_rest(&pool, 2);
 }
 
-/// Growth in the wrong order: the segment is published, and then what its slots hold is made.
+/// Growth in the wrong order: the segment is published before its values are made.
 fn published_before_it_is_made() {
     let pool = pool(0, 1);
     let other = {
@@ -322,7 +325,7 @@ fn published_before_it_is_made() {
 fn run(broken: u8, model: fn()) -> Result<(), String> {
     sync::BROKEN.set(broken);
     let mut builder = loom::model::Builder::new();
-    // The search for a moment without free slots takes many changes of thread to go wrong, and is short.
+    // The search for a moment without free slots is short. It takes many changes of thread to fail.
     let search = std::ptr::fn_addr_eq(model, never_empty as fn());
     builder.preemption_bound = if search { None } else { Some(3) };
     let result = catch_unwind(AssertUnwindSafe(|| builder.check(model)));
@@ -364,7 +367,7 @@ fn choosing_among_slots_takes_none_from_others() {
     run(sync::NOTHING, choosing).unwrap();
 }
 
-/// Fails, and for this reason.
+/// Expects the model to fail, and for this reason.
 #[track_caller]
 fn fails(broken: u8, model: fn(), reason: &str) {
     let message = run(broken, model).unwrap_err();

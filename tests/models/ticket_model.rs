@@ -11,7 +11,7 @@ use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::sync::{Arc, Mutex};
 use loom::thread;
 
-/// What `src/sync.rs` is to the library: here, loom's, with a switch that weakens one use.
+/// Stands in for `src/sync.rs`: loom's primitives, with a switch that weakens one use.
 mod sync {
     pub(crate) use loom::sync::Mutex;
     pub(crate) use loom::sync::atomic::Ordering;
@@ -68,7 +68,7 @@ struct Copy {
     enqueued: AtomicBool,
     finished: AtomicBool,
     host: UnsafeCell<u32>,
-    // Whoever sees an event finished is ordered after the device's work; nobody else is.
+    // Only a thread that sees an event finished is ordered after the device's work.
     running: Mutex<()>,
 }
 
@@ -89,7 +89,7 @@ struct Stream {
     copies: [Copy; 2],
 }
 
-/// What an event answers for: the copies that were enqueued when it was recorded.
+/// An event: it stands for the copies that were enqueued when it was recorded.
 #[derive(Clone, std::marker::Copy, Default)]
 struct Event([bool; 2]);
 
@@ -108,25 +108,25 @@ impl Stream {
         Event([0, 1].map(|copy| self.copies[copy].enqueued.load(Ordering::Relaxed)))
     }
 
-    /// The event is seen finished: what it answers for has run.
+    /// The event is seen finished: the copies that it stands for have run.
     fn finish(&self, event: Event) {
-        for (copy, answered) in self.copies.iter().zip(event.0) {
-            if !answered {
+        for (copy, covered) in self.copies.iter().zip(event.0) {
+            if !covered {
                 continue;
             }
             let _running = copy.running.lock().unwrap();
             if !copy.finished.load(Ordering::Relaxed) {
-                // SAFETY: loom checks that nobody else looks.
+                // SAFETY: loom checks that no other thread reads.
                 copy.host.with_mut(|host| unsafe { *host = 7 });
                 copy.finished.store(true, Ordering::Relaxed);
             }
         }
     }
 
-    /// What a reader does that found the copy finished.
+    /// Reads as a thread does that found the copy finished.
     fn look(&self, copy: usize) {
         assert!(self.copies[copy].finished.load(Ordering::Relaxed), "the copy has not run");
-        // SAFETY: loom checks that nobody writes.
+        // SAFETY: loom checks that no thread writes.
         self.copies[copy].host.with(|host| assert_eq!(unsafe { *host }, 7));
     }
 
@@ -199,9 +199,9 @@ fn synchronising(submit: Submit) {
     stream.is_complete(0, ticket);
 }
 
-/// A buffer is used twice, its event recorded anew; a watermark that answered for the first use must not
-/// answer for the second.
-fn recording_anew(submit: Submit) {
+/// A buffer is used twice, and its event is recorded twice. A watermark that stands for the first
+/// use must not stand for the second.
+fn recording_again(submit: Submit) {
     let stream = Stream::new();
     let other = Arc::clone(&stream);
     let mut cell = TicketCell::open();
@@ -213,7 +213,7 @@ fn recording_anew(submit: Submit) {
         other.tickets.complete(first);
         other.is_complete(0, first);
     });
-    // As a record does: lazy until the new ticket is known.
+    // As a record does: open until the new ticket is known.
     cell.set_open();
     assert_eq!(cell.ticket(), None);
     let (second, event) = submit(&stream, 1);
@@ -227,8 +227,9 @@ fn recording_anew(submit: Submit) {
     assert!(stream.is_complete(1, second));
 }
 
-/// A lazy stamp stands for a kernel that was enqueued without a ticket. Two threads that share the buffer
-/// want to know, while a third thread's transfer on the stream comes and finishes.
+/// An open cell stands for a kernel that was enqueued without a ticket. Two threads that share the
+/// buffer ask about it. At the same time a third thread's transfer on the stream comes and
+/// finishes.
 fn open_records(submit: Submit) {
     let stream = Stream::new();
     let cell = Arc::new((TicketCell::open(), Mutex::new(None)));
@@ -267,7 +268,7 @@ fn open_records(submit: Submit) {
     assert!(stream.is_complete(0, ticket));
 }
 
-/// Runs a model with one use weakened; models take turns, since the switch is one for all.
+/// Runs a model with one use weakened. Models take turns, because they share the switch.
 fn run(weakened: u8, model: fn(Submit), submit: Submit) -> Result<(), String> {
     static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(|poison| poison.into_inner());
@@ -283,7 +284,7 @@ fn run(weakened: u8, model: fn(Submit), submit: Submit) -> Result<(), String> {
 }
 
 const MODELS: [fn(Submit); 4] =
-    [threads_on_one_stream, synchronising, recording_anew, open_records];
+    [threads_on_one_stream, synchronising, recording_again, open_records];
 
 #[test]
 fn the_shipped_order_holds() {
@@ -292,7 +293,8 @@ fn the_shipped_order_holds() {
     }
 }
 
-/// Fails, and for this reason: a copy is taken for finished by somebody who cannot see that it is.
+/// Expects the model to fail for this reason: a thread takes a copy for finished, and cannot see
+/// that it is.
 #[track_caller]
 fn fails(weakened: u8, model: fn(Submit), submit: Submit) {
     let message = run(weakened, model, submit).unwrap_err();

@@ -11,8 +11,8 @@ use crate::error::Result;
 use crate::shape::Shape;
 use crate::stream::stream::Stream;
 
-/// The element type that the consumer reads. The consumer trusts its size, and [`Element`] is a safe
-/// trait, so the size is checked here.
+/// The element type that the consumer reads. The consumer trusts its size, and [`Element`] is a
+/// safe trait, so the size is checked here.
 const fn dtype<T: Element>() -> DType {
     const { assert!(size_of::<T>() == T::DTYPE.size(), "the element is not of the size of its DType") };
     T::DTYPE
@@ -72,13 +72,11 @@ impl<T: Element> CpuGpuBuffer<T> {
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Side, Stream};
     ///
-    /// let stream = Stream::new(Device::auto())?;
-    /// let mut batch = CpuGpuBuffer::<f32>::new([32, 64], stream.device())?;
-    /// batch.copy_to_gpu(.., &stream)?;
-    /// stream.synchronize()?;
-    /// // SAFETY: the copy used the device side, and the host has waited for it. No consumer came before.
-    /// let tensor = unsafe { batch.export_gpu_unordered() }?;
-    /// assert_eq!(batch.fill_gpu(1.0, &stream), Err(Error::Exported { side: Side::Device }));
+    /// let stream = Stream::new(Device::auto())?; let mut batch = CpuGpuBuffer::<f32>::new([32,
+    /// 64], stream.device())?; batch.copy_to_gpu(.., &stream)?; stream.synchronize()?; // SAFETY:
+    /// the copy used the device side, and the host has waited for it. No consumer came before. let
+    /// tensor = unsafe { batch.export_gpu_unordered() }?; assert_eq!(batch.fill_gpu(1.0, &stream),
+    /// Err(Error::Exported { side: Side::Device }));
     /// # Ok::<(), Error>(())
     /// ```
     pub unsafe fn export_gpu_unordered(&mut self) -> Result<Tensor> {

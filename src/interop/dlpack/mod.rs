@@ -54,8 +54,8 @@
 //!
 //! - [`reclaim`],
 //! - the next allocation for a CUDA device,
-//! - [`acquire`](crate::BufferPool::acquire) of an exhausted pool, if the pool has buffers among it,
-//!   or if memory to grow is short.
+//! - [`acquire`](crate::BufferPool::acquire) of an exhausted pool, if the pool has buffers among
+//!   it, or if memory to grow is short.
 //!
 //! To give it back at once, call [`synchronize`](CpuGpuBuffer::synchronize) after the tensors are
 //! gone and before the buffer is dropped.
@@ -67,9 +67,9 @@
 //! **Captures:** waiting for a device ends every capture of a stream there, even those of other
 //! libraries. CUDA has no other way to wait ("CUDA C++ Programming Guide, Prohibited and Unhandled
 //! Operations"). The operation then returns
-//! [`Error::StreamCapturing`](crate::Error::StreamCapturing), or goes on without the memory that was
-//! left behind. During a capture, drop buffers and tensors freely. But do not reuse a buffer whose
-//! tensors are gone, and do not allocate.
+//! [`Error::StreamCapturing`](crate::Error::StreamCapturing), or goes on without the memory that
+//! was left behind. During a capture, drop buffers and tensors freely. But do not reuse a buffer
+//! after its tensors are gone, and do not allocate.
 //!
 //! **Not waited for:**
 //!
