@@ -277,10 +277,13 @@ impl<T: Pod> BufferPool<T> {
             Some(claim) => claim,
             None => self.inner.claim_or_grow()?,
         };
-        if let Claim::Busy(slot) = &claim {
-            slot.poll()?;
+        match claim {
+            Claim::Ready(slot) => Ok(self.buffer(slot)),
+            Claim::Busy(slot) => {
+                slot.poll()?;
+                Ok(self.busy_buffer(slot))
+            }
         }
-        Ok(self.buffer_of(claim))
     }
 
     /// Acquires a buffer of the pool's shape if one is left. Takes no lock, allocates nothing and
@@ -307,22 +310,19 @@ impl<T: Pod> BufferPool<T> {
     /// ```
     pub fn try_acquire(&self) -> Option<CpuGpuBuffer<T>> {
         self.inner.refuse_child().ok()?;
-        let claim = self.inner.slots.claim(Storage::is_known_ready)?;
-        Some(self.buffer_of(claim))
+        match self.inner.slots.claim(Storage::is_known_ready)? {
+            Claim::Ready(slot) => Some(self.buffer(slot)),
+            Claim::Busy(slot) => Some(self.busy_buffer(slot)),
+        }
     }
 
-    /// The buffer in a claimed slot. Counts it if it may be in flight.
-    #[inline]
-    fn buffer_of(&self, claim: Claim<Storage>) -> CpuGpuBuffer<T> {
-        match claim {
-            Claim::Ready(slot) => self.buffer(slot),
-            Claim::Busy(slot) => {
-                if !slot.is_known_ready() {
-                    self.inner.slots.count_not_ready();
-                }
-                self.buffer(slot)
-            }
+    /// The buffer in a slot that was not ready when it was claimed. Counts it if it is still not.
+    #[cold]
+    fn busy_buffer(&self, slot: Lease<Storage>) -> CpuGpuBuffer<T> {
+        if !slot.is_known_ready() {
+            self.inner.slots.count_not_ready();
         }
+        self.buffer(slot)
     }
 
     #[inline]

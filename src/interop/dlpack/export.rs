@@ -72,11 +72,13 @@ impl<T: Element> CpuGpuBuffer<T> {
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Side, Stream};
     ///
-    /// let stream = Stream::new(Device::auto())?; let mut batch = CpuGpuBuffer::<f32>::new([32,
-    /// 64], stream.device())?; batch.copy_to_gpu(.., &stream)?; stream.synchronize()?; // SAFETY:
-    /// the copy used the device side, and the host has waited for it. No consumer came before. let
-    /// tensor = unsafe { batch.export_gpu_unordered() }?; assert_eq!(batch.fill_gpu(1.0, &stream),
-    /// Err(Error::Exported { side: Side::Device }));
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut batch = CpuGpuBuffer::<f32>::new([32, 64], stream.device())?;
+    /// batch.copy_to_gpu(.., &stream)?;
+    /// stream.synchronize()?;
+    /// // SAFETY: the host has waited for the copy, and there was no earlier consumer.
+    /// let tensor = unsafe { batch.export_gpu_unordered() }?;
+    /// assert_eq!(batch.fill_gpu(1.0, &stream), Err(Error::Exported { side: Side::Device }));
     /// # Ok::<(), Error>(())
     /// ```
     pub unsafe fn export_gpu_unordered(&mut self) -> Result<Tensor> {
