@@ -4,7 +4,7 @@ use std::fmt;
 
 /// A device: the CPU, or a CUDA device by its ordinal.
 ///
-/// A value names a device, which need not exist: that is checked where it is used.
+/// A value names a device that need not exist. Functions that use the device check it.
 ///
 /// ```
 /// use cpu_gpu_buffer::Device;
@@ -15,9 +15,9 @@ use std::fmt;
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Device {
-    /// Ordinary memory: every operation has the meaning it has on a GPU, and is done when it returns.
+    /// The CPU. Operations mean the same as on a GPU, and are done when they return.
     Cpu,
-    /// The CUDA device of this ordinal, in the order that `CUDA_VISIBLE_DEVICES` leaves.
+    /// The CUDA device with this ordinal, in the order that `CUDA_VISIBLE_DEVICES` leaves.
     Cuda(u32),
 }
 
@@ -35,15 +35,21 @@ impl fmt::Display for Device {
 /// ```
 /// # #[cfg(target_os = "linux")] {
 /// let memory = cpu_gpu_buffer::Device::Cpu.memory()?;
-/// let pieces = memory.free / 2 / (64 << 20);
-/// println!("half of what is free: {pieces} pieces of 64 MB, of {} GB in all", memory.total >> 30);
+/// println!("{} of {} GiB are free", memory.free >> 30, memory.total >> 30);
 /// # }
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[doc(alias = "cudaMemGetInfo")]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MemoryInfo {
-    /// What could be allocated now.
+    /// Bytes that can be allocated now.
     pub free: usize,
-    /// All there is.
+    /// All bytes of the device.
     pub total: usize,
+}
+
+impl fmt::Debug for MemoryInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MemoryInfo(free={}, total={})", self.free, self.total)
+    }
 }

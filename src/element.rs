@@ -1,14 +1,14 @@
-//! Element types that have a name of their own.
+//! Element types that array libraries know.
 
 use std::any::TypeId;
 use std::fmt;
 
-/// The type of a buffer's elements, where it is one that array libraries know.
+/// An element type that array libraries know.
 ///
 /// ```
 /// use cpu_gpu_buffer::DType;
 ///
-/// /// As NumPy's array interface spells it.
+/// /// The spelling of NumPy's array interface.
 /// fn typestr(dtype: DType) -> Option<&'static str> {
 ///     Some(match dtype {
 ///         DType::U8 => "|u1",
@@ -81,7 +81,7 @@ impl fmt::Display for DType {
 
 #[cfg(feature = "dlpack")]
 impl DType {
-    /// Of one element, in bytes.
+    /// The size of one element, in bytes.
     pub(crate) const fn size(self) -> usize {
         match self {
             DType::U8 | DType::I8 => 1,
@@ -100,7 +100,8 @@ impl DType {
 /// assert_eq!(f32::DTYPE, DType::F32);
 /// ```
 ///
-/// A type of your own may have one, too. It is as large as that says, or else exporting its sides does not compile:
+/// You can implement it for your own type. If the size of `DTYPE` is not that of the type,
+/// exporting a side does not compile:
 ///
 #[cfg_attr(feature = "dlpack", doc = "```compile_fail,E0080")]
 #[cfg_attr(not(feature = "dlpack"), doc = "```ignore")]

@@ -1,4 +1,4 @@
-//! What can go wrong, as one type.
+//! The error type of this crate.
 
 use std::fmt;
 
@@ -19,7 +19,9 @@ use crate::sys;
 /// ```
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What went wrong. Unless an operation says otherwise, a value that answered an error is as it was.
+/// An error of this crate.
+///
+/// On error the value is unchanged, unless the operation's documentation says otherwise.
 ///
 /// ```
 /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Stream};
@@ -34,40 +36,42 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Error {
-    /// A CUDA call failed. The runtime's last error has been cleared, so that the next library's check
-    /// does not find it.
+    /// A CUDA call failed.
+    ///
+    /// The crate has cleared the runtime's last error, so that other libraries do not find it.
     Cuda {
-        /// The status, an integer with names for what is known; its text is CUDA's.
+        /// The status. Its text is CUDA's.
         code: sys::cudaError_t,
         /// The function that returned it.
         call: &'static str,
     },
-    /// There is not as much memory as was asked for. What had been allocated so far was given back.
+    /// There is not enough memory. Memory that the call had already allocated was freed.
     OutOfMemory {
         /// The side that could not be allocated.
         side: Side,
-        /// How much was asked for, in bytes.
+        /// The requested size, in bytes.
         bytes: usize,
         /// The device of the buffer.
         device: Device,
     },
-    /// Memory could not be pinned: an error of constructors with
-    /// [`Pinning::Required`](crate::Pinning::Required), and the reason that
-    /// [`pinning_error`](crate::CpuGpuBuffer::pinning_error) returns.
+    /// Host memory could not be pinned.
+    ///
+    /// Constructors return it with [`Pinning::Required`](crate::Pinning::Required). Otherwise
+    /// [`pinning_error`](crate::CpuGpuBuffer::pinning_error) returns it.
     PinningUnavailable {
-        /// How much was asked for, in bytes.
+        /// The requested size, in bytes.
         bytes: usize,
         /// Why it could not be pinned.
         reason: String,
     },
     /// A CUDA device cannot be used: there is no runtime library, no driver, or no such device.
     Unavailable {
-        /// Which of them, and what was tried.
+        /// The cause, and the libraries that were tried.
         reason: String,
     },
     /// A shape has no dimension or more than 8, or its bytes overflow `isize`.
     InvalidShape {
-        /// Which of them.
+        /// The cause.
         reason: String,
     },
     /// A range of rows is reversed or ends beyond the first dimension.
@@ -76,10 +80,10 @@ pub enum Error {
         start: usize,
         /// One past the last row asked for.
         end: usize,
-        /// The rows there are.
+        /// The number of rows.
         rows: usize,
-        /// The number of the member in the order of `add`, from 0, in a copy of a group or a
-        /// group's ring. `None` for buffers, rings of one array, and views.
+        /// The member's number in the layout, from 0, for groups and their rings. `None` for
+        /// buffers, rings of one array, and views.
         member: Option<usize>,
     },
     /// A stream or an event belongs to another device.
@@ -89,20 +93,20 @@ pub enum Error {
         /// The device of the argument.
         actual: Device,
     },
-    /// The stream is being captured into a graph: work sent to it now would not run now.
+    /// The stream is being captured into a graph, so that work sent to it would not run.
     StreamCapturing,
-    /// A raw stream that cannot be adopted.
+    /// The raw stream cannot be used.
     InvalidStream {
-        /// Why not.
+        /// The cause.
         reason: &'static str,
     },
-    /// A text that names no device.
+    /// The text names no device.
     InvalidDevice {
         /// The text.
         text: String,
     },
-    /// All buffers of a pool are out, and it may not have more; or it was to begin with more than
-    /// it may have.
+    /// All buffers of a pool are in use, and it may not have more. Also returned for a pool that
+    /// was to begin with more buffers than its maximum.
     PoolExhausted {
         /// The most buffers that it may have.
         max_buffers: usize,
@@ -114,24 +118,24 @@ pub enum Error {
         /// Its number in the layout, from 0 on.
         index: usize,
     },
-    /// A group or a ring that cannot be.
+    /// A group or a ring with these members or slots is not possible.
     InvalidGroup {
-        /// Why not.
+        /// The cause.
         reason: &'static str,
     },
-    /// A tensor of the side lives, whose consumer may be using it: only with the feature `dlpack`.
+    /// A tensor of the side still exists, and its consumer may use it. Only with the feature
+    /// `dlpack`.
     Exported {
         /// The side.
         side: Side,
     },
-    /// Time was asked from an event to one that was recorded before it.
+    /// The events of a time measurement are in the wrong order.
     EventOrder,
-    /// CUDA was used before `fork`, and this is the child: it does not work here.
+    /// The process was forked after CUDA was used. CUDA does not work in the child.
     Forked,
 }
 
-/// Room for `more` elements, of a number that the caller of this crate chose: an error if there is
-/// not as much memory.
+/// Reserves room for `more` elements. Too little memory is an error, since users choose the number.
 pub(crate) fn reserve<E>(vector: &mut Vec<E>, more: usize, device: Device) -> Result<()> {
     vector.try_reserve(more).map_err(|_| Error::OutOfMemory {
         side: Side::Host,
@@ -221,8 +225,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// The cure for a machine that is not set up, by the status that says so. The text of CUDA does not
-/// tell it.
+/// Advice for a machine that is not set up, which CUDA's text does not give.
 fn cure(code: sys::cudaError_t) -> Option<&'static str> {
     match code {
         sys::cudaError::cudaErrorSystemNotReady => Some(
@@ -258,7 +261,7 @@ impl std::error::Error for Error {
 mod tests {
     use super::*;
 
-    /// One of each variant; what has a number here has one below.
+    /// One error of each variant that has a number below.
     fn examples() -> Vec<Error> {
         let (bytes, device) = (1 << 20, Device::Cuda(0));
         vec![

@@ -10,8 +10,8 @@ const MAX_RANK: usize = 8;
 
 /// The dimensions of a buffer, outermost first: 1 to 8 of them, any of which may be 0.
 ///
-/// A shape is made from a number, an array, a slice or a vector. Whether it has a valid number of
-/// dimensions is checked by the constructor that takes it, not before.
+/// Numbers, arrays, slices and vectors convert to shapes. The constructor that takes a shape checks
+/// the number of dimensions.
 ///
 /// ```
 /// use cpu_gpu_buffer::Shape;
@@ -22,7 +22,7 @@ const MAX_RANK: usize = 8;
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     dims: [usize; MAX_RANK],
-    // More than `MAX_RANK` where the shape is invalid.
+    // More than `MAX_RANK` if the shape is invalid.
     rank: usize,
 }
 
@@ -35,7 +35,7 @@ impl Shape {
         shape
     }
 
-    /// The dimensions, outermost first; of an invalid shape at most the first 8.
+    /// The dimensions, outermost first. An invalid shape has at most its first 8 here.
     ///
     /// ```
     /// use cpu_gpu_buffer::Shape;
@@ -47,8 +47,8 @@ impl Shape {
         &self.dims[..self.rank.min(MAX_RANK)]
     }
 
-    /// The number of elements; an error where the shape is invalid or its bytes, at `size` an
-    /// element, overflow `isize`.
+    /// The number of elements. An invalid shape is an error, and so are more than `isize::MAX`
+    /// bytes at `size` an element.
     pub(crate) fn numel(&self, size: usize) -> Result<usize> {
         if !(1..=MAX_RANK).contains(&self.rank) {
             return Err(Error::InvalidShape {
@@ -118,9 +118,10 @@ impl From<Vec<usize>> for Shape {
     }
 }
 
-/// The rows that `range` selects of `rows`, which are a buffer's or those of the `member` of a
-/// group. Each bound is read once: `RangeBounds` is a safe trait, and may return something else the
-/// second time.
+/// The rows of a buffer, or of the `member` of a group, that `range` selects.
+///
+/// Each bound is read once: `RangeBounds` is a safe trait, and may return another bound the second
+/// time.
 pub(crate) fn select(
     range: &impl RangeBounds<usize>,
     rows: usize,

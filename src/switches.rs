@@ -1,6 +1,7 @@
-//! Environment variables that turn off what a machine promises and does not do well, under WSL and
-//! in containers for instance. Each is read once, when it is first needed. `never` turns off; every
-//! other value has no meaning and is ignored, as an absent variable is.
+//! Environment variables that turn features off, for machines on which these work badly.
+//!
+//! WSL and containers are examples. Each variable is read once, when it is first needed. The value
+//! `never` turns the feature off. All other values are ignored.
 
 use std::env;
 use std::sync::OnceLock;

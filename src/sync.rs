@@ -1,5 +1,5 @@
-//! The primitives under [`ticket`](crate::stream::ticket) and [`slots`](crate::slots), in one place so that their
-//! models (`tests/models`) can put loom's in their stead.
+//! The primitives under [`ticket`](crate::stream::ticket) and [`slots`](crate::slots), in one place
+//! so that their models (`tests/models`) can put loom's in their stead.
 
 use std::cell::Cell;
 use std::sync::atomic;

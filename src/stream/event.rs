@@ -1,7 +1,7 @@
 //! Events: points in the work of a stream.
 //!
-//! An event that a user records takes a ticket of its stream like a transfer does, so that seeing it
-//! finished tells every buffer on that stream that its earlier transfers are too.
+//! A recorded event takes a ticket of its stream, as a transfer does. Once the event is seen
+//! finished, every buffer knows that its earlier transfers on that stream have finished too.
 
 use std::fmt;
 use std::time::{Duration, Instant};
@@ -12,8 +12,9 @@ use crate::error::{Error, Result};
 use crate::stream::options::WaitPolicy;
 use crate::stream::stream::Stream;
 
-/// A point in the work of a stream, made by [`Stream::record`]: it is complete when everything that was
-/// sent to the stream before it is.
+/// A point in the work of a stream, made by [`Stream::record`].
+///
+/// It is complete once all earlier work of the stream has finished.
 ///
 /// ```
 /// use cpu_gpu_buffer::{Device, Stream};
@@ -25,6 +26,8 @@ use crate::stream::stream::Stream;
 /// println!("took {:?}", after.elapsed_since(&before)?);
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
+#[doc(alias = "cudaEvent_t")]
+#[doc(alias = "fence")]
 pub struct Event(Kind);
 
 enum Kind {
@@ -32,14 +35,78 @@ enum Kind {
     Cuda { handle: EventHandle, stream: Stream, ticket: u64 },
 }
 
+impl Stream {
+    /// Records an event behind all earlier work of the stream.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StreamCapturing`], or an error of the driver.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut buffer = CpuGpuBuffer::<f32>::new(256, stream.device())?;
+    /// buffer.fill_gpu(1.0, &stream)?;
+    /// let filled = stream.record()?;
+    /// buffer.copy_to_cpu(.., &stream)?;
+    /// filled.synchronize()?; // the fill has finished; the copy may still run
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    #[doc(alias = "cudaEventRecord")]
+    pub fn record(&self) -> Result<Event> {
+        let Some(entered) = self.enter()? else {
+            return Ok(Event(Kind::Cpu(Instant::now())));
+        };
+        entered.refuse_capture()?;
+        let flags = match self.wait_policy() {
+            WaitPolicy::DeviceDefault => EventFlags::empty(),
+            WaitPolicy::Block => EventFlags::BLOCKING_SYNC,
+        };
+        let handle = EventHandle::new(entered.context(), flags)?;
+        let ticket = self.tickets().submit(|| Ok(()), || entered.record(&handle))?;
+        Ok(Event(Kind::Cuda { handle, stream: self.clone(), ticket }))
+    }
+
+    /// Makes later work of the stream wait for `event`, which may be of another device.
+    ///
+    /// The calling thread does not wait, unless this is a stream of the CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::StreamCapturing`], or an error of the driver.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, Stream};
+    ///
+    /// let (producer, consumer) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
+    /// // ... kernels on `producer`, whose results kernels on `consumer` read:
+    /// consumer.wait(&producer.record()?)?;
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    #[doc(alias = "cudaStreamWaitEvent")]
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        let Kind::Cuda { handle, .. } = &event.0 else {
+            return Ok(());
+        };
+        match self.enter()? {
+            None => event.synchronize(),
+            Some(entered) => {
+                entered.refuse_capture()?;
+                entered.wait(handle)
+            }
+        }
+    }
+}
+
 impl Event {
-    /// The device whose stream it was recorded on.
+    /// The device of the stream that the event was recorded on.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Stream};
     ///
     /// let event = Stream::new(Device::auto())?.record()?;
-    /// assert_eq!(event.device(), Device::auto()); // whose streams may take its time
+    /// assert_eq!(event.device(), Device::auto());
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn device(&self) -> Device {
@@ -49,14 +116,7 @@ impl Event {
         }
     }
 
-    pub(crate) fn handle(&self) -> Option<&EventHandle> {
-        match &self.0 {
-            Kind::Cpu(_) => None,
-            Kind::Cuda { handle, .. } => Some(handle),
-        }
-    }
-
-    /// Whether everything before the event has finished.
+    /// Whether all work before the event has finished.
     ///
     /// # Errors
     ///
@@ -71,11 +131,12 @@ impl Event {
     /// let copied = stream.record()?;
     /// let mut polls = 0;
     /// while !copied.is_complete()? {
-    ///     polls += 1; // time for something else
+    ///     polls += 1; // do something else meanwhile
     /// }
-    /// println!("there after {polls} looks");
+    /// println!("finished after {polls} polls");
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "cudaEventQuery")]
     pub fn is_complete(&self) -> Result<bool> {
         match &self.0 {
             Kind::Cpu(_) => Ok(true),
@@ -89,7 +150,7 @@ impl Event {
         }
     }
 
-    /// Waits until everything before the event has finished.
+    /// Waits until all work before the event has finished.
     ///
     /// # Errors
     ///
@@ -100,10 +161,11 @@ impl Event {
     ///
     /// let stream = Stream::new(Device::auto())?;
     /// let event = stream.record()?;
-    /// event.synchronize()?; // not for what the stream is sent from here on
+    /// event.synchronize()?; // does not wait for work that is sent after `record`
     /// assert!(event.is_complete()?);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "cudaEventSynchronize")]
     pub fn synchronize(&self) -> Result<()> {
         if let Kind::Cuda { handle, stream, ticket } = &self.0
             && !stream.tickets().is_complete(*ticket)
@@ -114,12 +176,13 @@ impl Event {
         Ok(())
     }
 
-    /// The time between two events as the device saw it, to about half a microsecond; waits for both.
+    /// The device's time between two events, to about half a microsecond. Waits for both.
     ///
     /// # Errors
     ///
-    /// [`Error::DeviceMismatch`] for events of two devices, [`Error::EventOrder`] where `earlier`
-    /// is the later one, or an error of the driver's.
+    /// - [`Error::DeviceMismatch`] for events of two devices.
+    /// - [`Error::EventOrder`] if `earlier` is the later one.
+    /// - An error of the driver.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -129,9 +192,10 @@ impl Event {
     /// let before = stream.record()?;
     /// buffer.copy_to_gpu(.., &stream)?;
     /// let after = stream.record()?;
-    /// println!("1 MB in {:?}", after.elapsed_since(&before)?);
+    /// println!("1 MiB in {:?}", after.elapsed_since(&before)?);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
+    #[doc(alias = "cudaEventElapsedTime")]
     pub fn elapsed_since(&self, earlier: &Event) -> Result<Duration> {
         match (&earlier.0, &self.0) {
             (Kind::Cpu(from), Kind::Cpu(to)) => {
@@ -140,8 +204,9 @@ impl Event {
             (Kind::Cuda { handle: from, .. }, Kind::Cuda { handle: to, .. })
                 if earlier.device() == self.device() =>
             {
-                // Not by the watermark: an event is recorded after its ticket is taken, and so may
-                // still be to come when a later ticket's event is seen finished.
+                // The watermark says too little here. An event is recorded after its ticket is
+                // taken, so it may still be unrecorded when a later ticket's event is seen
+                // finished.
                 from.synchronize()?;
                 to.synchronize()?;
                 Duration::try_from_secs_f64(f64::from(to.since(from)?) / 1e3)
@@ -152,70 +217,13 @@ impl Event {
     }
 }
 
-impl Stream {
-    /// An event behind everything that was sent to the stream so far.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::StreamCapturing`], or an error of the driver's.
-    ///
-    /// ```
-    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
-    ///
-    /// let stream = Stream::new(Device::auto())?;
-    /// let mut buffer = CpuGpuBuffer::<f32>::new(256, stream.device())?;
-    /// buffer.fill_gpu(1.0, &stream)?;
-    /// let filled = stream.record()?;
-    /// buffer.copy_to_cpu(.., &stream)?;
-    /// filled.synchronize()?; // the fill is over; the copy need not be
-    /// # Ok::<(), cpu_gpu_buffer::Error>(())
-    /// ```
-    pub fn record(&self) -> Result<Event> {
-        let Some(entered) = self.enter()? else {
-            return Ok(Event(Kind::Cpu(Instant::now())));
-        };
-        entered.refuse_capture()?;
-        let flags = match self.wait_policy() {
-            WaitPolicy::DeviceDefault => EventFlags::empty(),
-            WaitPolicy::Block => EventFlags::BLOCKING_SYNC,
-        };
-        let handle = EventHandle::new(entered.context(), flags)?;
-        let ticket = self.tickets().submit(|| Ok(()), || entered.record(&handle))?;
-        let stream = self.clone();
-        Ok(Event(Kind::Cuda { handle, stream, ticket }))
-    }
-
-    /// Makes what is sent to the stream from now on wait for `event`, which may be of another device.
-    /// The calling thread does not wait, unless this is a stream of the CPU.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::StreamCapturing`], or an error of the driver's.
-    ///
-    /// ```
-    /// use cpu_gpu_buffer::{Device, Stream};
-    ///
-    /// let (producer, consumer) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
-    /// // ... kernels on `producer`, whose results kernels on `consumer` read:
-    /// consumer.wait(&producer.record()?)?;
-    /// # Ok::<(), cpu_gpu_buffer::Error>(())
-    /// ```
-    pub fn wait(&self, event: &Event) -> Result<()> {
-        let Some(handle) = event.handle() else {
-            return Ok(());
-        };
-        match self.enter()? {
-            None => event.synchronize(),
-            Some(entered) => {
-                entered.refuse_capture()?;
-                entered.wait(handle)
-            }
-        }
-    }
-}
-
 impl fmt::Debug for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Event").field("device", &self.device()).finish_non_exhaustive()
+        // Makes no call: an event may be printed in a panic or after a fork.
+        let known_complete = match &self.0 {
+            Kind::Cpu(_) => true,
+            Kind::Cuda { stream, ticket, .. } => stream.tickets().is_complete(*ticket),
+        };
+        write!(f, "Event(device={}, known_complete={known_complete})", self.device())
     }
 }

@@ -1,16 +1,18 @@
-//! How streams are made.
+//! Options of a new stream.
+
+use std::fmt;
 
 use bitflags::bitflags;
 
 use crate::sys;
 
 bitflags! {
-    /// How a stream is made: `cudaStreamCreateWithPriority`.
+    /// Flags of a new stream: `cudaStreamCreateWithPriority`.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Stream, StreamFlags, StreamOptions};
     ///
-    /// // One that stays in order with work on the legacy stream: of a library that knows no other, say.
+    /// // This stream stays in order with work on the legacy stream, which some libraries use.
     /// let options = StreamOptions { flags: StreamFlags::empty(), ..Default::default() };
     /// let stream = Stream::with_options(Device::auto(), options)?;
     /// assert_eq!(StreamOptions::default().flags, StreamFlags::NON_BLOCKING);
@@ -23,28 +25,30 @@ bitflags! {
     }
 }
 
-/// What a thread does that waits for a stream, or for a transfer on it.
+/// How a thread waits for a stream, an event or a transfer.
 ///
 /// ```
 /// use cpu_gpu_buffer::{Device, Stream, StreamOptions, WaitPolicy};
 ///
-/// let of_a_thread_with_its_own_core = StreamOptions { wait: WaitPolicy::DeviceDefault, ..Default::default() };
-/// let of_one_among_many = StreamOptions { wait: WaitPolicy::Block, ..Default::default() };
-/// for options in [of_a_thread_with_its_own_core, of_one_among_many] {
-///     Stream::with_options(Device::auto(), options)?.synchronize()?;
-/// }
+/// // For one thread among many: it leaves its core to the others while it waits.
+/// let options = StreamOptions { wait: WaitPolicy::Block, ..Default::default() };
+/// Stream::with_options(Device::auto(), options)?.synchronize()?;
+/// assert_eq!(StreamOptions::default().wait, WaitPolicy::DeviceDefault);
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
+#[doc(alias = "cudaDeviceScheduleSpin")]
+#[doc(alias = "cudaDeviceScheduleBlockingSync")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum WaitPolicy {
-    /// As the device is set to, which is to spin unless it was changed: quickest to notice.
+    /// Waits as the device is set to. A device spins unless that was changed, which notices the end
+    /// soonest.
     #[default]
     DeviceDefault,
-    /// Sleeps until the driver wakes it: leaves the core to others.
+    /// Sleeps until the driver wakes the thread, which leaves the core to others.
     Block,
 }
 
-/// How a stream is made.
+/// Options of a new stream, for [`Stream::with_options`](crate::Stream::with_options).
 ///
 /// ```
 /// use cpu_gpu_buffer::{Device, Stream, StreamOptions, WaitPolicy};
@@ -53,13 +57,13 @@ pub enum WaitPolicy {
 /// let stream = Stream::with_options(Device::Cpu, options)?;
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct StreamOptions {
-    /// Lower numbers go first; CUDA brings the number into the device's range. 0 unless given.
+    /// The priority, 0 by default. Lower numbers go first. CUDA clamps it to the device's range.
     pub priority: i32,
-    /// [`StreamFlags::NON_BLOCKING`] unless given.
+    /// The flags, [`StreamFlags::NON_BLOCKING`] by default.
     pub flags: StreamFlags,
-    /// [`WaitPolicy::DeviceDefault`] unless given.
+    /// The wait policy, [`WaitPolicy::DeviceDefault`] by default.
     pub wait: WaitPolicy,
 }
 
@@ -70,5 +74,12 @@ impl Default for StreamOptions {
             flags: StreamFlags::NON_BLOCKING,
             wait: WaitPolicy::DeviceDefault,
         }
+    }
+}
+
+impl fmt::Debug for StreamOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let StreamOptions { priority, flags, wait } = self;
+        write!(f, "StreamOptions(priority={priority}, flags={flags:?}, wait={wait:?})")
     }
 }

@@ -1,9 +1,11 @@
 //! Streams: queues of work on a device, which run in order.
 //!
-//! A [`Stream`] is a handle, cheap to clone, that any number of threads may send work through. Beside
-//! the CUDA stream it holds the two counters of [`ticket`](crate::stream::ticket), which tell buffers what has
-//! finished. Each buffer keeps a handle of the streams that it was last used on; the CUDA stream is
-//! destroyed with the last handle, and a borrowed one's owner is let go then.
+//! A [`Stream`] is a handle, cheap to clone. Any number of threads may send work through it. Beside
+//! the CUDA stream it has the two counters of [`ticket`](crate::stream::ticket), which tell buffers
+//! which transfers have finished.
+//!
+//! Each buffer keeps handles of the streams that it was last used on. The last handle destroys the
+//! CUDA stream, or drops the owner of a borrowed one.
 
 use std::any::Any;
 use std::fmt;
@@ -12,6 +14,7 @@ use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use crate::cuda::calls;
+use crate::cuda::calls::context::Entered;
 use crate::cuda::context::Context;
 use crate::cuda::devices::context;
 use crate::cuda::event_handle::{EventFlags, EventHandle};
@@ -25,7 +28,7 @@ use crate::sys;
 
 /// A handle to a queue of work that runs in order on one device.
 ///
-/// On [`Device::Cpu`] work is done when the call that sends it returns.
+/// On [`Device::Cpu`], each call does its work before it returns.
 ///
 /// ```
 /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -36,6 +39,8 @@ use crate::sys;
 /// stream.synchronize()?;
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
+#[doc(alias = "cudaStream_t")]
+#[doc(alias = "queue")]
 #[derive(Clone)]
 pub struct Stream(Arc<Inner>);
 
@@ -56,11 +61,11 @@ struct CudaStream {
 
 enum Ownership {
     Owned,
-    // Keeps the real stream alive, where the caller gave something that does.
+    // The caller's owner, if there is one. It keeps the stream alive.
     Borrowed(Option<Arc<dyn Any + Send + Sync>>),
 }
 
-// SAFETY: the runtime's streams may be used from any thread, by several at once; the owner of a borrowed
+// SAFETY: any number of threads may use a stream of the runtime at once. The owner of a borrowed
 // one is `Send` and `Sync` by its type, and so is the graph's lock.
 unsafe impl Send for CudaStream {}
 // SAFETY: as for `Send`.
@@ -79,7 +84,7 @@ const PER_THREAD: usize = 2;
 impl Drop for CudaStream {
     fn drop(&mut self) {
         if fork::forked() {
-            // Nor does the owner of a borrowed stream hear of it, who may destroy the stream.
+            // The owner is not dropped either: it may destroy the stream.
             if let Ownership::Borrowed(owner) = &mut self.ownership {
                 mem::forget(owner.take());
             }
@@ -87,18 +92,18 @@ impl Drop for CudaStream {
         }
         match &mut self.ownership {
             Ownership::Owned => {
-                // Its own context: a broken one would refuse to destroy the stream. The handle says
-                // enough, should the context not be had.
+                // In its own context: a broken one that is current would refuse to destroy the
+                // stream. If the context cannot be entered, the handle alone may suffice.
                 let _current = self.context.ensure_current();
-                // SAFETY: the last handle is gone. Destroying a stream does not wait for its work, and lets
-                // the work finish (CUDA Runtime API, `cudaStreamDestroy`).
+                // SAFETY: the last handle is gone. Destroying a stream does not wait for its work,
+                // and lets the work finish ("CUDA Runtime API, `cudaStreamDestroy`").
                 let destroyed = unsafe { calls::stream::destroy(self.raw) };
-                // Nobody could act on the error, and there is nothing left to give back.
+                // Nobody could act on the error, and there is nothing left to free.
                 let _ = destroyed;
             }
             Ownership::Borrowed(owner) => {
-                // The owner is let go in the middle of another stream's work, and may make another context
-                // current. What it makes current takes the place of this entry, and goes with it.
+                // The owner is dropped amid another stream's work, and may make another context
+                // current. That context replaces this entry's, and goes with it.
                 let owner = owner.take();
                 match self.context.enter() {
                     Ok(_current) => drop(owner),
@@ -110,11 +115,11 @@ impl Drop for CudaStream {
 }
 
 impl Stream {
-    /// A new non-blocking stream.
+    /// Creates a non-blocking stream.
     ///
     /// # Errors
     ///
-    /// [`Error::Unavailable`] for a device that cannot be used, or an error of the driver's.
+    /// [`Error::Unavailable`] for a device that cannot be used, or an error of the driver.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Stream};
@@ -128,7 +133,7 @@ impl Stream {
         Stream::with_options(device, StreamOptions::default())
     }
 
-    /// A new stream with a priority, flags and a wait policy of its own.
+    /// Creates a stream with a priority, flags and a wait policy.
     ///
     /// # Errors
     ///
@@ -149,7 +154,7 @@ impl Stream {
             Device::Cuda(ordinal) => {
                 let context = context(ordinal)?;
                 let _current = context.enter()?;
-                // No bits but those that have a name.
+                // Only bits that have a name.
                 let flags = options.flags & StreamFlags::all();
                 Some(CudaStream {
                     raw: calls::stream::create(flags.bits(), options.priority)?,
@@ -162,12 +167,13 @@ impl Stream {
         Ok(Stream::of(device, cuda, options.wait))
     }
 
-    /// A handle to a stream that somebody else made, which is never destroyed by this crate. `owner`
-    /// is kept until no buffer, event or handle remembers the stream.
+    /// Borrows a stream that other code made. This crate never destroys it.
     ///
-    /// The legacy stream (a null pointer, or 1) is accepted and means that of `device`; the per-thread
-    /// stream (2) is refused, since it is a different stream on each thread. Two handles that were made
-    /// from one raw stream do not know of each other's watermark; clone one handle instead.
+    /// The crate keeps `owner` until no buffer, event or handle refers to the stream.
+    ///
+    /// The legacy stream (a null pointer, or 1) means that of `device`. The per-thread stream (2)
+    /// is refused, since it is a different stream on each thread. Two handles made from one raw
+    /// stream do not share what they know to have finished. Clone one handle instead.
     ///
     /// # Errors
     ///
@@ -189,11 +195,12 @@ impl Stream {
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Stream};
     ///
-    /// /// For a plugin that is handed a stream with each call.
+    /// /// For a plugin that gets a stream with each call.
     /// ///
     /// /// # Safety
     /// ///
-    /// /// `raw` is a live stream of `device`, not being captured, and stays so until the buffer is gone or used elsewhere.
+    /// /// `raw` is a live stream of `device` and is not being captured. It stays so until the buffer
+    /// /// is dropped or used on another stream.
     /// unsafe fn upload(
     ///     buffer: &mut CpuGpuBuffer<f32>,
     ///     raw: cpu_gpu_buffer::sys::cudaStream_t,
@@ -204,9 +211,9 @@ impl Stream {
     ///     buffer.copy_to_gpu(.., &stream)
     /// }
     /// # let mut buffer = CpuGpuBuffer::new(4, Device::Cpu)?;
-    /// // SAFETY: the CPU has no such streams, and that is the answer.
-    /// let answer = unsafe { upload(&mut buffer, std::ptr::null_mut(), Device::Cpu) };
-    /// assert!(matches!(answer, Err(Error::InvalidStream { .. })));
+    /// // SAFETY: the CPU has no CUDA streams, so the call is refused.
+    /// let result = unsafe { upload(&mut buffer, std::ptr::null_mut(), Device::Cpu) };
+    /// assert!(matches!(result, Err(Error::InvalidStream { .. })));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub unsafe fn from_raw(
@@ -235,10 +242,10 @@ impl Stream {
         Stream(Arc::new(Inner { device, tickets: Tickets::new(), wait, cuda }))
     }
 
-    /// The stream as the CUDA runtime knows it, borrowed from this handle; null on the CPU.
+    /// The raw CUDA stream, borrowed from this handle. Null on the CPU.
     ///
-    /// The pointer is valid while any handle to the stream lives. Code that uses it owes two
-    /// things:
+    /// The pointer is valid while any handle to the stream lives. Code that uses it must
+    /// see to two things:
     ///
     /// - Nobody destroys the stream.
     /// - Nobody begins to capture the stream while another thread uses a buffer, group or ring on
@@ -253,7 +260,7 @@ impl Stream {
     /// use cpu_gpu_buffer::{Device, Stream};
     ///
     /// let stream = Stream::new(Device::auto())?;
-    /// // What a kernel launch, cuBLAS or PyTorch's `ExternalStream` takes.
+    /// // A kernel launch, cuBLAS and PyTorch's `ExternalStream` take it.
     /// let raw = stream.as_raw();
     /// assert_eq!(raw.is_null(), stream.device() == Device::Cpu);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -262,13 +269,13 @@ impl Stream {
         self.0.cuda.as_ref().map_or(ptr::null_mut(), |cuda| cuda.raw)
     }
 
-    /// The device whose work it queues.
+    /// The device of the stream.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
     ///
     /// fn scratch(bytes: usize, stream: &Stream) -> cpu_gpu_buffer::Result<CpuGpuBuffer<u8>> {
-    ///     CpuGpuBuffer::new(bytes, stream.device()) // where the stream's work is
+    ///     CpuGpuBuffer::new(bytes, stream.device())
     /// }
     /// assert_eq!(scratch(100, &Stream::new(Device::Cpu)?)?.device(), Device::Cpu);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -277,11 +284,11 @@ impl Stream {
         self.0.device
     }
 
-    /// Waits until everything that was sent to the stream before this call has finished.
+    /// Waits until all work that was sent to the stream before this call has finished.
     ///
     /// # Errors
     ///
-    /// [`Error::StreamCapturing`], or an error of the driver's, which may be that of earlier work.
+    /// [`Error::StreamCapturing`], or an error of the driver, which may be that of earlier work.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -291,19 +298,19 @@ impl Stream {
     /// let mut lengths = CpuGpuBuffer::<i32>::new(8, stream.device())?;
     /// ids.copy_to_gpu(.., &stream)?;
     /// lengths.copy_to_gpu(.., &stream)?;
-    /// stream.synchronize()?; // one wait: neither buffer has to ask the driver any more
+    /// stream.synchronize()?; // one wait: no later access asks the driver
     /// assert!(ids.try_cpu_mut()?.is_some() && lengths.try_cpu_mut()?.is_some());
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn synchronize(&self) -> Result<()> {
-        if self.0.cuda.is_some() && self.0.wait == WaitPolicy::Block {
-            return self.record()?.synchronize();
-        }
         let Some(entered) = self.enter()? else {
             return Ok(());
         };
         entered.refuse_capture()?;
-        // Before the call: what is submitted while it waits, it does not wait for.
+        if self.0.wait == WaitPolicy::Block {
+            return self.synchronize_asleep(entered);
+        }
+        // Read before the call, which does not wait for work that is submitted meanwhile.
         let submitted = self.tickets().submitted();
         // SAFETY: the handle keeps the stream, and it is entered.
         unsafe { calls::stream::synchronize(entered.raw) }?;
@@ -311,7 +318,19 @@ impl Stream {
         Ok(())
     }
 
-    /// Whether everything that was sent to the stream has finished.
+    /// Waits for an event: CUDA lets a thread sleep for an event, but not for a stream.
+    fn synchronize_asleep(&self, entered: EnteredStream<'_>) -> Result<()> {
+        let event = EventHandle::new(entered.context, self.event_flags())?;
+        let ticket = self.tickets().submit(|| Ok(()), || entered.record(&event))?;
+        drop(entered);
+        if !self.tickets().is_complete(ticket) {
+            event.synchronize()?;
+            self.tickets().complete(ticket);
+        }
+        Ok(())
+    }
+
+    /// Whether all work of the stream has finished.
     ///
     /// # Errors
     ///
@@ -323,7 +342,7 @@ impl Stream {
     /// let streams = [Stream::new(Device::auto())?, Stream::new(Device::auto())?];
     /// for stream in &streams {
     ///     if stream.is_idle()? {
-    ///         println!("{stream:?} has nothing to do");
+    ///         println!("{stream:?} is idle");
     ///     }
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -357,7 +376,7 @@ impl Stream {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Flags of an event that a thread waits for under this stream's policy, and takes no time of.
+    /// Flags of an event without time stamp, for waiting by this stream's policy.
     pub(crate) fn event_flags(&self) -> EventFlags {
         match self.0.wait {
             WaitPolicy::DeviceDefault => EventFlags::DISABLE_TIMING,
@@ -365,15 +384,15 @@ impl Stream {
         }
     }
 
-    /// Makes calls on the stream possible in this thread; `None` on the CPU.
+    /// Prepares this thread for calls on the stream. Returns `None` on the CPU.
     #[inline]
     pub(crate) fn enter(&self) -> Result<Option<EnteredStream<'_>>> {
         let Some(CudaStream { raw, context, .. }) = &self.0.cuda else {
             return Ok(None);
         };
         let current = match raw.addr() {
-            // The legacy stream is that of the current context. What it is given may let go an owner who makes
-            // another one current.
+            // The legacy stream is that of the current context. A call on it may drop an owner that
+            // makes another context current, so the context is entered even if it is current.
             0 | LEGACY => Some(context.enter()?),
             _ => context.ensure_current()?,
         };
@@ -381,12 +400,12 @@ impl Stream {
     }
 }
 
-/// A CUDA stream in a thread whose current context is one that calls on the stream can be made with.
+/// A CUDA stream, entered: this thread's current context is one in which it can be used.
 pub(crate) struct EnteredStream<'a> {
     stream: &'a Stream,
     raw: sys::cudaStream_t,
     context: &'static Context,
-    _current: Option<calls::context::Entered>,
+    _current: Option<Entered>,
 }
 
 impl<'a> EnteredStream<'a> {
@@ -402,7 +421,7 @@ impl<'a> EnteredStream<'a> {
         self.raw
     }
 
-    /// The graph by which this stream's gathers are launched; `None` while another thread is at it.
+    /// The graph that launches this stream's gathers. Returns `None` while another thread uses it.
     pub(crate) fn gather_graph(&self) -> Option<MutexGuard<'a, StreamGraph>> {
         match self.stream.0.cuda.as_ref()?.gather.try_lock() {
             Ok(graph) => Some(graph),
@@ -411,19 +430,19 @@ impl<'a> EnteredStream<'a> {
         }
     }
 
-    /// An error where what is sent to the stream would go into a graph instead of running.
+    /// Returns [`Error::StreamCapturing`] if work sent to the stream would go into a graph.
     #[inline]
     pub(crate) fn refuse_capture(&self) -> Result<()> {
         // SAFETY: the handle keeps the stream, and it is entered.
         unsafe { calls::stream::refuse_capture(self.raw) }
     }
 
-    /// Records `event`, which is of this stream's device, behind what was sent so far.
+    /// Records `event`, which is of this stream's device, behind all earlier work.
     ///
-    /// Another thread may have begun to capture the stream since it was asked about. The event, and
-    /// work sent before it, then went into a graph and never ran, but a later event's ticket would
-    /// say that they had. So the stream is asked once more. A capture that has ended by then is not
-    /// noticed, and is the caller's to prevent.
+    /// Another thread may have begun a capture since the last check. The event and earlier work
+    /// then went into a graph and did not run, but a later event's ticket would say that they had.
+    /// So the stream is checked once more. A capture that has ended by then goes unnoticed: the
+    /// caller must prevent it.
     #[inline]
     pub(crate) fn record(&self, event: &EventHandle) -> Result<()> {
         // SAFETY: the handles keep both, they are of one device, and the stream is entered.
@@ -431,7 +450,7 @@ impl<'a> EnteredStream<'a> {
         self.refuse_capture()
     }
 
-    /// Makes what is sent from now on wait for `event`.
+    /// Makes later work of the stream wait for `event`.
     pub(crate) fn wait(&self, event: &EventHandle) -> Result<()> {
         // SAFETY: the handles keep both, and the stream is entered.
         unsafe { calls::stream::wait(self.raw, event.raw()) }
@@ -440,9 +459,6 @@ impl<'a> EnteredStream<'a> {
 
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Stream")
-            .field("device", &self.device())
-            .field("raw", &self.as_raw())
-            .finish_non_exhaustive()
+        write!(f, "Stream(device={}, raw={:p})", self.device(), self.as_raw())
     }
 }

@@ -1,29 +1,30 @@
-//! Which transfers of a stream have finished, answered without asking the driver.
+//! Tickets of a stream: which transfers have finished, without asking the driver.
 //!
-//! A stream has two counters. `submitted` counts tickets taken, `completed` is the watermark: every
-//! transfer with a ticket at or below it has finished. A transfer goes through three steps, always in
-//! this order, whichever threads share the stream:
+//! A stream has two counters. `submitted` counts the tickets taken. `completed` is the watermark:
+//! every transfer with a ticket at or below it has finished. Each transfer takes three steps,
+//! always in this order, on whichever thread:
 //!
 //! 1. enqueue the copy;
 //! 2. take a ticket, `submitted.fetch_add(1)`;
 //! 3. record an event behind it.
 //!
-//! Whoever sees the event of ticket `t` finished raises `completed` to `t`. That is right for every
-//! other transfer at or below `t` too, because a stream runs in order:
+//! A thread that sees the event of ticket `t` finished raises `completed` to `t`. That is right for
+//! every other transfer at or below `t` too, because a stream runs in order:
 //!
 //! | copy with ticket `u <= t` | ticket `t` | event of `t` |
 //! |---|---|---|
 //! | enqueued before `u` was taken (1, 2) | taken after `u` (the counter) | recorded after `t` was taken (2, 3) |
 //!
-//! A copy or an event that went into a stream's capture did not run, and the table says nothing
-//! about it: [`EnteredStream::record`](crate::stream::stream::EnteredStream::record) refuses to be the
-//! third step then.
+//! A copy or an event that went into a stream's capture did not run. The table does not cover it:
+//! [`EnteredStream::record`](crate::stream::stream::EnteredStream::record) fails the third step
+//! then.
 //!
-//! Taking the ticket before the copy, or after the event, breaks the table's first or last column. The
-//! read-modify-writes of `submitted` are `AcqRel`, so that the order of tickets is an order of the calls
-//! around them; `completed` is raised with `Release` and read with `Acquire`, so that whoever finds a
-//! transfer finished may touch its memory. `tests/models/ticket_model.rs` runs this file under loom and shows
-//! what goes wrong without each of these.
+//! A ticket taken before the copy, or after the event, breaks the table's first or last column.
+//!
+//! The read-modify-writes of `submitted` are `AcqRel`. So the order of tickets is also an order of
+//! the calls around them. `completed` is raised with `Release` and read with `Acquire`. So a thread
+//! that finds a transfer finished may touch its memory. `tests/models/ticket_model.rs` runs this
+//! file under loom, and fails without each of these orderings.
 
 use crate::sync::{AtomicU64, Mutex, Ordering};
 
@@ -39,9 +40,10 @@ impl Tickets {
         Tickets { submitted: AtomicU64::new(0), completed: AtomicU64::new(0) }
     }
 
-    /// Enqueues work and records an event behind it, in the order that the proof needs. The answer is
-    /// the ticket that the event answers for. On an error nothing may be concluded about the work: it
-    /// may be queued, and no event stands behind it.
+    /// Enqueues work and records an event behind it, in the order that the proof needs. Returns the
+    /// event's ticket.
+    ///
+    /// After an error, the work may be queued without an event behind it.
     #[inline]
     pub(crate) fn submit<E>(
         &self,
@@ -54,21 +56,22 @@ impl Tickets {
         Ok(ticket)
     }
 
-    /// Tickets begin at 1: 0 is below every watermark.
+    /// Takes the next ticket. Tickets begin at 1, so 0 is below every watermark.
     #[inline]
     pub(crate) fn take(&self) -> u64 {
         self.submitted.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// The newest ticket. Read *before* the stream is synchronised: that covers all tickets up to it.
+    /// The newest ticket. Read before the stream is synchronised, which covers all tickets up to
+    /// it.
     pub(crate) fn submitted(&self) -> u64 {
         self.submitted.load(Ordering::Acquire)
     }
 
-    /// Raises the watermark: the event of `ticket`, or the whole stream up to it, was seen finished.
+    /// Raises the watermark to `ticket`, whose event or stream was seen finished.
     pub(crate) fn complete(&self, ticket: u64) {
-        // Not `fetch_max`, which ThreadSanitizer does not see; and where another thread was ahead, nothing
-        // is written.
+        // Not `fetch_max`: ThreadSanitizer does not see it. Nothing is written if another thread
+        // was ahead.
         let mut seen = self.completed.load(Ordering::Relaxed);
         while seen < ticket {
             let raised = self.completed.compare_exchange_weak(
@@ -84,18 +87,20 @@ impl Tickets {
         }
     }
 
-    /// Whether the transfer of `ticket` is known to have finished. `false` means: not known.
+    /// Whether the transfer of `ticket` is known to have finished.
     #[inline]
     pub(crate) fn is_complete(&self, ticket: u64) -> bool {
         self.completed.load(Ordering::Acquire) >= ticket
     }
 }
 
-/// The ticket of one record, or *lazy*: the stream may use the memory from now on, and no event has been
-/// recorded behind that yet. A lazy stamp is never complete; whoever needs to know resolves it, once.
+/// The ticket of one record, or *open*: the stream may still use the memory, and no event is
+/// recorded behind that use yet.
+///
+/// An open cell is never complete. [`resolve`](Self::resolve) gives it a ticket, once.
 #[derive(Debug)]
 pub(crate) struct TicketCell {
-    /// 0 while lazy.
+    /// 0 while open.
     ticket: AtomicU64,
     resolving: Mutex<()>,
 }
@@ -105,14 +110,14 @@ impl TicketCell {
         TicketCell { ticket: AtomicU64::new(0), resolving: Mutex::new(()) }
     }
 
-    /// Makes the stamp that of `ticket`.
+    /// Sets the ticket.
     #[inline]
     pub(crate) fn set(&mut self, ticket: u64) {
-        // Exclusive access orders this; `get_mut` would say so, but loom's atomics have none.
+        // Exclusive access orders this store. `get_mut` would say so, but loom's atomics lack it.
         self.ticket.store(ticket, Ordering::Relaxed);
     }
 
-    /// Makes the stamp lazy.
+    /// Makes the cell open.
     #[inline]
     pub(crate) fn set_open(&mut self) {
         self.set(0);
@@ -123,9 +128,10 @@ impl TicketCell {
         Some(self.ticket.load(Ordering::Acquire)).filter(|ticket| *ticket != 0)
     }
 
-    /// The ticket; a lazy stamp first gets one, with an event recorded now. The event covers everything
-    /// that was enqueued before this call, hence all that the lazy stamp stood for. Threads that come
-    /// at once record once.
+    /// The ticket. An open cell first gets one, with an event recorded now.
+    ///
+    /// The event covers all work enqueued before this call, hence all that the open cell stood for.
+    /// Concurrent calls record one event.
     pub(crate) fn resolve<E>(
         &self,
         tickets: &Tickets,
