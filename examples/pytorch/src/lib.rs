@@ -204,12 +204,12 @@ where
     }
 
     unsafe fn export_gpu_unordered(&mut self) -> cpu_gpu_buffer::Result<Tensor> {
-        // SAFETY: the caller keeps the same promises about the consumer.
+        // SAFETY: the caller vouches for the consumer.
         unsafe { self.export_gpu_unordered() }
     }
 
     unsafe fn export_gpu_unguarded(&mut self) -> cpu_gpu_buffer::Result<Tensor> {
-        // SAFETY: the caller keeps the same promises about the consumer.
+        // SAFETY: the caller vouches for the consumer.
         unsafe { self.export_gpu_unguarded() }
     }
 }
@@ -503,7 +503,7 @@ fn capsule(py: Python<'_>, tensor: Tensor, max_version: Option<(u32, u32)>) -> P
             capsule
         }
     };
-    // SAFETY: `capsule` is a new reference, or null with an error set.
+    // SAFETY: a new reference, or null with an error set.
     unsafe { Bound::from_owned_ptr_or_err(py, capsule) }.map(Bound::unbind)
 }
 
@@ -514,7 +514,7 @@ fn capsule(py: Python<'_>, tensor: Tensor, max_version: Option<(u32, u32)>) -> P
 /// - `tensor` comes from `into_raw`.
 /// - Nothing uses it any more.
 unsafe fn delete_versioned(tensor: *mut DLManagedTensorVersioned) {
-    // SAFETY: the caller promises that the tensor lives.
+    // SAFETY: the caller vouches for the tensor.
     let deleter = unsafe { (*tensor).deleter };
     // SAFETY: the deleter is called once, and nothing uses the tensor any more.
     unsafe { deleter.expect("ours have one")(tensor) };
@@ -527,7 +527,7 @@ unsafe fn delete_versioned(tensor: *mut DLManagedTensorVersioned) {
 /// - `tensor` comes from `into_raw_unversioned`.
 /// - Nothing uses it any more.
 unsafe fn delete_unversioned(tensor: *mut DLManagedTensor) {
-    // SAFETY: the caller promises that the tensor lives.
+    // SAFETY: the caller vouches for the tensor.
     let deleter = unsafe { (*tensor).deleter };
     // SAFETY: the deleter is called once, and nothing uses the tensor any more.
     unsafe { deleter.expect("ours have one")(tensor) };
@@ -540,7 +540,7 @@ unsafe fn delete_unversioned(tensor: *mut DLManagedTensor) {
 /// - `capsule` is a capsule.
 /// - The interpreter is attached.
 unsafe fn untaken(capsule: *mut ffi::PyObject, name: &CStr) -> Option<*mut c_void> {
-    // SAFETY: the caller promises that the capsule lives.
+    // SAFETY: the caller vouches for the capsule.
     if unsafe { ffi::PyCapsule_IsValid(capsule, name.as_ptr()) } == 0 {
         return None;
     }
