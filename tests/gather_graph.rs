@@ -212,6 +212,7 @@ fn where_no_graph_can_be_had_gathers_are_launched_as_kernels() {
         c"cuGraphInstantiateWithFlags",
         c"cuGraphExecKernelNodeSetParams",
     ];
+    common::make_what_stays(device);
     for (made, call) in calls.into_iter().enumerate() {
         let before = sim::live();
         let stream = Stream::new(device).unwrap();

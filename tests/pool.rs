@@ -921,6 +921,7 @@ fn an_owner_that_panics_when_a_pool_goes_leaves_nothing_behind() {
         return common::left_out(test, "counting allocations needs the simulated runtime");
     }
     cuda(test, |device, stream| {
+        common::make_what_stays(device);
         let before = common::sim::live();
         let pool = BufferPool::<u32>::new(WORDS, device, 1).unwrap();
         let mut held: Vec<_> = (0..4).map(|_| pool.acquire().unwrap()).collect();
@@ -994,6 +995,7 @@ fn a_slab_lives_exactly_as_long_as_the_pool_or_the_last_buffer_in_it() {
         return common::left_out(test, "counting allocations needs the simulated runtime");
     }
     cuda(test, |device, stream| {
+        common::make_what_stays(device);
         let before = common::sim::live()[0];
         let slabs = || common::sim::live()[0] - before;
         let pool = BufferPool::<u32>::new(WORDS, device, 2).unwrap();

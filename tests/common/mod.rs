@@ -26,6 +26,12 @@ pub fn devices() -> Vec<Device> {
     }
 }
 
+/// Makes the memory that stays with a device after its first small buffer. A test that counts
+/// allocations calls this before it begins to count.
+pub fn make_what_stays(device: Device) {
+    drop(cpu_gpu_buffer::CpuGpuBuffer::<u8>::new(1, device).unwrap());
+}
+
 /// The first CUDA device, and this thread's turn on it. Prints that the test is left out if there
 /// is no device.
 pub fn cuda(test: &str) -> Option<(Device, MutexGuard<'static, ()>)> {
