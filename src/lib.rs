@@ -1,8 +1,8 @@
-//! Pinned host memory and CUDA device memory of one shape, with asynchronous copies between them
-//! that no safe program can race with.
+//! Buffers of pinned host memory and CUDA device memory of the same shape. Copies between the two
+//! are asynchronous, and no safe program can race with them.
 //!
-//! The crate builds with nothing but Rust. It loads the CUDA runtime when it is first needed.
-//! Without CUDA, the same program runs on [`Device::Cpu`].
+//! The crate builds with nothing but Rust. It loads the CUDA runtime when the program first needs
+//! CUDA. Without CUDA, the same program runs on [`Device::Cpu`].
 //!
 //! ```
 //! use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -14,7 +14,7 @@
 //!
 //!     for step in 0..10 {
 //!         // Waits for the previous upload if that still reads this memory.
-//!         tokens.cpu_mut()?[..16].fill(step);
+//!         tokens.cpu_mut()?[..16].fill(step); // a flat slice, row after row: 2 rows of 8
 //!         tokens.copy_to_gpu(..2, &stream)?; // rows 0 and 1; enqueued, returns at once
 //!         let view = tokens.gpu_on(&stream)?;
 //!         // Launch kernels with `view.as_mut_ptr()` on `stream.as_raw()` here.
@@ -30,8 +30,8 @@
 //!
 //! A [`CpuGpuBuffer`] has a *host side*, which the program reads and writes, and a *device side*,
 //! which kernels read and write. An *upload* copies rows from the host side to the device side, a
-//! *download* copies them back. Both run later, on a [`Stream`]: a queue of work for one device,
-//! which runs in order. Until a copy has run, it is *in flight*.
+//! *download* copies them back. Both run later, on a [`Stream`]. A stream is a queue of work for
+//! one device, and runs its work in order. Until a copy has run, it is *in flight*.
 //!
 //! With the raw runtime, the program must wait before it touches the memory again:
 //!
@@ -40,26 +40,31 @@
 //! host[0] = next; // a race: the copy may not have read `host` yet
 //! ```
 //!
-//! Here the buffer tracks its own copies. Its accessors wait for exactly those copies that make the
-//! access unsafe:
+//! Here the buffer tracks its own copies. An accessor waits for the copies that make its access
+//! unsafe, and for no others:
 //!
 //! - [`cpu`](CpuGpuBuffer::cpu) waits for downloads.
 //! - [`cpu_mut`](CpuGpuBuffer::cpu_mut) waits for uploads and downloads.
 //! - Neither waits for kernels or for other buffers. If nothing is in flight, each costs one atomic
 //!   load.
-//! - If the next operation uses another stream, that stream waits. The thread does not.
+//! - If the next operation uses another stream, that stream waits for the earlier work. The thread
+//!   does not wait.
+//!
+//! [`gpu_on`](CpuGpuBuffer::gpu_on) returns the device side, for kernels that the caller launches
+//! on the named stream. [Your own kernels](guide#your-own-kernels) shows a launch.
+//! [`synchronize`](CpuGpuBuffer::synchronize) waits for all work of a buffer.
 //!
 //! The buffer may be moved, sent to another thread, dropped or forgotten at any time.
 //!
 //! # Which type
 //!
 //! - [`CpuGpuBuffer`] is one array.
-//! - [`BufferPool`] hands buffers of one shape to any number of threads, without locks. Dropping a
-//!   buffer gives it back.
-//! - [`BufferGroup`] keeps many arrays, its *members*, in one slab for each side. One call moves
-//!   rows of any of them. A *mirrored* member ([`add_mirrored`](GroupLayoutBuilder::add_mirrored))
-//!   is never written on the device, so that an upload may include its rows between two requested
-//!   ranges.
+//! - [`BufferPool`] has buffers of one shape, for any number of threads. Threads take buffers
+//!   without locks. Dropping a buffer gives it back.
+//! - [`BufferGroup`] keeps many arrays, its *members*. All members share one allocation for each
+//!   side, a *slab*. One call moves rows of any members. If nothing on the device writes a member,
+//!   the caller may declare it *mirrored* ([`add_mirrored`](GroupLayoutBuilder::add_mirrored)). An
+//!   upload may then copy more rows of it than the call names, to save a copy.
 //! - [`GroupRing`] and [`BufferRing`] have several host *slots* for one device side. The program
 //!   writes the next input into one slot while the previous slot is still queued.
 //!
@@ -69,14 +74,15 @@
 //!
 //! # What it refuses to do
 //!
-//! - Copies return no guard objects. The buffer itself tracks pending copies, so `mem::forget` is
-//!   safe.
-//! - It enqueues no work on a stream that is being captured into a CUDA graph. Calls return
-//!   [`Error::StreamCapturing`].
+//! - The crate returns no guard objects for copies. The buffer itself tracks pending copies, so
+//!   `mem::forget` is safe.
+//! - It enqueues no work on a stream that is being captured into a CUDA graph. Calls that need the
+//!   stream return [`Error::StreamCapturing`].
 //! - It never frees memory that may be in use. If the driver cannot confirm that memory is unused,
 //!   the crate leaks it.
 //! - It links no CUDA library, unless the feature `static` is on. If no library is found,
-//!   operations return [`Error::Unavailable`] and nothing panics.
+//!   [`Device::auto`] returns the CPU. Calls for a CUDA device return [`Error::Unavailable`], and
+//!   nothing panics.
 //! - It uses neither managed nor write-combined memory.
 //!
 //! # Features
@@ -86,8 +92,9 @@
 //! - `half`: elements `f16` and `bf16` of the `half` crate.
 //! - `ndarray`: `cpu_array` and `cpu_array_mut`, the host side as an array of the `ndarray` crate.
 //! - `dlpack`: either side as a DLPack tensor, for PyTorch and others. See the module `dlpack`.
-//! - `bindgen`: CUDA bindings generated at build time from the machine's headers.
-//! - `static`: the static CUDA runtime, linked instead of loaded. Linux only.
+//! - `bindgen`: CUDA bindings generated at build time from the machine's headers. Needs libclang.
+//! - `static`: the static CUDA runtime, linked instead of loaded. Needs `libcudart_static.a` at
+//!   build time. Linux only.
 
 // docs.rs says of each item which feature it needs.
 #![cfg_attr(docsrs, feature(doc_cfg))]
