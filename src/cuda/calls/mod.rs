@@ -1,6 +1,9 @@
-//! Every call into CUDA that this crate makes.
+//! The crate's calls into CUDA.
 //!
-//! Each returns its status as a [`Result`](crate::error::Result).
+//! Three files make calls of their own: `driver` looks up functions, `capture` changes a thread's
+//! capture mode, and `status` clears the last error.
+//!
+//! Each function returns its status as a [`Result`](crate::error::Result).
 //!
 //! Some calls end another thread's stream capture ("CUDA C++ Programming Guide, Prohibited and
 //! Unhandled Operations"). These are allocation, release, queries and waiting. Allocation includes
