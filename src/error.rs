@@ -95,6 +95,9 @@ pub enum Error {
     },
     /// The stream is being captured into a graph, so that work sent to it would not run.
     StreamCapturing,
+    /// Kernels cannot use the host side in place. It is pageable, or it was not pinned with
+    /// [`HostFlags::MAPPED`](crate::HostFlags::MAPPED).
+    NotMapped,
     /// The raw stream cannot be used.
     InvalidStream {
         /// The cause.
@@ -204,6 +207,7 @@ impl fmt::Display for Error {
                 write!(f, "expected something of device {expected}, not of {actual}")
             }
             Error::StreamCapturing => f.write_str("the stream is being captured into a graph"),
+            Error::NotMapped => f.write_str("the host side is not mapped for kernels"),
             Error::InvalidStream { reason } => write!(f, "invalid stream: {reason}"),
             Error::InvalidDevice { text } => {
                 write!(f, "{text:?} is no device: expected \"cpu\", \"cuda\" or \"cuda:N\"")
@@ -284,6 +288,7 @@ mod tests {
             Error::Exported { side: Side::Device },
             Error::EventOrder,
             Error::Forked,
+            Error::NotMapped,
         ]
     }
 
@@ -307,6 +312,7 @@ mod tests {
             Error::Exported { .. } => 14,
             Error::EventOrder => 15,
             Error::Forked => 16,
+            Error::NotMapped => 17,
         }
     }
 

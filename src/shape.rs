@@ -75,6 +75,16 @@ impl Shape {
         self.dims[0]
     }
 
+    /// The number of elements of a row. At most `usize::MAX`, which is wrong for shapes that have
+    /// no row alone.
+    pub(crate) fn row_len(&self) -> usize {
+        let dims = self.dims().get(1..).unwrap_or_default();
+        match dims.contains(&0) {
+            true => 0,
+            false => dims.iter().fold(1, |product, dim| product.saturating_mul(*dim)),
+        }
+    }
+
     /// The same shape with another first dimension.
     pub(crate) fn with_rows(mut self, rows: usize) -> Shape {
         self.dims[0] = rows;

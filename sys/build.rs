@@ -131,6 +131,7 @@ mod generate {
 
     /// Functions of the runtime whose signature is the same in all versions from 12.0 to 13.x.
     const FUNCTIONS: &str = "cuda(\
+        DeviceCanAccessPeer|DeviceEnablePeerAccess|\
         DeviceGetAttribute|DeviceGetStreamPriorityRange|DeviceSynchronize|DriverGetVersion|\
         EventCreateWithFlags|EventDestroy|EventElapsedTime|EventQuery|EventRecord|EventSynchronize|\
         Free|FreeAsync|FreeHost|\

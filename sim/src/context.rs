@@ -18,10 +18,17 @@ struct Device {
     sticky: AtomicU32,
     /// How often its context broke.
     breaks: AtomicU32,
+    /// The devices whose memory its kernels reach, as bits.
+    peers: AtomicU32,
 }
 
 static DEVICES: [Device; MOST_DEVICES] = [const {
-    Device { active: AtomicBool::new(false), sticky: AtomicU32::new(0), breaks: AtomicU32::new(0) }
+    Device {
+        active: AtomicBool::new(false),
+        sticky: AtomicU32::new(0),
+        breaks: AtomicU32::new(0),
+        peers: AtomicU32::new(0),
+    }
 }; MOST_DEVICES];
 
 /// The devices whose contexts are current, the innermost last.
@@ -42,6 +49,31 @@ thread_local! {
 
 fn device(device: usize) -> Result<&'static Device> {
     DEVICES[..settings::device_count()].get(device).ok_or(Status::cudaErrorInvalidDevice)
+}
+
+/// True if a device can be given access to memory of another one.
+pub(crate) fn can_access_peer(on: usize, peer: usize) -> Result<bool> {
+    device(on)?;
+    device(peer)?;
+    Ok(on != peer && settings::has_peers())
+}
+
+/// Gives the current device access to memory of another one.
+pub(crate) fn enable_peer_access(peer: usize) -> Result {
+    let on = current_device();
+    if !can_access_peer(on, peer)? {
+        return Err(Status::cudaErrorPeerAccessUnsupported);
+    }
+    activate(peer)?;
+    match device(on)?.peers.fetch_or(1 << peer, Ordering::SeqCst) & (1 << peer) {
+        0 => Ok(()),
+        _ => Err(Status::cudaErrorPeerAccessAlreadyEnabled),
+    }
+}
+
+/// True if kernels of a device reach the memory of another one.
+pub(crate) fn is_peer(on: usize, other: usize) -> bool {
+    on == other || device(on).is_ok_and(|on| on.peers.load(Ordering::SeqCst) & (1 << other) != 0)
 }
 
 /// The device of the thread's current context. The default is the first device.

@@ -84,7 +84,7 @@ pub(crate) unsafe fn kernel(
             let (to, count) = (word(0), word(1));
             // SAFETY: as above.
             let value: u32 = unsafe { parameter(parameters, 2) };
-            Ok(Arc::new(move |on| repeat(to, count * 4, value.to_ne_bytes().to_vec(), on)))
+            Ok(Arc::new(move |on| store(to, count * 4, value.to_ne_bytes(), on)))
         }
         // SAFETY: as above.
         b"cgb_fill_short" => Ok(unsafe { fill_kernel::<16>(grid, parameters) }),
@@ -100,6 +100,25 @@ pub(crate) unsafe fn kernel(
             Ok(unsafe { repeat_kernel(grid, width, parameters) })
         }
     }
+}
+
+/// Writes a word over and over, to device memory or to mapped host memory.
+fn store(to: usize, bytes: usize, value: [u8; 4], on: &Arc<Stream>) -> Result {
+    if !memory::reached(to, bytes) {
+        return repeat(to, bytes, value.to_vec(), on);
+    }
+    let device = on.device;
+    let queued = on.enqueue(move || {
+        if !memory::reached(to, bytes) {
+            return illegal(None, device);
+        }
+        for at in (to..to + bytes).step_by(4) {
+            // SAFETY: the word lies in pinned memory. The caller of the launch guarantees that
+            // nothing else uses it.
+            unsafe { memory::at(at).cast::<[u8; 4]>().write_unaligned(value) };
+        }
+    });
+    queued.map(drop)
 }
 
 /// A fill with a pattern of up to `MOST` vectors.

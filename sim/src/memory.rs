@@ -10,6 +10,7 @@ use std::ptr;
 
 use parking_lot::Mutex;
 
+use crate::context;
 use crate::live::{self, Kind};
 use crate::settings::MOST_DEVICES;
 use crate::status::{Result, Status};
@@ -69,9 +70,9 @@ impl Target {
     }
 
     /// True if kernels of a device reach this memory. Peer access is disabled by default ("CUDA C++
-    /// Programming Guide, Peer-to-Peer Memory Access"), and nothing here enables it.
+    /// Programming Guide, Peer-to-Peer Memory Access").
     pub(crate) fn is_reached_from(self, device: usize) -> bool {
-        self.found.is_some_and(|found| found.device == device)
+        self.found.is_some_and(|found| context::is_peer(device, found.device))
     }
 
     /// Passes the bytes to `action`, on the thread of a stream.

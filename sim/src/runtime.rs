@@ -100,6 +100,16 @@ export! {
         };
         put(place, value)
     }
+    fn cudaDeviceCanAccessPeer(place: *mut c_int, device: c_int, peer: c_int) {
+        put(place, context::can_access_peer(device as usize, peer as usize)?.into())
+    }
+    fn cudaDeviceEnablePeerAccess(peer: c_int, flags: c_uint) {
+        prohibited()?;
+        match flags {
+            0 => context::enable_peer_access(peer as usize),
+            _ => Err(Status::cudaErrorInvalidValue),
+        }
+    }
     fn cudaDeviceGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
         context::bind()?;
         put(least, 0)?;

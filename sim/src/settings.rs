@@ -52,3 +52,8 @@ pub(crate) fn device_count() -> usize {
 pub(crate) fn seed() -> u64 {
     setting("CUDART_SIM_SEED", 1).max(1)
 }
+
+/// True if devices can use each other's memory (`CUDART_SIM_PEERS`, by default 1).
+pub(crate) fn has_peers() -> bool {
+    setting("CUDART_SIM_PEERS", 1) != 0
+}

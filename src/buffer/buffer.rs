@@ -14,9 +14,10 @@ use bytemuck::Pod;
 
 use crate::buffer::handle::StorageHandle;
 use crate::buffer::side_layout::SideLayout;
+use crate::buffer::storage::BOTH;
 #[cfg(feature = "dlpack")]
 use crate::buffer::storage::Storage;
-use crate::buffer::storage::{BOTH, Peer};
+use crate::buffer::transfers::Peer;
 use crate::buffer::view::GpuView;
 use crate::cuda::calls::copy::Direction;
 use crate::device::Device;
@@ -64,7 +65,7 @@ use crate::stream::stream::Stream;
 #[doc(alias = "page-locked")]
 #[doc(alias = "pinned")]
 pub struct CpuGpuBuffer<T: Pod> {
-    storage: StorageHandle,
+    pub(super) storage: StorageHandle,
     elements: PhantomData<T>,
 }
 
@@ -132,6 +133,38 @@ impl<T: Pod> CpuGpuBuffer<T> {
         options: BufferOptions,
     ) -> Result<Self> {
         Ok(Self::stored(StorageHandle::own(SideLayout::of::<T>(shape.into())?, device, options)?))
+    }
+
+    /// A buffer whose host side holds `values`, on the stream's device. Its upload is enqueued on
+    /// `stream`.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::InvalidShape`] if `values` are not as many elements as the shape has.
+    /// - Otherwise as for [`new`](Self::new) and [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ids = CpuGpuBuffer::from_slice([2, 3], &[1, 2, 3, 4, 5, 6], &stream)?;
+    /// let view = ids.gpu_on(&stream)?; // after the upload
+    /// assert_eq!(view.shape(), [2, 3]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn from_slice(shape: impl Into<Shape>, values: &[T], stream: &Stream) -> Result<Self> {
+        let side_layout = SideLayout::of::<T>(shape.into())?;
+        if values.len() != side_layout.numel {
+            let (given, numel) = (values.len(), side_layout.numel);
+            return Err(Error::InvalidShape {
+                reason: format!("{given} values for a shape of {numel} elements"),
+            });
+        }
+        let options = BufferOptions::default();
+        let storage = StorageHandle::own(side_layout, stream.device(), options)?;
+        let mut buffer = Self::stored(storage);
+        buffer.storage.write(0, bytemuck::cast_slice(values), stream)?;
+        Ok(buffer)
     }
 
     pub(crate) fn stored(storage: StorageHandle) -> Self {
@@ -593,6 +626,43 @@ impl<T: Pod> CpuGpuBuffer<T> {
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GpuView<'_, T>> {
         self.storage.use_on(stream)?;
         Ok(GpuView::new(self.device_ptr(), *self.storage.shape(), self.numel(), self.device()))
+    }
+
+    /// The host side under its device address, for kernels on `stream` that use it in place.
+    ///
+    /// A few bytes reach a kernel sooner so than by a copy. This orders `stream` after all pending
+    /// work of the buffer. From then on kernels of `stream` may read and write the host side.
+    /// [`cpu`](Self::cpu), [`cpu_mut`](Self::cpu_mut), fills and copies then wait for the work that
+    /// `stream` was given until then.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::NotMapped`]: the host side is pageable, or was not pinned with
+    ///   [`HostFlags::MAPPED`](crate::HostFlags::MAPPED).
+    /// - Otherwise as for [`copy_to_gpu`](Self::copy_to_gpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Error, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut lengths = CpuGpuBuffer::<i32>::new(64, stream.device())?;
+    /// lengths.cpu_mut()?.fill(3);
+    /// match lengths.cpu_on(&stream) {
+    ///     Ok(view) => {
+    ///         // Launch kernels on `stream.as_raw()` with `view.as_ptr()` here, while the view lives.
+    ///         assert_eq!(view.len(), 64);
+    ///     }
+    ///     Err(Error::NotMapped) => lengths.copy_to_gpu(.., &stream)?,
+    ///     Err(error) => return Err(error),
+    /// }
+    /// assert_eq!(lengths.cpu()?, [3; 64]); // waits for these kernels
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    #[doc(alias = "zero-copy")]
+    #[doc(alias = "cudaHostGetDevicePointer")]
+    pub fn cpu_on(&mut self, stream: &Stream) -> Result<GpuView<'_, T>> {
+        let address = self.storage.use_host_on(stream)?.cast();
+        Ok(GpuView::new(address, *self.storage.shape(), self.numel(), self.device()))
     }
 
     /// The address of the device side, ordered after nothing, not even its first zeroing.

@@ -1,61 +1,49 @@
 //! The bytes of a buffer, and the in-flight rule.
 //!
 //! The owner of the memory keeps the records of pending work. There are no guards, so forgetting a
-//! value can make no race. Three records answer three questions:
+//! value can make no race. Each record answers a question:
 //!
 //! | record | set by | waited for by |
 //! |---|---|---|
 //! | `upload`: reads the host side | `copy_to_gpu` | writers of the host side, and the last row |
 //! | `download`: writes the host side | `copy_to_cpu` | readers and writers of the host side, and the last row |
-//! | `device_use`, open | `gpu_on`, `fill_gpu`, the first zeroing | other streams, release, `synchronize`, `is_idle` |
+//! | `device_use`, open | `gpu_on`, `fill_gpu`, the first zeroing, copies with other buffers | other streams, release, `synchronize`, `is_idle` |
+//! | `host_uses`: kernels, open | `cpu_on` | readers and writers of the host side, and the last row |
+//! | `host_uses`: uploads | `copy_to_gpu_from` of another buffer | writers of the host side, and the last row |
 //!
 //! Enqueued work comes, in stream order, after all pending work on other streams. The newest use is
 //! therefore ordered after all earlier ones, and a copy supersedes the device uses before it.
 //!
 //! Sides that are lent to tensors have rules of their own: see
 //! `flight/exports`. Every operation on a side follows them first.
-//!
-//! An operation checks its arguments and the stream before it changes anything. Once it tries to
-//! enqueue, its record is pending, whatever CUDA returns.
 
-use std::ops::Range;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::buffer::side_layout::SideLayout;
-use crate::cuda::calls::copy::Direction;
 use crate::cuda::devices::context;
 use crate::device::Device;
 use crate::error::{Error, Result, Side};
 use crate::flight::device_side::DeviceSide;
 #[cfg(feature = "dlpack")]
 use crate::flight::exports::Exports;
+use crate::flight::host_uses::HostUses;
 use crate::flight::left_behind::LeftBehindCount;
 use crate::flight::record::Record;
-use crate::memory::options::BufferOptions;
+use crate::memory::options::{BufferOptions, HostFlags};
 use crate::memory::slab::Slab;
 use crate::shape::Shape;
-use crate::stream::stream::{EnteredStream, Stream};
-use crate::transfer::copy;
+use crate::stream::stream::EnteredStream;
 
 /// Both sides, which most operations touch.
 pub(crate) const BOTH: [Side; 2] = [Side::Host, Side::Device];
-
-/// The other end of a copy from or to the host side.
-#[derive(Clone, Copy)]
-pub(crate) enum Peer {
-    /// The same range of the device side.
-    DeviceSide,
-    /// Device memory that somebody else owns.
-    Foreign(*mut u8),
-}
 
 /// Both sides of a buffer as bytes, with the records of pending work.
 pub(crate) struct Storage {
     pub(super) device_side: DeviceSide,
     // An address in the slab.
-    host: *mut u8,
+    pub(super) host: *mut u8,
     /// The bytes that a side has room for.
     capacity: usize,
     shape: Shape,
@@ -68,8 +56,10 @@ pub(crate) struct Storage {
     zeroing: Mutex<()>,
     /// A write of the host side needs no wait. True until the next transfer.
     pub(super) host_is_writable: bool,
-    upload: Record,
-    download: Record,
+    pub(super) upload: Record,
+    pub(super) download: Record,
+    /// Uses of the host side by kernels and by other buffers, once there was one.
+    pub(super) host_uses: Option<Box<HostUses>>,
     /// The state that is shared with tensors, once a side was lent.
     #[cfg(feature = "dlpack")]
     pub(super) exports: Option<Arc<Exports>>,
@@ -77,7 +67,7 @@ pub(crate) struct Storage {
     #[cfg(feature = "dlpack")]
     left_behind_count: Option<LeftBehindCount>,
     /// The last field: events are destroyed before the memory is released.
-    slab: Arc<Slab>,
+    pub(super) slab: Arc<Slab>,
 }
 
 // SAFETY: the bytes behind the address belong to this value alone, and the slab that it keeps owns
@@ -89,7 +79,7 @@ unsafe impl Sync for Storage {}
 // The other fields must not rely on these promises.
 const _: () = {
     const fn send_and_sync<P: Send + Sync>() {}
-    send_and_sync::<(DeviceSide, Record, Arc<Slab>, AtomicBool, Mutex<()>)>();
+    send_and_sync::<(DeviceSide, Record, HostUses, Arc<Slab>, AtomicBool, Mutex<()>)>();
     #[cfg(feature = "dlpack")]
     send_and_sync::<Arc<Exports>>();
 };
@@ -138,6 +128,7 @@ impl Storage {
             host_is_writable: true,
             upload: Record::idle(),
             download: Record::idle(),
+            host_uses: None,
             #[cfg(feature = "dlpack")]
             exports: None,
             #[cfg(feature = "dlpack")]
@@ -183,6 +174,17 @@ impl Storage {
 
     pub(crate) fn pinning_error(&self) -> Option<&Error> {
         self.slab.host().pinning_error()
+    }
+
+    /// Returns `true` if kernels reach the host side under its own address.
+    pub(super) fn is_mapped(&self) -> bool {
+        self.options.host_flags.contains(HostFlags::MAPPED)
+            && self.slab.host().is_mapped(self.host, self.bytes())
+    }
+
+    /// The record of uses by kernels and other buffers, made at the first use.
+    pub(super) fn host_uses_mut(&mut self) -> &mut HostUses {
+        self.host_uses.get_or_insert_with(Default::default)
     }
 
     #[inline]
@@ -232,7 +234,7 @@ impl Storage {
     pub(crate) fn wait_to_read(&self) -> Result<()> {
         self.device_side.refuse_child()?;
         self.wait_for_consumers(&[Side::Host])?;
-        self.download.wait()?;
+        self.host_writers().try_for_each(Record::wait)?;
         self.zero_if_pending()
     }
 
@@ -250,11 +252,15 @@ impl Storage {
     #[inline(never)]
     fn wait_for_host_transfers(&mut self) -> Result<()> {
         self.wait_for_consumers(&[Side::Host])?;
-        self.download.wait()?;
-        self.upload.wait()?;
+        self.wait_for_host_records()?;
         self.zero_if_pending()?;
         self.host_is_writable = true;
         Ok(())
+    }
+
+    /// Waits for all pending work that reads or writes the host side.
+    fn wait_for_host_records(&self) -> Result<()> {
+        self.host_records().try_for_each(Record::wait)
     }
 
     /// Returns `true` if the host side may be read now.
@@ -266,11 +272,11 @@ impl Storage {
         {
             return Ok(false);
         }
-        if !self.download.is_finished()? {
+        if !all_finished(self.host_writers())? {
             return Ok(false);
         }
         if self.unzeroed.load(Ordering::Acquire) {
-            if !self.upload.is_finished()? {
+            if !all_finished(self.host_records())? {
                 return Ok(false);
             }
             self.zero_host()?;
@@ -280,12 +286,12 @@ impl Storage {
 
     /// Returns `true` if the host side may be written now.
     pub(crate) fn may_write(&self) -> Result<bool> {
-        Ok(self.may_read()? && self.upload.is_finished()?)
+        Ok(self.may_read()? && all_finished(self.host_records())?)
     }
 
     /// Zeroes the host side if that is pending. This waits for the transfers of its last holder.
     #[inline]
-    fn zero_if_pending(&self) -> Result<()> {
+    pub(super) fn zero_if_pending(&self) -> Result<()> {
         match self.unzeroed.load(Ordering::Acquire) {
             false => Ok(()),
             true => self.zero_host(),
@@ -295,8 +301,7 @@ impl Storage {
     /// Zeroes the host side, once, after the transfers of its last holder.
     #[cold]
     fn zero_host(&self) -> Result<()> {
-        self.download.wait()?;
-        self.upload.wait()?;
+        self.wait_for_host_records()?;
         let _zeroing = self.zeroing.lock().unwrap_or_else(|poison| poison.into_inner());
         if self.unzeroed.load(Ordering::Relaxed) {
             // SAFETY: the range lies in the host side. No transfer uses it, and no other thread
@@ -314,28 +319,24 @@ impl Storage {
     /// open. Calls no CUDA.
     #[inline]
     pub(crate) fn is_known_ready(&self) -> bool {
-        self.upload.is_known_finished()
-            && self.download.is_known_finished()
+        self.host_records().all(Record::is_known_finished)
             && !self.device_side.device_use().is_open()
     }
 
     /// Queries, once, the event that may keep the host side from being
     /// [known ready](Self::is_known_ready).
     pub(crate) fn poll(&self) -> Result<()> {
-        let pending = match self.download.is_known_finished() {
-            true => &self.upload,
-            false => &self.download,
-        };
-        pending.poll()
+        match self.host_records().find(|record| !record.is_known_finished()) {
+            Some(pending) => pending.poll(),
+            None => Ok(()),
+        }
     }
 
     /// Waits until nothing uses either side.
     pub(crate) fn wait_for_all(&self) -> Result<()> {
         self.device_side.refuse_child()?;
         self.wait_for_consumers(&BOTH)?;
-        self.download.wait()?;
-        self.upload.wait()?;
-        self.device_side.device_use().wait()
+        self.records().try_for_each(Record::wait)
     }
 
     /// Returns `true` if nothing uses either side.
@@ -345,136 +346,7 @@ impl Storage {
         if self.exports.as_ref().is_some_and(|exports| !exports.is_idle()) {
             return Ok(false);
         }
-        Ok(self.download.is_finished()?
-            && self.upload.is_finished()?
-            && self.device_side.device_use().is_finished()?)
-    }
-
-    fn records(&self) -> [&Record; 3] {
-        [&self.upload, &self.download, self.device_side.device_use()]
-    }
-
-    /// Ends open use. Later work of these streams belongs to other holders, and the streams may be
-    /// captured or destroyed.
-    #[inline]
-    pub(crate) fn close_with_event(&self) {
-        self.records().into_iter().for_each(Record::close_with_event);
-    }
-
-    // ---- work on streams ----
-
-    /// Copies a range between the host side and its peer.
-    ///
-    /// # Safety
-    ///
-    /// If the peer is foreign, these hold from the call until the copy has finished in stream
-    /// order, for as many bytes at its address as the range has:
-    ///
-    /// - They are allocated, and memory of `stream`'s device (on the CPU, of the program).
-    /// - For an upload they are valid for writes, and nothing else reads or writes them.
-    /// - For a download they are valid for reads and initialized, and nothing writes them.
-    pub(crate) unsafe fn copy(
-        &mut self,
-        direction: Direction,
-        range: Range<usize>,
-        peer: Peer,
-        stream: &Stream,
-    ) -> Result<()> {
-        let (sides, device): (&[Side], _) = match peer {
-            Peer::DeviceSide => (&BOTH, self.device_side.at(range.start)),
-            Peer::Foreign(address) => (&[Side::Host], address),
-        };
-        let entered = self.enter_for_work(sides, stream)?;
-        if range.is_empty() {
-            return Ok(());
-        }
-        self.zero_if_pending()?;
-        let is_own = matches!(peer, Peer::DeviceSide);
-        if let Some(entered) = &entered {
-            self.order(entered)?;
-            // An upload of everything initializes the device side itself.
-            if is_own && (direction == Direction::Down || range.len() < self.bytes()) {
-                self.device_side.initialize(entered)?;
-            }
-        }
-        let host = self.host.wrapping_add(range.start);
-        let (to, from) = match direction {
-            Direction::Up => (device, host),
-            Direction::Down => (host, device),
-        };
-        // SAFETY: the range lies in the host side. The peer is the same range of the device side,
-        // or the caller vouches for it.
-        unsafe { self.transfer(direction, to, from, range.len(), entered.as_ref()) }?;
-        if is_own {
-            self.device_side.mark_initialized();
-        }
-        Ok(())
-    }
-
-    /// Fills the device side with `element`, whose length divides the bytes in use.
-    pub(crate) fn fill_gpu(&mut self, element: &[u8], stream: &Stream) -> Result<()> {
-        let entered = self.enter_for_work(&[Side::Device], stream)?;
-        self.fill_device_side(element, entered.as_ref())
-    }
-
-    /// Fills the device side as [`fill_gpu`](Self::fill_gpu), and waits until the host side may be
-    /// written.
-    pub(crate) fn fill_gpu_and_wait_to_write(
-        &mut self,
-        element: &[u8],
-        stream: &Stream,
-    ) -> Result<()> {
-        let entered = self.enter_for_work(&BOTH, stream)?;
-        self.wait_to_write()?;
-        self.fill_device_side(element, entered.as_ref())
-    }
-
-    fn fill_device_side(
-        &mut self,
-        element: &[u8],
-        entered: Option<&EnteredStream<'_>>,
-    ) -> Result<()> {
-        if let Some(entered) = entered {
-            self.order(entered)?;
-        }
-        if self.bytes() == 0 {
-            return Ok(());
-        }
-        self.device_side.fill(element, entered)
-    }
-
-    /// Zeroes the used part of both sides: the host side at once, after pending copies, and the
-    /// device side on `stream`.
-    pub(crate) fn zero(&mut self, stream: &Stream) -> Result<()> {
-        self.fill_gpu_and_wait_to_write(&[0], stream)?;
-        // SAFETY: the range lies in the host side, and no copy uses it: a fill enqueues none.
-        unsafe { ptr::write_bytes(self.host, 0, self.bytes()) };
-        Ok(())
-    }
-
-    /// Orders `stream` after all pending work, and lets it use the device side from now on.
-    pub(crate) fn use_on(&mut self, stream: &Stream) -> Result<()> {
-        let Some(entered) = &self.enter_for_work(&[Side::Device], stream)? else {
-            return Ok(());
-        };
-        self.order(entered)?;
-        self.device_side.use_on(entered)
-    }
-
-    /// Checks that `stream` may be given work on these sides, and enters it. Returns `None` if CUDA
-    /// is not involved: on the CPU, and if there are no bytes.
-    #[inline]
-    pub(super) fn enter_for_work<'s>(
-        &self,
-        sides: &[Side],
-        stream: &'s Stream,
-    ) -> Result<Option<EnteredStream<'s>>> {
-        let entered = self.device_side.enter_for_work(stream)?;
-        // After the question for a capture: a wait for the device would end it.
-        if self.bytes() > 0 {
-            self.wait_for_consumers(sides)?;
-        }
-        Ok(entered)
+        all_finished(self.records())
     }
 
     /// Waits until no consumer of a tensor uses these sides. Returns an error if a tensor of one of
@@ -494,49 +366,41 @@ impl Storage {
     pub(super) fn order(&self, entered: &EnteredStream<'_>) -> Result<()> {
         self.upload.order_before(entered)?;
         self.download.order_before(entered)?;
+        if let Some(uses) = &self.host_uses {
+            uses.order_before(entered)?;
+        }
         self.device_side.device_use().order_before(entered)
     }
 
-    /// Copies on the stream, or at once if there is none. The record of `direction` stands for the
-    /// copy. The stream comes after all pending work.
-    ///
-    /// # Safety
-    ///
-    /// - One range lies in the host side, as `direction` says.
-    /// - The other is as many bytes of the stream's device, valid for the copy, and initialized if
-    ///   the copy reads them.
-    /// - Until the copy has finished in stream order, both stay allocated, nothing else writes
-    ///   them, and nothing reads the bytes that the copy writes.
+    /// The records of work that writes the host side.
     #[inline]
-    unsafe fn transfer(
-        &mut self,
-        direction: Direction,
-        to: *mut u8,
-        from: *const u8,
-        bytes: usize,
-        entered: Option<&EnteredStream<'_>>,
-    ) -> Result<()> {
-        let Some(entered) = entered else {
-            // SAFETY: the caller vouches for both ranges, and on the CPU nothing is in flight.
-            unsafe { ptr::copy(from, to, bytes) };
-            return Ok(());
-        };
-        self.host_is_writable = false;
-        let record = match direction {
-            Direction::Up => &mut self.upload,
-            Direction::Down => &mut self.download,
-        };
-        let memory = self.slab.host();
-        // One ticket and one event stand for all parts.
-        record.submit(entered, || {
-            // SAFETY: the caller vouches for the ranges. The record keeps the host side from being
-            // written (and, for a download, read) and both sides from being released until the
-            // copies have finished.
-            unsafe { copy::enqueue(direction, memory, to, from, bytes, entered) }
-        })?;
-        self.device_side.device_use_mut().supersede();
-        Ok(())
+    pub(super) fn host_writers(&self) -> impl Iterator<Item = &Record> {
+        [&self.download].into_iter().chain(self.host_uses.iter().map(|uses| uses.kernels()))
     }
+
+    /// The records of work that reads or writes the host side.
+    #[inline]
+    fn host_records(&self) -> impl Iterator<Item = &Record> {
+        let uses = self.host_uses.iter().flat_map(|uses| uses.records());
+        [&self.download, &self.upload].into_iter().chain(uses)
+    }
+
+    #[inline]
+    fn records(&self) -> impl Iterator<Item = &Record> {
+        self.host_records().chain([self.device_side.device_use()])
+    }
+
+    /// Ends open use. Later work of these streams belongs to other holders, and the streams may be
+    /// captured or destroyed.
+    #[inline]
+    pub(crate) fn close_with_event(&self) {
+        self.records().for_each(Record::close_with_event);
+    }
+}
+
+/// Returns `true` if the work of all these records is finished.
+fn all_finished<'r>(mut records: impl Iterator<Item = &'r Record>) -> Result<bool> {
+    records.try_fold(true, |finished, record| Ok(finished && record.is_finished()?))
 }
 
 /// The parts that only exported storage needs.
@@ -553,7 +417,7 @@ impl Storage {
     }
 
     pub(super) fn is_open(&self) -> bool {
-        self.records().into_iter().any(Record::is_open)
+        self.records().any(Record::is_open)
     }
 
     /// Never releases the memory, because work that uses it may never be known to be finished.
@@ -565,7 +429,9 @@ impl Storage {
     /// devices. If that use was captured, no launch of the graph may use this memory: it belonged
     /// to a view that is gone.
     pub(super) fn supersede_open(&mut self) {
-        for record in [&mut self.upload, &mut self.download, self.device_side.device_use_mut()] {
+        let uses = self.host_uses.iter_mut().flat_map(|uses| uses.records_mut());
+        let own = [&mut self.upload, &mut self.download, self.device_side.device_use_mut()];
+        for record in own.into_iter().chain(uses) {
             if record.is_open() {
                 record.supersede();
             }

@@ -11,14 +11,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::cuda::calls;
 use crate::cuda::fork;
 use crate::cuda::kernels::Kernels;
+use crate::cuda::peers::Peers;
 use crate::error::Result;
 use crate::sys;
 
 /// The primary context of a CUDA device and the kernels loaded into it.
 pub(crate) struct Context {
     handle: sys::CUcontext,
+    ordinal: u32,
     pub(crate) kernels: Kernels,
     keeps_memory: AtomicBool,
+    peers: Peers,
 }
 // SAFETY: any thread may use a context, and several may at once ("CUDA Driver API, Context
 // Management"). The handles never change.
@@ -47,6 +50,12 @@ impl Context {
         }
     }
 
+    /// Lets this context use memory of another device directly, if the hardware can. The context
+    /// must be current.
+    pub(crate) fn enable_peer(&self, peer: u32) {
+        self.peers.enable(self.ordinal, peer);
+    }
+
     /// Keeps the chunk of device memory that the driver cuts small allocations from.
     ///
     /// One small allocation that is never freed keeps it. Without it, a lone small allocation makes
@@ -70,7 +79,13 @@ pub(crate) fn make(ordinal: u32) -> Result<Context> {
     // SAFETY: the line above retained the context.
     let kernels = unsafe { calls::context::enter(handle) }.and_then(|_current| Kernels::load());
     match kernels {
-        Ok(kernels) => Ok(Context { handle, kernels, keeps_memory: AtomicBool::new(false) }),
+        Ok(kernels) => Ok(Context {
+            handle,
+            ordinal,
+            kernels,
+            keeps_memory: AtomicBool::new(false),
+            peers: Peers::default(),
+        }),
         Err(error) => {
             // The caller gets the first error.
             let _ = calls::context::release_primary(ordinal);

@@ -9,4 +9,5 @@ pub(crate) mod event_handle;
 pub(crate) mod fork;
 pub(crate) mod kernel_graph;
 pub(crate) mod kernels;
+pub(crate) mod peers;
 pub(crate) mod status;

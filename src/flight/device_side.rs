@@ -101,11 +101,17 @@ impl DeviceSide {
         Ok(entered)
     }
 
+    /// Returns `true` if all bytes in use are initialized, in stream order.
+    #[inline]
+    pub(crate) fn is_initialized(&self) -> bool {
+        self.initialized_bytes >= self.bytes
+    }
+
     /// Zeroes the bytes that are not initialized. The caller has ordered the stream after all
     /// pending work.
     #[inline]
     pub(crate) fn initialize(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
-        if self.initialized_bytes >= self.bytes {
+        if self.is_initialized() {
             return Ok(());
         }
         self.device_use.open_on(entered)?;

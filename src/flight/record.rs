@@ -6,8 +6,11 @@
 //! given, and the event is recorded when somebody asks. A record also stays open if recording its
 //! event failed, because the work may be queued.
 
+use std::{mem, ptr};
+
+use crate::cuda::context::Context;
 use crate::cuda::event_handle::EventHandle;
-use crate::error::Result;
+use crate::error::{Result, reserve};
 use crate::stream::options::WaitPolicy;
 use crate::stream::stream::{EnteredStream, Stream};
 use crate::stream::ticket::TicketCell;
@@ -18,14 +21,19 @@ pub(crate) struct Record {
     // The stream of the last use, kept for the next one. A pending record has a stream, and the
     // event of that stream's wait policy.
     stream: Option<Stream>,
+    /// The events of that stream's device.
     events: Events,
+    /// The events of other devices, which streams of these devices used before.
+    other_events: Vec<Events>,
     ticket_cell: TicketCell,
 }
 
-/// An event for each wait policy, made when a stream of that policy is first used. A record reuses
-/// its events when streams alternate.
+/// The events of one device: one for each wait policy, made when a stream of that policy is first
+/// used. A record reuses its events when streams alternate.
 #[derive(Default)]
 struct Events {
+    /// The device's context. `None` until there is an event.
+    context: Option<&'static Context>,
     device_default: Option<EventHandle>,
     blocking: Option<EventHandle>,
 }
@@ -39,9 +47,15 @@ impl Events {
         }
     }
 
-    /// Makes the event for the stream, if there is none.
+    #[inline]
+    fn are_of(&self, context: &'static Context) -> bool {
+        self.context.is_none_or(|known| ptr::eq(known, context))
+    }
+
+    /// Makes the event for the stream, if there is none. The stream is of these events' device.
     fn make(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         let stream = entered.stream();
+        self.context = Some(entered.context());
         let event = match stream.wait_policy() {
             WaitPolicy::DeviceDefault => &mut self.device_default,
             WaitPolicy::Block => &mut self.blocking,
@@ -59,6 +73,7 @@ impl Record {
             pending: false,
             stream: None,
             events: Events::default(),
+            other_events: Vec::new(),
             ticket_cell: TicketCell::open(),
         }
     }
@@ -161,12 +176,45 @@ impl Record {
         }
     }
 
+    /// Returns `true` if the last use was on this stream.
+    pub(crate) fn is_on(&self, stream: &Stream) -> bool {
+        self.stream.as_ref().is_some_and(|known| known.is(stream))
+    }
+
+    /// Makes the event for the stream. The events of the record then are those of its device.
+    fn make_event(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
+        if self.events.are_of(entered.context()) {
+            return self.events.make(entered);
+        }
+        self.make_event_of_other_device(entered)
+    }
+
+    /// The events of the device before are kept. A device's event cannot be recorded on a stream of
+    /// another one ("CUDA Runtime API, `cudaEventRecord`").
+    #[cold]
+    fn make_event_of_other_device(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
+        let others = &mut self.other_events;
+        let known = others.iter().position(|events| events.are_of(entered.context()));
+        let index = match known {
+            Some(index) => index,
+            None => {
+                reserve(others, 1, entered.stream().device())?;
+                others.push(Events::default());
+                others.len() - 1
+            }
+        };
+        // Exchanged last: until then the record may stand for work of the device before.
+        others[index].make(entered)?;
+        mem::swap(&mut self.events, &mut others[index]);
+        Ok(())
+    }
+
     /// Stands for everything that the stream is given from now on, and no longer for earlier work.
     /// The caller has ordered the stream after that work.
     pub(crate) fn open_on(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         let stream = entered.stream();
         // Before anything changes, because it can fail.
-        self.events.make(entered)?;
+        self.make_event(entered)?;
         self.pending = true;
         self.ticket_cell.set_open();
         if self.stream.as_ref().is_none_or(|known| !known.is(stream)) {

@@ -223,14 +223,15 @@ impl HostMemory {
         self.pinning_error.as_deref()
     }
 
-    /// Returns whether kernels of the current device reach all `bytes` at the host's own addresses.
-    pub(crate) fn is_mapped(&self, bytes: usize) -> bool {
+    /// Returns whether kernels of the current device reach `bytes` bytes at `from` under the host's
+    /// own addresses.
+    pub(crate) fn is_mapped(&self, from: *mut u8, bytes: usize) -> bool {
         let reached = |at| {
-            let range = self.as_ptr().wrapping_add(at);
+            let range = from.wrapping_add(at);
             calls::memory::host_device_ptr(range).is_ok_and(|address| address == range)
         };
-        self.is_pinned()
-            && split_by(0..bytes, self.registration_size).all(|range| reached(range.start))
+        let mut ranges = self.registered_ranges(from, bytes);
+        self.is_pinned() && ranges.all(|range| reached(range.start))
     }
 
     /// Splits `bytes` bytes at `from` into ranges that one registration covers each.

@@ -983,6 +983,15 @@ runtime! {
         devPtr: *mut ::std::os::raw::c_void,
         hStream: cudaStream_t,
     ) -> cudaError_t;
+    pub fn cudaDeviceCanAccessPeer(
+        canAccessPeer: *mut ::std::os::raw::c_int,
+        device: ::std::os::raw::c_int,
+        peerDevice: ::std::os::raw::c_int,
+    ) -> cudaError_t;
+    pub fn cudaDeviceEnablePeerAccess(
+        peerDevice: ::std::os::raw::c_int,
+        flags: ::std::os::raw::c_uint,
+    ) -> cudaError_t;
     pub fn cudaDriverGetVersion(
         driverVersion: *mut ::std::os::raw::c_int,
     ) -> cudaError_t;

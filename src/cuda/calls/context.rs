@@ -4,7 +4,6 @@ use std::ffi::c_int;
 use std::marker::PhantomData;
 use std::ptr;
 
-#[cfg(feature = "dlpack")]
 use crate::cuda::capture::RelaxedCapture;
 #[cfg(feature = "dlpack")]
 use crate::cuda::driver::entry;
@@ -109,6 +108,23 @@ impl Drop for Entered {
         let status = unsafe { (self.driver.pop)(&mut popped) };
         let _ = check_driver(status, "cuCtxPopCurrent");
     }
+}
+
+/// Returns `true` if device `ordinal` can use memory of device `peer` directly.
+pub(crate) fn can_access_peer(ordinal: u32, peer: u32) -> Result<bool> {
+    let mut can = 0;
+    // SAFETY: `can` is a valid place. An ordinal out of range returns an error status.
+    let status = unsafe { sys::cudaDeviceCanAccessPeer(&mut can, ordinal as c_int, peer as c_int) };
+    check(status, "cudaDeviceCanAccessPeer")?;
+    Ok(can != 0)
+}
+
+/// Lets the current context use memory of device `peer` directly.
+pub(crate) fn enable_peer_access(peer: u32) -> Result<()> {
+    let _relaxed = RelaxedCapture::begin();
+    // SAFETY: the call takes no pointers. An ordinal out of range returns an error status.
+    let status = unsafe { sys::cudaDeviceEnablePeerAccess(peer as c_int, 0) };
+    check(status, "cudaDeviceEnablePeerAccess")
 }
 
 /// Returns the free and the total bytes of the current device.

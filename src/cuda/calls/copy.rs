@@ -50,6 +50,26 @@ pub(crate) unsafe fn memcpy(
     }
 }
 
+/// Sends a copy between memory of two devices, or of one, to a stream of the destination's device.
+///
+/// Addresses are unified, so the regular copy function serves ("CUDA C++ Programming Guide,
+/// Peer-to-Peer Memory Copy"). The driver stages the copy if there is no peer access.
+///
+/// # Safety
+///
+/// As for [`memcpy`], but both ranges are device memory, and `from` may be memory of any device.
+pub(crate) unsafe fn memcpy_on_devices(
+    to: *mut u8,
+    from: *const u8,
+    bytes: usize,
+    stream: sys::cudaStream_t,
+) -> Result<()> {
+    let kind = sys::cudaMemcpyKind::cudaMemcpyDeviceToDevice;
+    // SAFETY: the caller vouches for the ranges and the stream.
+    let status = unsafe { sys::cudaMemcpyAsync(to.cast(), from.cast(), bytes, kind, stream) };
+    check(status, "cudaMemcpyAsync")
+}
+
 /// Sends a fill of bytes to a stream.
 ///
 /// # Safety
