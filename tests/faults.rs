@@ -172,7 +172,7 @@ impl Bench {
         assert_eq!(self.pool.available(), self.pool.total(), "the pool lost a buffer");
         let total = self.pool.total();
         let mut pooled: Vec<_> = (0..total).map(|_| self.pool.try_acquire().unwrap()).collect();
-        for buffer in pooled.iter_mut().chain([&mut self.buffer]) {
+        for buffer in pooled.iter_mut().chain([&mut self.buffer, &mut self.foreign]) {
             for (value, stream) in [(7, &self.stream), (8, &self.other)] {
                 buffer.fill(value, stream).unwrap();
                 buffer.fill_cpu(0).unwrap();
@@ -243,7 +243,23 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let options = BufferOptions { pinning: Pinning::Required, ..Default::default() };
         CpuGpuBuffer::<u8>::with_options(100, DEVICE, options).map(drop)
     }),
+    ("CpuGpuBuffer::from_slice", |bench| {
+        CpuGpuBuffer::<u8>::from_slice(3, &[1, 2, 3], &bench.stream).map(drop)
+    }),
     ("CpuGpuBuffer::cpu", |bench| bench.buffer.cpu().map(drop)),
+    ("CpuGpuBuffer::cpu_rows", |bench| bench.buffer.cpu_rows(1..2).map(drop)),
+    ("CpuGpuBuffer::cpu_rows_mut", |bench| bench.buffer.cpu_rows_mut(1..2).map(drop)),
+    ("CpuGpuBuffer::write_rows", |bench| bench.buffer.write_rows(1..3, &[7; 2], &bench.stream)),
+    ("CpuGpuBuffer::copy_to_gpu_from", |bench| {
+        bench.buffer.copy_to_gpu_from(1, &mut bench.foreign, 2..5, &bench.stream)
+    }),
+    ("CpuGpuBuffer::copy_to_cpu_from", |bench| {
+        bench.buffer.copy_to_cpu_from(1, &mut bench.foreign, 2..5, &bench.stream)
+    }),
+    ("CpuGpuBuffer::copy_gpu_from", |bench| {
+        bench.buffer.copy_gpu_from(1, &mut bench.foreign, 2..5, &bench.stream)
+    }),
+    ("CpuGpuBuffer::cpu_on", |bench| bench.buffer.cpu_on(&bench.stream).map(drop)),
     ("CpuGpuBuffer::cpu_mut", |bench| bench.buffer.cpu_mut().map(drop)),
     ("CpuGpuBuffer::try_cpu", |bench| bench.buffer.try_cpu().map(drop)),
     ("CpuGpuBuffer::try_cpu_mut", |bench| bench.buffer.try_cpu_mut().map(drop)),

@@ -234,7 +234,10 @@ impl Storage {
     pub(crate) fn wait_to_read(&self) -> Result<()> {
         self.device_side.refuse_child()?;
         self.wait_for_consumers(&[Side::Host])?;
-        self.host_writers().try_for_each(Record::wait)?;
+        self.download.wait()?;
+        if let Some(uses) = &self.host_uses {
+            uses.kernels().wait()?;
+        }
         self.zero_if_pending()
     }
 
@@ -375,7 +378,7 @@ impl Storage {
     /// The records of work that writes the host side.
     #[inline]
     pub(super) fn host_writers(&self) -> impl Iterator<Item = &Record> {
-        [&self.download].into_iter().chain(self.host_uses.iter().map(|uses| uses.kernels()))
+        [&self.download].into_iter().chain(self.host_uses.as_deref().map(HostUses::kernels))
     }
 
     /// The records of work that reads or writes the host side.
