@@ -1,8 +1,9 @@
-//! The device side as kernels and libraries see it.
+//! A side as kernels and libraries see it.
 
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::RangeBounds;
+use std::ptr;
 use std::slice;
 
 use crate::device::Device;
@@ -14,7 +15,9 @@ use crate::shape::{Shape, select};
 ///
 /// Send work that uses the addresses to that stream, while the view lives. The buffer orders its
 /// later operations after everything that the stream was given by then. Nothing happens when a view
-/// is dropped.
+/// is dropped. A view is the only one of its memory, so it is neither `Copy` nor `Clone`.
+///
+/// [`cpu_on`](crate::CpuGpuBuffer::cpu_on) gives a view of the host side under its device address.
 ///
 /// ```
 /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -28,7 +31,6 @@ use crate::shape::{Shape, select};
 /// assert_eq!(view.as_host_slice(), Some(&[7; 4][..]));
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-#[derive(Clone, Copy)]
 pub struct GpuView<'a, T> {
     address: *mut T,
     shape: Shape,
@@ -37,14 +39,14 @@ pub struct GpuView<'a, T> {
     buffer: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: a view can be copied, and its elements can be read on the CPU, as those of a `&[T]` can.
-unsafe impl<T: Sync> Send for GpuView<'_, T> {}
-// SAFETY: as for `Send`.
+// SAFETY: on the CPU, a view gives its elements as a `&mut [T]` does.
+unsafe impl<T: Send> Send for GpuView<'_, T> {}
+// SAFETY: on the CPU, a shared view gives its elements as a `&[T]` does.
 unsafe impl<T: Sync> Sync for GpuView<'_, T> {}
 
 impl<'a, T> GpuView<'a, T> {
-    /// A view of `len` elements at `address`, in the device side of the buffer that is borrowed for
-    /// `'a`.
+    /// A view of `len` elements at `address`, in a side of the buffer that is borrowed for `'a`. No
+    /// other view of these elements lives.
     pub(crate) fn new(address: *mut T, shape: Shape, len: usize, device: Device) -> Self {
         GpuView { address, shape, len, device, buffer: PhantomData }
     }
@@ -154,7 +156,7 @@ impl<'a, T> GpuView<'a, T> {
         self.device
     }
 
-    /// A view of some of the rows.
+    /// Narrows the view to some of its rows.
     ///
     /// # Errors
     ///
@@ -165,9 +167,8 @@ impl<'a, T> GpuView<'a, T> {
     ///
     /// let stream = Stream::new(Device::auto())?;
     /// let mut buffer = CpuGpuBuffer::<f32>::new([8, 3], stream.device())?;
-    /// let view = buffer.gpu_on(&stream)?;
-    /// let second = view.rows(1..2)?; // the view itself can still be used
-    /// assert_eq!(second.as_ptr(), view.as_ptr().wrapping_add(3));
+    /// let second = buffer.gpu_on(&stream)?.rows(1..2)?.as_ptr();
+    /// assert_eq!(second, buffer.device_ptr().wrapping_add(3));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn rows(self, range: impl RangeBounds<usize>) -> Result<GpuView<'a, T>> {
@@ -195,19 +196,49 @@ impl<'a, T> GpuView<'a, T> {
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn as_host_slice(&self) -> Option<&'a [T]> {
-        if self.device != Device::Cpu {
-            return None;
-        }
-        if self.address.is_null() {
+    pub fn as_host_slice(&self) -> Option<&[T]> {
+        let address = self.host_address()?;
+        // SAFETY: these are `len` initialised elements, which on the CPU lie in ordinary memory.
+        // The buffer is borrowed for longer, and this is the only view of them. Writing through
+        // `as_mut_ptr` is `unsafe`.
+        Some(unsafe { slice::from_raw_parts(address, self.len) })
+    }
+
+    /// The elements on [`Device::Cpu`], to write, or `None` if they are in the memory of a GPU.
+    ///
+    /// A stand-in for a kernel needs no `unsafe` so.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, GpuView, Stream};
+    ///
+    /// fn double(mut view: GpuView<'_, f32>, stream: &Stream) {
+    ///     match view.as_host_slice_mut() {
+    ///         Some(elements) => elements.iter_mut().for_each(|element| *element *= 2.0),
+    ///         None => { /* launch the kernel on `stream.as_raw()` */ }
+    ///     }
+    /// }
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut values = CpuGpuBuffer::<f32>::new(4, Device::Cpu)?;
+    /// values.fill_gpu(1.5, &stream)?;
+    /// double(values.gpu_on(&stream)?, &stream);
+    /// values.copy_to_cpu(.., &stream)?;
+    /// assert_eq!(values.cpu()?, [3.0; 4]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn as_host_slice_mut(&mut self) -> Option<&mut [T]> {
+        let address = self.host_address()?;
+        // SAFETY: as in `as_host_slice`, and the view is borrowed exclusively.
+        Some(unsafe { slice::from_raw_parts_mut(address, self.len) })
+    }
+
+    /// The address of the elements on the CPU. It is aligned and not null.
+    fn host_address(&self) -> Option<*mut T> {
+        match self.device {
             // No bytes: no elements, or elements of no size.
-            // SAFETY: a slice of no bytes may begin at any aligned address but null.
-            return Some(unsafe { slice::from_raw_parts(std::ptr::dangling(), self.len) });
+            Device::Cpu if self.address.is_null() => Some(ptr::dangling_mut()),
+            Device::Cpu => Some(self.address),
+            Device::Cuda(_) => None,
         }
-        // SAFETY: these are `len` initialised elements of the device side, which on the CPU is
-        // ordinary memory. The buffer is borrowed for `'a`, and writing through `as_mut_ptr` is
-        // `unsafe`.
-        Some(unsafe { slice::from_raw_parts(self.address, self.len) })
     }
 }
 

@@ -157,11 +157,11 @@ impl<T: Pod> BufferRing<T> {
         }
     }
 
-    /// The current host slot, to read. Never blocks.
+    /// The current host slot, to read. Waits for a download into it, and not for its upload.
     ///
     /// # Errors
     ///
-    /// [`Error::Forked`](crate::Error::Forked).
+    /// As for [`CpuGpuBuffer::cpu`](crate::CpuGpuBuffer::cpu).
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Stream, BufferRing};
@@ -177,7 +177,7 @@ impl<T: Pod> BufferRing<T> {
         self.ring.cpu(self.key)
     }
 
-    /// The current host slot, to write. Waits for its upload.
+    /// The current host slot, to write. Waits for its copies.
     ///
     /// # Errors
     ///
@@ -195,6 +195,48 @@ impl<T: Pod> BufferRing<T> {
     /// ```
     pub fn cpu_mut(&mut self) -> Result<&mut [T]> {
         self.ring.cpu_mut(self.key)
+    }
+
+    /// The current host slot, to read, or `None` if [`cpu`](Self::cpu) would wait.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    pub fn try_cpu(&self) -> Result<Option<&[T]>> {
+        self.ring.try_cpu(self.key)
+    }
+
+    /// The current host slot, to write, or `None` if [`cpu_mut`](Self::cpu_mut) would wait.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    pub fn try_cpu_mut(&mut self) -> Result<Option<&mut [T]>> {
+        self.ring.try_cpu_mut(self.key)
+    }
+
+    /// The host slot that was current `steps` advances ago, to read. Waits for downloads into it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`GroupRing::cpu_back`].
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferRing, Device, Error, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut losses = BufferRing::<f32>::new(1, stream.device(), 2)?;
+    /// for _step in 0..10 {
+    ///     losses.advance()?;
+    ///     // A kernel of the step writes to `losses.gpu_on(&stream)?.as_mut_ptr()` here.
+    ///     losses.copy_to_cpu(.., &stream)?;
+    ///     println!("the step before: {}", losses.cpu_back(1)?[0]); // this one may still run
+    /// }
+    /// assert_eq!(losses.cpu_back(2), Err(Error::OutOfRange { start: 2, end: 3, rows: 2, member: None }));
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn cpu_back(&self, steps: usize) -> Result<&[T]> {
+        self.ring.cpu_back(steps, self.key)
     }
 
     /// Copies rows of the current host slot to the same rows of the device side on `stream`.
@@ -224,6 +266,21 @@ impl<T: Pod> BufferRing<T> {
         // Here, so that an error names no member.
         let rows = select(&rows, self.shape()[0], None)?;
         self.ring.copy_to_gpu(&[self.key.rows(rows)], stream)
+    }
+
+    /// Copies rows of the device side to the same rows of the current host slot on `stream`.
+    ///
+    /// The copy comes after all pending work of the ring on any stream. [`cpu`](Self::cpu) waits for
+    /// it, and so does [`cpu_back`](Self::cpu_back) after an advance.
+    ///
+    /// # Errors
+    ///
+    /// As for [`CpuGpuBuffer::copy_to_gpu`](crate::CpuGpuBuffer::copy_to_gpu).
+    #[doc(alias = "D2H")]
+    #[doc(alias = "memcpy")]
+    pub fn copy_to_cpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
+        let rows = select(&rows, self.shape()[0], None)?;
+        self.ring.copy_to_cpu(&[self.key.rows(rows)], stream)
     }
 
     /// The device side, for kernels and libraries on `stream`.

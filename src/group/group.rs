@@ -36,7 +36,7 @@ use crate::stream::stream::Stream;
 /// group.cpu_mut(positions)?[..3].copy_from_slice(&[0, 1, 2]);
 /// group.copy_to_gpu(&[ids.rows(..3), positions.rows(..3)], &stream)?; // returns at once
 ///
-/// let view = group.gpu_on(&stream)?; // for kernels: addresses, ordered after the copy
+/// let mut view = group.gpu_on(&stream)?; // for kernels: addresses, ordered after the copy
 /// assert_eq!(view.member(positions)?.shape(), [1024]);
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
@@ -141,6 +141,50 @@ impl BufferGroup {
         host_mut(&mut self.0, key)
     }
 
+    /// The host side of a member, to read, or `None` if [`cpu`](Self::cpu) would wait.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let sampled = builder.add::<u32>(4);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
+    /// group.copy_to_cpu(&[sampled.rows(..)], &stream)?;
+    /// while group.try_cpu(sampled)?.is_none() {
+    ///     std::thread::yield_now(); // other work
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn try_cpu<T: Pod>(&self, key: MemberKey<T>) -> Result<Option<&[T]>> {
+        try_host(&self.0, key)
+    }
+
+    /// The host side of a member, to write, or `None` if [`cpu_mut`](Self::cpu_mut) would wait.
+    ///
+    /// # Errors
+    ///
+    /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferGroup, Device, GroupLayoutBuilder};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let mut group = BufferGroup::new(&builder.build()?, Device::Cpu)?;
+    /// if let Some(ids) = group.try_cpu_mut(ids)? {
+    ///     ids.fill(4);
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn try_cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<Option<&mut [T]>> {
+        try_host_mut(&mut self.0, key)
+    }
+
     /// The host sides of several members at once, to write, also from several threads.
     ///
     /// ```
@@ -170,11 +214,11 @@ impl BufferGroup {
     /// The copy comes after all pending work of those members on any stream. This returns as soon
     /// as the copy is enqueued. No other bytes are copied, except of
     /// [mirrored](crate::GroupLayoutBuilder::add_mirrored) members. A copy of no members does
-    /// nothing.
+    /// nothing. A member may occur any number of times, with any rows in any order.
     ///
-    /// Neighbours become one copy if nothing lies between their rows. One kernel that reads the
-    /// pinned slab copies the remaining ranges. Long ranges are copied one by one. The kernel waits
-    /// for free multiprocessors as any kernel does.
+    /// Ranges that touch or overlap are joined, and so are neighbours if nothing lies between their
+    /// rows. One kernel that reads the pinned slab copies the remaining ranges. Long ranges are
+    /// copied one by one. The kernel waits for free multiprocessors as any kernel does.
     ///
     /// # Errors
     ///
@@ -182,7 +226,6 @@ impl BufferGroup {
     ///
     /// - [`Error::InvalidKey`](crate::Error::InvalidKey): a key is one of another layout.
     /// - [`Error::OutOfRange`](crate::Error::OutOfRange), which names the member.
-    /// - [`Error::DuplicateMember`](crate::Error::DuplicateMember): a member is named twice.
     /// - [`Error::DeviceMismatch`](crate::Error::DeviceMismatch)
     /// - [`Error::StreamCapturing`](crate::Error::StreamCapturing)
     /// - [`Error::OutOfMemory`](crate::Error::OutOfMemory)
@@ -202,7 +245,7 @@ impl BufferGroup {
     /// group.cpu_mut(table)?.fill(6);
     /// group.copy_to_gpu(&[ids.rows(..2), table.rows(3..)], &stream)?;
     /// group.copy_to_gpu(&[], &stream)?; // a step in which nothing has changed
-    /// let view = group.gpu_on(&stream)?;
+    /// let mut view = group.gpu_on(&stream)?;
     /// assert_eq!(view.member(ids)?.as_host_slice(), Some(&[5, 5, 0, 0][..]));
     /// assert_eq!(view.member(table)?.as_host_slice(), Some(&[0, 0, 0, 0, 0, 0, 6, 6][..]));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -305,7 +348,7 @@ impl BufferGroup {
     /// let (copies, kernels) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
     /// let mut group = BufferGroup::new(&builder.build()?, copies.device())?;
     /// group.copy_to_gpu(&[ids.rows(..)], &copies)?;
-    /// let view = group.gpu_on(&kernels)?; // `kernels` comes after the copy, for every member
+    /// let mut view = group.gpu_on(&kernels)?; // `kernels` comes after the copy, for every member
     /// let (reads, writes) = (view.member(ids)?.as_ptr(), view.member(logits)?.as_mut_ptr());
     /// // Launch on `kernels.as_raw()` here, while the view lives.
     /// group.copy_to_cpu(&[logits.rows(..)], &copies)?; // comes after the kernel
@@ -313,7 +356,7 @@ impl BufferGroup {
     /// ```
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GroupView<'_>> {
         self.0.use_on(stream)?;
-        Ok(GroupView(&self.0))
+        Ok(GroupView::new(&mut self.0))
     }
 
     /// The address of a member's device side, without any ordering.
@@ -426,7 +469,17 @@ impl fmt::Debug for BufferGroup {
 
 /// A member in the current host slot, to read. Waits for copies that write it.
 pub(crate) fn host<T: Pod>(members: &GroupStorage, key: MemberKey<T>) -> Result<&[T]> {
-    let (address, len) = members.wait_to_read(key)?;
+    host_back(members, 0, key)
+}
+
+/// A member in the host slot that was current `steps` advances ago, to read. Waits for copies that
+/// write it.
+pub(crate) fn host_back<T: Pod>(
+    members: &GroupStorage,
+    steps: usize,
+    key: MemberKey<T>,
+) -> Result<&[T]> {
+    let (address, len) = members.wait_to_read(steps, key)?;
     // SAFETY: the member has `len` elements of `T`: the layout checked the key. They are aligned
     // and initialized: they began as zeroes, and any bytes are a `Pod`. No copy writes them, and
     // none can be enqueued while this borrow lives.
@@ -436,9 +489,28 @@ pub(crate) fn host<T: Pod>(members: &GroupStorage, key: MemberKey<T>) -> Result<
 /// A member in the current host slot, to write. Waits for copies that use it.
 pub(crate) fn host_mut<T: Pod>(members: &mut GroupStorage, key: MemberKey<T>) -> Result<&mut [T]> {
     let (address, len) = members.wait_to_write(key)?;
-    // SAFETY: the elements are there, aligned and initialized, as in `host`. No copy uses them
+    // SAFETY: the elements are there, aligned and initialized, as in `host_back`. No copy uses them
     // after the wait, and the group is borrowed exclusively.
     Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
+}
+
+/// A member in the current host slot, to read, or `None` if a copy writes it.
+pub(crate) fn try_host<T: Pod>(members: &GroupStorage, key: MemberKey<T>) -> Result<Option<&[T]>> {
+    match members.may_read(key)? {
+        true => host(members, key).map(Some),
+        false => Ok(None),
+    }
+}
+
+/// A member in the current host slot, to write, or `None` if a copy uses it.
+pub(crate) fn try_host_mut<T: Pod>(
+    members: &mut GroupStorage,
+    key: MemberKey<T>,
+) -> Result<Option<&mut [T]>> {
+    match members.may_write(key)? {
+        true => host_mut(members, key).map(Some),
+        false => Ok(None),
+    }
 }
 
 /// Gives the host sides of several members at once: see [`BufferGroup::members_mut`].
@@ -489,10 +561,45 @@ impl<'g> MembersMut<'g> {
     /// ```
     pub fn cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<&'g mut [T]> {
         let (address, len) = self.0.wait_and_name(key)?;
-        // SAFETY: the elements are there, aligned and initialized, as in `host`. No copy uses the
-        // member after the wait, and none can be enqueued while the group is borrowed for `'g`.
+        // SAFETY: the elements are there, aligned and initialized, as in `host_back`. No copy uses
+        // the member after the wait, and none can be enqueued while the group is borrowed for `'g`.
         // Members do not overlap, and `wait_and_name` checked that this one was not taken before.
         Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
+    }
+
+    /// A member in the host slot of a ring that was current `steps` advances ago, to read, beside
+    /// writes of the current slot. Waits for copies into that slot. With 0 steps it is the current
+    /// slot, and the member counts as taken.
+    ///
+    /// # Errors
+    ///
+    /// As for [`GroupRing::cpu_back`](crate::GroupRing::cpu_back), and
+    /// [`Error::DuplicateMember`](crate::Error::DuplicateMember) if `steps` is 0 and the member was
+    /// taken before.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let counts = builder.add::<u32>(3);
+    /// let mut ring = GroupRing::new(&builder.build()?, Device::Cpu, 2)?;
+    /// ring.cpu_mut(counts)?.copy_from_slice(&[1, 2, 3]);
+    /// ring.advance()?;
+    /// let mut members = ring.members_mut();
+    /// let (before, now) = (members.cpu_back(1, counts)?, members.cpu_mut(counts)?);
+    /// now.iter_mut().zip(before).for_each(|(now, before)| *now = before + 1);
+    /// assert_eq!(*now, [2, 3, 4]);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn cpu_back<T: Pod>(&mut self, steps: usize, key: MemberKey<T>) -> Result<&'g [T]> {
+        if steps == 0 {
+            return self.cpu_mut(key).map(|member| &*member);
+        }
+        let (address, len) = self.0.wait_to_read(steps, key)?;
+        // SAFETY: the elements are there, aligned and initialized, as in `host_back`. No copy
+        // writes them after the wait, and none can be enqueued while the group is borrowed for
+        // `'g`. `cpu_mut` gives members of the current slot alone, and this is another one.
+        Ok(unsafe { slice::from_raw_parts(address.cast(), len) })
     }
 }
 
@@ -512,7 +619,7 @@ impl fmt::Debug for MembersMut<'_> {
 ///
 /// /// What a kernel of the model's is launched with.
 /// fn arguments(
-///     view: GroupView<'_>,
+///     mut view: GroupView<'_>,
 ///     ids: MemberKey<i32>,
 ///     positions: MemberKey<i64>,
 /// ) -> cpu_gpu_buffer::Result<(*const i32, *const i64)> {
@@ -526,15 +633,20 @@ impl fmt::Debug for MembersMut<'_> {
 /// assert!(ids.addr() < positions.addr()); // in the order in which they were added
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-#[derive(Clone, Copy)]
-pub struct GroupView<'a>(pub(crate) &'a GroupStorage);
+pub struct GroupView<'a>(&'a mut GroupStorage);
 
 impl<'a> GroupView<'a> {
-    /// The device side of a member.
+    pub(crate) fn new(members: &'a mut GroupStorage) -> GroupView<'a> {
+        members.name_none();
+        GroupView(members)
+    }
+
+    /// The device side of a member. Each member can be taken once.
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout.
+    /// - [`Error::InvalidKey`](crate::Error::InvalidKey) for a key of another layout.
+    /// - [`Error::DuplicateMember`](crate::Error::DuplicateMember) the second time.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferGroup, Device, Error, GroupLayoutBuilder, Stream};
@@ -543,16 +655,18 @@ impl<'a> GroupView<'a> {
     /// let table = builder.add::<i32>([16, 4]);
     /// let stream = Stream::new(Device::auto())?;
     /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
-    /// let view = group.gpu_on(&stream)?;
+    /// let mut view = group.gpu_on(&stream)?;
     /// assert_eq!(view.member(table)?.rows(2..4)?.shape(), [2, 4]);
+    /// assert_eq!(view.member(table).err(), Some(Error::DuplicateMember { index: 0 }));
     /// let foreign = GroupLayoutBuilder::new().add::<i32>(8);
     /// assert_eq!(view.member(foreign).err(), Some(Error::InvalidKey));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn member<T: Pod>(&self, key: MemberKey<T>) -> Result<GpuView<'a, T>> {
-        let (_, member) = self.0.layout().find(key)?;
-        let address = self.0.gpu_of(member).cast();
-        Ok(GpuView::new(address, member.shape, member.numel, self.0.device()))
+    pub fn member<T: Pod>(&mut self, key: MemberKey<T>) -> Result<GpuView<'a, T>> {
+        let (index, member) = self.0.layout().find(key)?;
+        let (shape, numel, address) = (member.shape, member.numel, self.0.gpu_of(member));
+        self.0.name(index)?;
+        Ok(GpuView::new(address.cast(), shape, numel, self.0.device()))
     }
 
     /// The device of the memory.
@@ -564,7 +678,7 @@ impl<'a> GroupView<'a> {
     /// let ids = builder.add::<i32>(8);
     /// let stream = Stream::new(Device::auto())?;
     /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
-    /// let view = group.gpu_on(&stream)?;
+    /// let mut view = group.gpu_on(&stream)?;
     /// // Where this is the CPU, members can be looked at.
     /// assert_eq!(view.device() == Device::Cpu, view.member(ids)?.as_host_slice().is_some());
     /// # Ok::<(), cpu_gpu_buffer::Error>(())

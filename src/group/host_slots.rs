@@ -22,6 +22,8 @@ pub(super) struct HostSlots {
     slots: Vec<HostSlot>,
     /// The index of the current slot.
     current: usize,
+    /// The number of slots that were the current one, of which one still is.
+    visited: usize,
 }
 
 // SAFETY: the bytes behind the address belong to this value alone. They are elements of types that
@@ -80,7 +82,7 @@ impl HostSlots {
         let mut slots = Vec::new();
         reserve(&mut slots, depth, device)?;
         slots.resize_with(depth, HostSlot::default);
-        Ok(HostSlots { first: std::ptr::null_mut(), stride, slots, current: 0 })
+        Ok(HostSlots { first: std::ptr::null_mut(), stride, slots, current: 0, visited: 1 })
     }
 
     /// Sets the address of the first slot.
@@ -95,7 +97,30 @@ impl HostSlots {
     /// The address of the byte at `offset` of the current slot.
     #[inline]
     pub(super) fn at(&self, offset: usize) -> *mut u8 {
-        self.first.wrapping_add(self.current * self.stride + offset)
+        self.at_slot(self.current, offset)
+    }
+
+    /// The address of the byte at `offset` of any slot.
+    #[inline]
+    pub(super) fn at_slot(&self, slot: usize, offset: usize) -> *mut u8 {
+        self.first.wrapping_add(slot * self.stride + offset)
+    }
+
+    /// The index of the slot that was current `steps` advances ago. Returns an error if there is no
+    /// such slot, or another step has taken it since.
+    #[inline]
+    pub(super) fn back(&self, steps: usize) -> Result<usize> {
+        let (depth, rows) = (self.slots.len(), self.visited);
+        if steps >= rows {
+            let end = steps.saturating_add(1);
+            return Err(Error::OutOfRange { start: steps, end, rows, member: None });
+        }
+        Ok((self.current + depth - steps) % depth)
+    }
+
+    #[inline]
+    pub(super) fn slot(&self, slot: usize) -> &HostSlot {
+        &self.slots[slot]
     }
 
     #[inline]
@@ -116,6 +141,7 @@ impl HostSlots {
     /// Makes the next slot, in turn, the current one.
     pub(super) fn advance(&mut self) {
         self.current = self.next_index();
+        self.visited = (self.visited + 1).min(self.slots.len());
     }
 
     fn next_index(&self) -> usize {

@@ -10,6 +10,7 @@
 use std::alloc::Layout;
 use std::any::{TypeId, type_name};
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::marker::PhantomData;
 use std::ops::{Bound, Range, RangeBounds};
 use std::sync::Arc;
@@ -323,6 +324,20 @@ impl<T> Clone for MemberKey<T> {
 
 impl<T> Copy for MemberKey<T> {}
 
+impl<T> PartialEq for MemberKey<T> {
+    fn eq(&self, other: &MemberKey<T>) -> bool {
+        (self.layout, self.index) == (other.layout, other.index)
+    }
+}
+
+impl<T> Eq for MemberKey<T> {}
+
+impl<T> Hash for MemberKey<T> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.layout, self.index).hash(state);
+    }
+}
+
 impl<T> fmt::Debug for MemberKey<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (element, index, layout) = (type_name::<T>(), self.index, self.layout);
@@ -365,7 +380,7 @@ impl<T> MemberKey<T> {
 /// let stream = Stream::new(Device::auto())?;
 /// let mut group = BufferGroup::new(&builder.build()?, stream.device())?;
 /// // Members of any types in one list, and the list may differ in each step.
-/// let mut moved: Vec<MemberRows> = vec![ids.rows(..3), positions.rows(..3)];
+/// let mut moved: Vec<MemberRows> = vec![ids.into(), positions.rows(..3)];
 /// let table_changed = true;
 /// if table_changed {
 ///     moved.push(table.rows(1..2));
@@ -378,6 +393,13 @@ pub struct MemberRows {
     layout: u64,
     index: u32,
     bounds: (Bound<usize>, Bound<usize>),
+}
+
+/// All rows of the member.
+impl<T> From<MemberKey<T>> for MemberRows {
+    fn from(key: MemberKey<T>) -> MemberRows {
+        key.rows(..)
+    }
 }
 
 impl fmt::Debug for MemberRows {

@@ -11,7 +11,9 @@ use bytemuck::Pod;
 use crate::cuda::calls::copy::Direction;
 use crate::device::Device;
 use crate::error::Result;
-use crate::group::group::{GroupView, MembersMut, host, host_mut};
+use crate::group::group::{
+    GroupView, MembersMut, host, host_back, host_mut, try_host, try_host_mut,
+};
 use crate::group::layout::{GroupLayout, MemberKey, MemberRows};
 use crate::group::storage::GroupStorage;
 use crate::memory::options::BufferOptions;
@@ -38,7 +40,7 @@ use crate::stream::stream::Stream;
 ///     ring.cpu_mut(ids)?[..4].fill(step);
 ///     ring.cpu_mut(positions)?[..4].fill(step.into());
 ///     ring.copy_to_gpu(&[ids.rows(..4), positions.rows(..4)], &stream)?;
-///     let view = ring.gpu_on(&stream)?;
+///     let mut view = ring.gpu_on(&stream)?;
 ///     assert_eq!(view.member(ids)?.len(), 1024);
 /// }
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
@@ -163,7 +165,8 @@ impl GroupRing {
         self.0.try_advance()
     }
 
-    /// A member in the current host slot, to read. Never blocks.
+    /// A member in the current host slot, to read. Waits for downloads of that member into this
+    /// slot, and not for its uploads.
     ///
     /// # Errors
     ///
@@ -185,8 +188,8 @@ impl GroupRing {
         host(&self.0, key)
     }
 
-    /// A member in the current host slot, to write. Waits for uploads of that member from this
-    /// slot.
+    /// A member in the current host slot, to write. Waits for copies of that member from and into
+    /// this slot.
     ///
     /// # Errors
     ///
@@ -210,6 +213,65 @@ impl GroupRing {
     /// ```
     pub fn cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<&mut [T]> {
         host_mut(&mut self.0, key)
+    }
+
+    /// A member in the host slot that was current `steps` advances ago, to read. Waits for
+    /// downloads of that member into that slot.
+    ///
+    /// A loop reads the results of the step before while the current step runs.
+    /// [`MembersMut::cpu_back`] does so beside writes of the current slot.
+    ///
+    /// # Errors
+    ///
+    /// - [`Error::OutOfRange`](crate::Error::OutOfRange) if `steps` is not below the depth, or above
+    ///   the number of advances. `rows` is then the number of slots that can be read.
+    /// - Otherwise as for [`BufferGroup::cpu`](crate::BufferGroup::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let (ids, sampled) = (builder.add::<u32>(2), builder.add::<u32>(2));
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut ring = GroupRing::new(&builder.build()?, Device::Cpu, 2)?;
+    /// for step in 0..5 {
+    ///     ring.advance()?;
+    ///     ring.cpu_mut(ids)?.fill(step);
+    ///     ring.copy_to_gpu(&[ids.into()], &stream)?;
+    ///     let mut view = ring.gpu_on(&stream)?;
+    ///     let (ids, mut out) = (view.member(ids)?, view.member(sampled)?);
+    ///     if let (Some(ids), Some(out)) = (ids.as_host_slice(), out.as_host_slice_mut()) {
+    ///         out.copy_from_slice(ids); // instead of a kernel
+    ///     }
+    ///     ring.copy_to_cpu(&[sampled.into()], &stream)?;
+    ///     if step > 0 {
+    ///         // The step before, while this one runs.
+    ///         assert_eq!(ring.cpu_back(1, sampled)?, [step - 1; 2]);
+    ///     }
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn cpu_back<T: Pod>(&self, steps: usize, key: MemberKey<T>) -> Result<&[T]> {
+        host_back(&self.0, steps, key)
+    }
+
+    /// A member in the current host slot, to read, or `None` if [`cpu`](Self::cpu) would wait.
+    ///
+    /// # Errors
+    ///
+    /// As for [`BufferGroup::cpu`](crate::BufferGroup::cpu).
+    pub fn try_cpu<T: Pod>(&self, key: MemberKey<T>) -> Result<Option<&[T]>> {
+        try_host(&self.0, key)
+    }
+
+    /// A member in the current host slot, to write, or `None` if [`cpu_mut`](Self::cpu_mut) would
+    /// wait.
+    ///
+    /// # Errors
+    ///
+    /// As for [`BufferGroup::cpu`](crate::BufferGroup::cpu).
+    pub fn try_cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<Option<&mut [T]>> {
+        try_host_mut(&mut self.0, key)
     }
 
     /// Several members in the current host slot at once, to write.
@@ -264,6 +326,20 @@ impl GroupRing {
         self.0.copy(Direction::Up, members, stream)
     }
 
+    /// Copies rows of members from the device side to the current host slot on `stream`.
+    ///
+    /// See [`BufferGroup::copy_to_cpu`](crate::BufferGroup::copy_to_cpu). [`cpu`](Self::cpu) waits
+    /// for the copy, and so does [`cpu_back`](Self::cpu_back) after an advance.
+    ///
+    /// # Errors
+    ///
+    /// As for [`BufferGroup::copy_to_gpu`](crate::BufferGroup::copy_to_gpu).
+    #[doc(alias = "D2H")]
+    #[doc(alias = "memcpy")]
+    pub fn copy_to_cpu(&mut self, members: &[MemberRows], stream: &Stream) -> Result<()> {
+        self.0.copy(Direction::Down, members, stream)
+    }
+
     /// The device sides of all members, for kernels and libraries on `stream`.
     ///
     /// See [`BufferGroup::gpu_on`](crate::BufferGroup::gpu_on).
@@ -286,11 +362,29 @@ impl GroupRing {
     /// ```
     pub fn gpu_on(&mut self, stream: &Stream) -> Result<GroupView<'_>> {
         self.0.use_on(stream)?;
-        Ok(GroupView(&self.0))
+        Ok(GroupView::new(&mut self.0))
     }
 
-    /// The address of a member's device side, ordered with nothing.
-    pub(super) fn device_ptr<T: Pod>(&self, key: MemberKey<T>) -> Result<*mut T> {
+    /// The address of a member's device side, without any ordering.
+    ///
+    /// See [`BufferGroup::device_ptr`](crate::BufferGroup::device_ptr). All slots share it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`](crate::Error::InvalidKey).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(8);
+    /// let mut ring = GroupRing::new(&builder.build()?, Device::auto(), 2)?;
+    /// let captured = ring.device_ptr(ids)?; // what a graph is captured with
+    /// ring.advance()?;
+    /// assert_eq!(ring.device_ptr(ids)?, captured);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn device_ptr<T: Pod>(&self, key: MemberKey<T>) -> Result<*mut T> {
         let (_, member) = self.0.layout().find(key)?;
         Ok(self.0.gpu_of(member).cast())
     }
@@ -339,6 +433,15 @@ impl GroupRing {
     /// ```
     pub fn synchronize(&self) -> Result<()> {
         self.0.wait_for_all()
+    }
+
+    /// The dimensions of a member.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::InvalidKey`](crate::Error::InvalidKey).
+    pub fn shape<T: Pod>(&self, key: MemberKey<T>) -> Result<&[usize]> {
+        Ok(self.0.layout().find(key)?.1.shape.dims())
     }
 
     /// The number of host slots.

@@ -17,6 +17,8 @@
 //! There is one device side. There may be several host slots. Uploads and downloads use the current
 //! slot, and the other slots keep their tables.
 
+use std::mem;
+
 use bytemuck::Pod;
 
 use crate::cuda::devices::context;
@@ -46,8 +48,9 @@ pub(crate) struct GroupStorage {
     pub(super) mapped: bool,
     /// The ranges of the newest copy. The list is kept for the next one.
     pub(super) ranges: Vec<CopyRange>,
-    /// The members that a call has named. The list is kept for the next one.
-    pub(super) named: Vec<bool>,
+    /// The members that were taken from a value that gives each once. The list is kept for the next
+    /// one.
+    named: Vec<bool>,
     /// The last field: events are destroyed before the memory is released.
     pub(super) slab: Slab,
 }
@@ -128,13 +131,31 @@ impl GroupStorage {
 
     // ---- the host side ----
 
-    /// Waits until a member may be read in the current host slot. Returns its address and its
-    /// number of elements.
-    pub(crate) fn wait_to_read<T: Pod>(&self, key: MemberKey<T>) -> Result<(*mut u8, usize)> {
+    /// Waits until a member may be read in the host slot that was current `steps` advances ago.
+    /// Returns its address and its number of elements.
+    pub(crate) fn wait_to_read<T: Pod>(
+        &self,
+        steps: usize,
+        key: MemberKey<T>,
+    ) -> Result<(*mut u8, usize)> {
         let (index, member) = self.layout.find(key)?;
+        let slot = self.host_slots.back(steps)?;
         self.device_side.refuse_child()?;
-        self.wait_for(self.host_slots.current().download.of(index))?;
-        Ok(self.host_of(member))
+        self.wait_for(self.host_slots.slot(slot).download.of(index))?;
+        Ok((self.host_slots.at_slot(slot, member.bytes.start), member.numel))
+    }
+
+    /// Returns `true` if a member may be read now in the current host slot.
+    pub(crate) fn may_read<T: Pod>(&self, key: MemberKey<T>) -> Result<bool> {
+        let (index, _) = self.layout.find(key)?;
+        self.device_side.refuse_child()?;
+        self.is_finished(self.host_slots.current().download.of(index))
+    }
+
+    /// Returns `true` if a member may be written now in the current host slot.
+    pub(crate) fn may_write<T: Pod>(&self, key: MemberKey<T>) -> Result<bool> {
+        let (index, _) = self.layout.find(key)?;
+        Ok(self.may_read(key)? && self.is_finished(self.host_slots.current().upload.of(index))?)
     }
 
     /// Waits until a member may be written in the current host slot. Returns its address and its
@@ -152,6 +173,13 @@ impl GroupStorage {
         self.wait_for(slot.upload.of(index))
     }
 
+    fn is_finished(&self, submission: Option<usize>) -> Result<bool> {
+        match submission {
+            None => Ok(true),
+            Some(number) => self.submissions.record(number).is_finished(),
+        }
+    }
+
     fn wait_for(&self, submission: Option<usize>) -> Result<()> {
         match submission {
             None => Ok(()),
@@ -159,10 +187,17 @@ impl GroupStorage {
         }
     }
 
-    /// Forgets which members are named, before several are taken with
-    /// [`wait_and_name`](Self::wait_and_name).
+    /// Forgets which members are named, before several are taken.
     pub(crate) fn name_none(&mut self) {
         self.named.fill(false);
+    }
+
+    /// Names a member. A named member is refused.
+    pub(crate) fn name(&mut self, index: usize) -> Result<()> {
+        match mem::replace(&mut self.named[index], true) {
+            false => Ok(()),
+            true => Err(Error::DuplicateMember { index }),
+        }
     }
 
     /// Waits as [`wait_to_write`](Self::wait_to_write), and names the member. A named member is

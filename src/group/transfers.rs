@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::ptr;
 
 use crate::cuda::calls::copy::Direction;
-use crate::error::{Error, Result, reserve};
+use crate::error::{Result, reserve};
 use crate::group::layout::MemberRows;
 use crate::group::storage::GroupStorage;
 use crate::stream::stream::{EnteredStream, Stream};
@@ -66,21 +66,20 @@ impl GroupStorage {
     fn collect(&mut self, rows: &[MemberRows]) -> Result<()> {
         self.ranges.clear();
         reserve(&mut self.ranges, rows.len(), self.device_side.device())?;
-        self.named.fill(false);
         for rows in rows {
             let (index, bytes) = self.layout.locate(rows)?;
-            name(&mut self.named, index)?;
             if !bytes.is_empty() {
                 self.ranges.push(CopyRange { bytes, members: index..index + 1 });
             }
         }
-        if !self.ranges.is_sorted_by_key(|range| range.members.start) {
-            self.ranges.sort_unstable_by_key(|range| range.members.start);
+        if !self.ranges.is_sorted_by_key(|range| range.bytes.start) {
+            self.ranges.sort_unstable_by_key(|range| range.bytes.start);
         }
         Ok(())
     }
 
-    /// Joins ranges if the bytes between them are padding, or may be carried along.
+    /// Joins ranges if they touch or overlap, or if the bytes between them are padding, or may be
+    /// carried along.
     fn join(&mut self, direction: Direction) {
         let members = &self.layout.table().members;
         // A download would write rows that the host did not ask for. In a ring another slot may
@@ -89,7 +88,8 @@ impl GroupStorage {
         plan::join(&mut self.ranges, |range, next| {
             let gap = range.bytes.end..next.bytes.start;
             let mut carried = 0;
-            // The end of the last member, the members between, and the start of the next one.
+            // The end of the last member, the members between, and the start of the next one. They
+            // may be one member.
             for member in &members[range.members.end - 1..=next.members.start] {
                 let within = overlap(&member.bytes, &gap);
                 if within > 0 && !(member.mirrored && carries) {
@@ -168,14 +168,6 @@ impl GroupStorage {
             // SAFETY: the range lies in both sides, and on the CPU nothing is in flight.
             unsafe { ptr::copy(from, to, bytes.len()) };
         }
-    }
-}
-
-/// Names a member. A named member is refused.
-fn name(named: &mut [bool], index: usize) -> Result<()> {
-    match std::mem::replace(&mut named[index], true) {
-        false => Ok(()),
-        true => Err(Error::DuplicateMember { index }),
     }
 }
 

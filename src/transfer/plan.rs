@@ -1,6 +1,6 @@
 //! The plan of a group's copy: ranges to join, and the path for the ranges that remain.
 //!
-//! Ranges with padding alone between them are joined. So are ranges with few bytes between them, if
+//! Ranges that touch or overlap, or have padding alone between them, are joined. So are ranges with few bytes between them, if
 //! these bytes may be copied as well. The remaining ranges take single copies, or one kernel that
 //! reads or writes mapped host memory. The measurements behind this are in docs/benchmarks.md,
 //! "Groups".
@@ -57,7 +57,8 @@ pub(crate) fn join(
     ranges.dedup_by(|next, range| {
         let joined = between(range, next).is_some_and(|carried| carried <= CARRY);
         if joined {
-            range.bytes.end = next.bytes.end;
+            // The next one may end within this one.
+            range.bytes.end = range.bytes.end.max(next.bytes.end);
             range.members.end = next.members.end;
         }
         joined
@@ -85,6 +86,21 @@ mod tests {
                 "{ranges} of {bytes}, {mapped}"
             );
         }
+    }
+
+    #[test]
+    fn ranges_of_one_member_are_joined_where_they_touch_or_overlap() {
+        let range = |bytes: Range<usize>| CopyRange { bytes, members: 0..1 };
+        let mut ranges: Vec<_> =
+            [0..10, 0..4, 4..8, 10..12, 11..20, 21..22, 21..22].map(range).to_vec();
+        let gap = |one: &CopyRange, next: &CopyRange| {
+            next.bytes.start.checked_sub(one.bytes.end).filter(|gap| *gap > 0)
+        };
+        join(&mut ranges, |one, next| match gap(one, next) {
+            None => Some(0),
+            Some(_) => None,
+        });
+        assert_eq!(ranges, [range(0..20), range(21..22)]);
     }
 
     #[test]
