@@ -55,7 +55,7 @@ fn produce(
         let rows = 1 + next() as usize % ROWS;
         let mut sum = 0u32;
         // This waits for the buffer's last upload. The pool prefers buffers without one in flight.
-        for word in &mut buffer.cpu_mut()?[..rows * WIDTH] {
+        for word in buffer.cpu_rows_mut(..rows)? {
             *word = next();
             sum = sum.wrapping_add(*word);
         }
@@ -79,8 +79,7 @@ struct Seen {
 impl Seen {
     /// Waits for a batch and compares its sum.
     fn look(&mut self, Batch { buffer, rows, sum }: &Batch) -> Result<(), Failure> {
-        let got =
-            buffer.cpu()?[..rows * WIDTH].iter().fold(0u32, |sum, word| sum.wrapping_add(*word));
+        let got = buffer.cpu_rows(..*rows)?.iter().fold(0u32, |sum, word| sum.wrapping_add(*word));
         self.batches += 1;
         self.bytes += rows * WIDTH * 4;
         self.wrong += usize::from(got != *sum);
@@ -94,13 +93,10 @@ fn consume(pool: &BufferPool<u32>, from: &mpsc::Receiver<Batch>) -> Result<Seen,
     let mut seen = Seen::default();
     let mut unseen = VecDeque::new();
     for Batch { mut buffer, rows, sum } in from {
-        // The consumer's stream waits for the producer's. This thread waits for neither. A program
-        // would launch kernels here, with the address of the view. This one copies the rows back.
-        let view = buffer.gpu_on(&stream)?;
+        // A program would launch kernels here, with the address of `gpu_on`. This one copies the
+        // rows back. The consumer's stream waits for the producer's. This thread waits for neither.
         let mut result = pool.acquire()?;
-        // SAFETY: `view` has as many rows. The copy is on the stream of `gpu_on`, while the view
-        // lives.
-        unsafe { result.copy_from_device_ptr(..rows, view.as_ptr(), &stream) }?;
+        result.copy_to_cpu_from(0, &mut buffer, ..rows, &stream)?;
         // The buffer returns to the pool with its work still queued.
         drop(buffer);
         unseen.push_back(Batch { buffer: result, rows, sum });

@@ -49,11 +49,8 @@ fn send(
     if serial {
         stream.synchronize()?;
     }
-    let there = up.gpu_on(stream)?;
     let mut down = pool.acquire()?;
-    // SAFETY: both sides have at least `bytes` bytes. The copy is on the stream of `gpu_on`,
-    // while the view lives.
-    unsafe { down.copy_from_device_ptr(..bytes, there.as_ptr(), stream) }?;
+    down.copy_to_cpu_from(0, &mut up, ..bytes, stream)?;
     if serial {
         stream.synchronize()?;
     }
@@ -105,7 +102,7 @@ fn stream_file(
 
 /// Waits for a piece and passes it to `back`.
 fn received(piece: &Piece, back: &mut impl FnMut(&[u8])) -> cpu_gpu_buffer::Result<()> {
-    back(&piece.down.cpu()?[..piece.bytes]);
+    back(piece.down.cpu_rows(..piece.bytes)?);
     Ok(())
 }
 
