@@ -394,7 +394,7 @@ fn a_key_of_another_layout_names_no_member() {
         assert_eq!(group.device_ptr(foreign).map(drop), refused);
         assert_eq!(group.copy_to_gpu(&[one.rows(..), foreign.rows(..)], &stream), refused);
         assert_eq!(group.copy_to_cpu(&[foreign.rows(..0)], &stream), refused);
-        let view = group.gpu_on(&stream).unwrap();
+        let mut view = group.gpu_on(&stream).unwrap();
         assert_eq!(view.member(foreign).map(drop), refused);
         unchanged(group, one, two, &stream);
 
@@ -473,23 +473,52 @@ fn rows_whose_range_changes_its_answers_are_those_of_the_first() {
 }
 
 #[test]
-fn a_member_is_named_once() {
+fn a_member_is_taken_once_from_a_value_that_gives_several() {
     each(|device, stream| {
         let (mut group, one, two, _) = group(device, &stream);
         let twice = Err(Error::DuplicateMember { index: 1 });
-        // Rows that do not overlap, and rows of none, too.
-        let rows = [two.rows(..2), one.rows(..), two.rows(3..)];
-        assert_eq!(group.copy_to_gpu(&rows, &stream), twice);
-        assert_eq!(group.copy_to_cpu(&[two.rows(2..2), two.rows(2..2)], &stream), twice);
         let mut members = group.members_mut();
         let first = members.cpu_mut(two).unwrap();
         assert_eq!(members.cpu_mut(two).map(drop), twice);
+        assert_eq!(members.cpu_back(0, two).map(drop), twice);
         assert_eq!((first.len(), members.cpu_mut(one).unwrap().len()), (5, 8));
-        // The next ones begin anew, whatever was named before, by a copy or here.
-        group.copy_to_gpu(&[two.rows(0..0)], &stream).unwrap();
+        let mut view = group.gpu_on(&stream).unwrap();
+        let first = view.member(two).unwrap();
+        assert_eq!(view.member(two).map(drop), twice);
+        assert_eq!((first.len(), view.member(one).unwrap().len()), (5, 8));
+        // The next value gives them again.
         assert_eq!(group.members_mut().cpu_mut(two).unwrap().len(), 5);
-        group.copy_to_gpu(&[two.rows(0..0)], &stream).unwrap();
+        assert_eq!(group.gpu_on(&stream).unwrap().member(two).unwrap().len(), 5);
         unchanged(group, one, two, &stream);
+    });
+}
+
+#[test]
+fn a_slot_of_more_steps_ago_than_there_are_is_out_of_range() {
+    each(|device, _| {
+        let mut builder = GroupLayoutBuilder::new();
+        let key = builder.add::<u8>(8);
+        let mut ring = GroupRing::new(&builder.build().unwrap(), device, 3).unwrap();
+        let mut single = BufferRing::<u8>::new(8, device, 3).unwrap();
+        let beyond = |steps: usize, rows| {
+            Some(Error::OutOfRange {
+                start: steps,
+                end: steps.saturating_add(1),
+                rows,
+                member: None,
+            })
+        };
+        for advances in 0..5 {
+            let readable = 3.min(advances + 1);
+            for steps in [0, 1, 2, 3, 4, usize::MAX] {
+                let error = if steps < readable { None } else { beyond(steps, readable) };
+                assert_eq!(ring.cpu_back(steps, key).err(), error, "{steps} after {advances}");
+                assert_eq!(ring.members_mut().cpu_back(steps, key).err(), error);
+                assert_eq!(single.cpu_back(steps).err(), error);
+            }
+            ring.advance().unwrap();
+            assert!(single.try_advance().unwrap().is_some());
+        }
     });
 }
 

@@ -88,7 +88,7 @@ impl Members {
         }
         ring.synchronize().unwrap();
         assert!(ring.is_idle().unwrap());
-        let view = ring.gpu_on(stream).unwrap();
+        let mut view = ring.gpu_on(stream).unwrap();
         for key in self.keys {
             let rows = view.member(key).unwrap().rows(1..WORDS - 1).unwrap();
             common::all(&common::device_words(DEVICE, rows.as_ptr(), WORDS - 2), value + 2);

@@ -211,13 +211,16 @@ fn any_layout(random: &mut Random, mirrored: bool) -> (Vec<Member>, GroupLayout)
     (members.collect(), builder.build().unwrap())
 }
 
-/// Rows of some members, in any order.
+/// Rows of some members, in any order, and of some of them several times.
 fn any_rows(random: &mut Random, members: &[Member]) -> Vec<(usize, Range<usize>)> {
     let mut indices: Vec<_> = (0..members.len()).collect();
     for last in (1..indices.len()).rev() {
         indices.swap(last, random.next(last + 1));
     }
     indices.truncate(1 + random.next(members.len()));
+    for _ in 0..random.next(2) * random.next(20) {
+        indices.push(random.next(members.len()));
+    }
     let rows = |index: usize| {
         let rows = members[index].rows;
         let (one, other) = (random.next(rows + 1), random.next(rows + 1));
@@ -336,6 +339,34 @@ fn each(run: impl Fn(Device, BufferOptions, &Stream)) {
         let stream = Stream::new(device).unwrap();
         OPTIONS.into_iter().for_each(|options| run(device, options, &stream));
     }
+}
+
+#[test]
+fn rows_of_one_member_in_many_places_arrive_in_one_call() {
+    each(|device, options, stream| {
+        let mut builder = GroupLayoutBuilder::new();
+        let member = Member::add::<u32>(&mut builder, [4000, 3], false);
+        let layout = builder.build().unwrap();
+        let mut model = Model::new(vec![member], &layout, device, options);
+        // Every fourth row, in an order that is not that of the rows.
+        let mut rows: Vec<_> = (0..1000).map(|at| (0, at * 7 % 1000 * 4)).collect();
+        let ranges = |rows: &[(usize, usize)]| -> Vec<_> {
+            rows.iter().map(|(index, row)| (*index, *row..*row + 1)).collect()
+        };
+        let calls = both_ways(&mut model, &ranges(&rows), stream, "apart");
+        if let Some(calls) = calls {
+            let expected = if options == OPTIONS[0] { [5, 0, 1] } else { [0, 1000, 1] };
+            assert_eq!(calls, expected);
+        }
+        // Each of them twice, and all that touch: one range.
+        rows.extend_from_within(..);
+        rows.extend((0..4000).map(|row| (0, row)));
+        let calls = both_ways(&mut model, &ranges(&rows), stream, "joined");
+        assert!(calls.is_none_or(|calls| calls == [0, 1, 1]), "{calls:?}");
+        // A range within another, which goes on behind it.
+        let overlapping = [(0, 10..20), (0, 12..13), (0, 15..30), (0, 31..32)];
+        both_ways(&mut model, &overlapping, stream, "overlapping");
+    });
 }
 
 #[test]
@@ -562,7 +593,7 @@ fn a_group_tells_what_it_is() {
         assert_eq!(group.device(), device);
         let (address, other) = (group.device_ptr(one).unwrap(), group.device_ptr(wide).unwrap());
         assert!(address.addr().is_multiple_of(256) && other.addr().is_multiple_of(512));
-        let view = group.gpu_on(stream).unwrap();
+        let mut view = group.gpu_on(stream).unwrap();
         assert_eq!(view.device(), device);
         let (seen, len) = (view.member(one).unwrap(), view.member(wide).unwrap().len());
         assert_eq!(

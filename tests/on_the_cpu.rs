@@ -163,11 +163,11 @@ fn members_of_a_group_do_not_touch_each_other() {
     assert!(b.is_empty());
     a[0] = 4;
     group.copy_to_gpu(&[wide.rows(1..), small.rows(..2), host.rows(..)], &stream).unwrap();
-    let view = group.gpu_on(&stream).unwrap();
+    let mut view = group.gpu_on(&stream).unwrap();
     assert_eq!(view.member(small).unwrap().as_host_slice(), Some(&[4, 1, 0][..]));
-    assert_eq!(view.member(wide).unwrap().as_host_slice(), Some(&[0, 0, 2, 2][..]));
-    // SAFETY: within the member, and nothing else refers to the device side while the view lives.
-    unsafe { view.member(wide).unwrap().as_mut_ptr().write(5) };
+    let mut wide_view = view.member(wide).unwrap();
+    assert_eq!(wide_view.as_host_slice(), Some(&[0, 0, 2, 2][..]));
+    wide_view.as_host_slice_mut().unwrap()[0] = 5;
     group.cpu_mut(wide).unwrap().fill(0);
     group.copy_to_cpu(&[wide.rows(..1)], &stream).unwrap();
     assert_eq!(group.cpu(wide).unwrap(), [5, 0, 0, 0]);
@@ -188,7 +188,7 @@ fn slots_of_a_ring_are_written_in_turn() {
         ring.cpu_mut(ids).unwrap()[..2].fill(step);
         ring.members_mut().cpu_mut(flags).unwrap().fill(step as u8);
         ring.copy_to_gpu(&[ids.rows(..2), flags.rows(..)], &stream).unwrap();
-        let view = ring.gpu_on(&stream).unwrap();
+        let mut view = ring.gpu_on(&stream).unwrap();
         assert_eq!(view.member(ids).unwrap().as_host_slice(), Some(&[step, step, 0, 0, 0, 0][..]));
         assert_eq!(view.member(flags).unwrap().as_host_slice(), Some(&[step as u8; 3][..]));
         assert!(ring.is_idle().unwrap());

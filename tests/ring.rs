@@ -1,6 +1,7 @@
-//! The host slots of a ring are written strictly in turn, while others are uploaded.
+//! The host slots of a ring are written strictly in turn, while others are copied.
 //!
-//! A slot that a queued upload reads is never written. The device holds the last upload.
+//! A slot that a queued upload reads is never written, and a slot that a queued download writes is
+//! never read. The device holds the last upload.
 
 mod common;
 
@@ -39,6 +40,207 @@ fn send(ring: &mut BufferRing<u32>, value: u32, stream: &Stream) {
 fn gpu(ring: &BufferRing<u32>) -> Vec<u32> {
     ring.synchronize().unwrap();
     device_words(ring.device(), ring.device_ptr(), ring.shape()[0])
+}
+
+/// A ring whose device side is `value`, with a stream that a gate can hold.
+fn downloading(
+    words: usize,
+    device: Device,
+    depth: usize,
+    value: u32,
+) -> (BufferRing<u32>, Stream) {
+    let stream = Stream::new(device).unwrap();
+    let mut ring = BufferRing::<u32>::new(words, device, depth).unwrap();
+    send(&mut ring, value, &stream);
+    ring.synchronize().unwrap();
+    ring.cpu_mut().unwrap().fill(0);
+    (ring, stream)
+}
+
+// ---- downloads ----
+
+#[test]
+fn a_download_goes_into_the_current_slot_and_no_other() {
+    devices(|device, stream| {
+        let mut ring = BufferRing::<u32>::new([10, 2], device, 3).unwrap();
+        for slot in 1..=3 {
+            send(&mut ring, slot, stream);
+            ring.advance().unwrap();
+        }
+        ring.advance().unwrap();
+        ring.copy_to_cpu(4..6, stream).unwrap();
+        let mut expected = [2; 20];
+        expected[8..12].fill(3);
+        assert_eq!(ring.cpu().unwrap(), expected);
+        assert_eq!(ring.cpu_back(1).unwrap(), [1; 20]);
+        assert_eq!(ring.cpu_back(2).unwrap(), [3; 20]);
+        let beyond = ring.copy_to_cpu(9..11, stream);
+        assert_eq!(beyond, Err(Error::OutOfRange { start: 9, end: 11, rows: 10, member: None }));
+    });
+}
+
+#[test]
+fn the_current_slot_waits_for_a_download_into_it() {
+    each(test_name!(), |words, device| {
+        let (mut ring, stream) = downloading(words, device, 2, 7);
+        let gate = Gate::close(&stream);
+        ring.copy_to_cpu(.., &stream).unwrap();
+        gate.passes(|| {
+            assert!(ring.try_cpu().unwrap().is_none());
+            assert!(ring.try_cpu_mut().unwrap().is_none());
+        });
+        stream.synchronize().unwrap();
+        all(ring.try_cpu().unwrap().unwrap(), 7);
+        assert!(ring.try_cpu_mut().unwrap().is_some());
+
+        let (mut ring, stream) = downloading(words, device, 2, 7);
+        let gate = Gate::close(&stream);
+        ring.copy_to_cpu(.., &stream).unwrap();
+        let seen = gate.waits(|| ring.cpu().unwrap().to_vec());
+        all(&seen, 7);
+        let gate = Gate::close(&stream);
+        ring.copy_to_cpu(.., &stream).unwrap();
+        gate.waits(|| ring.cpu_mut().unwrap().fill(1));
+        stream.synchronize().unwrap();
+        all(ring.cpu().unwrap(), 1);
+    });
+}
+
+#[test]
+fn trying_to_write_is_none_while_the_slot_is_uploaded_and_trying_to_read_is_not() {
+    each(test_name!(), |words, device| {
+        let stream = Stream::new(device).unwrap();
+        let mut ring = BufferRing::<u32>::new(words, device, 2).unwrap();
+        let gate = Gate::close(&stream);
+        send(&mut ring, 3, &stream);
+        gate.passes(|| {
+            all(ring.try_cpu().unwrap().unwrap(), 3);
+            assert!(ring.try_cpu_mut().unwrap().is_none());
+            ring.advance().unwrap();
+            assert!(ring.try_cpu_mut().unwrap().is_some());
+        });
+    });
+}
+
+#[test]
+fn a_slot_of_the_step_before_is_read_while_copies_of_the_current_one_are_in_flight() {
+    each(test_name!(), |words, device| {
+        let (mut ring, stream) = downloading(words, device, 2, 7);
+        ring.copy_to_cpu(.., &stream).unwrap();
+        stream.synchronize().unwrap();
+        let gate = Gate::close(&stream);
+        ring.advance().unwrap();
+        send(&mut ring, 8, &stream);
+        ring.copy_to_cpu(.., &stream).unwrap();
+        let seen = gate.passes(|| ring.cpu_back(1).unwrap().to_vec());
+        all(&seen, 7);
+    });
+}
+
+#[test]
+fn a_slot_of_the_step_before_waits_for_the_download_into_it() {
+    each(test_name!(), |words, device| {
+        let (mut ring, stream) = downloading(words, device, 3, 7);
+        let gate = Gate::close(&stream);
+        ring.copy_to_cpu(.., &stream).unwrap();
+        let step = |ring: &mut BufferRing<u32>| {
+            ring.advance().unwrap();
+            ring.copy_to_cpu(.., &stream).unwrap();
+        };
+        step(&mut ring);
+        step(&mut ring);
+        let seen = gate.waits(|| ring.cpu_back(2).unwrap().to_vec());
+        all(&seen, 7);
+    });
+}
+
+#[test]
+fn advancing_waits_for_a_download_into_the_slot_that_it_takes() {
+    each(test_name!(), |words, device| {
+        let (mut ring, stream) = downloading(words, device, 2, 7);
+        let gate = Gate::close(&stream);
+        ring.copy_to_cpu(.., &stream).unwrap();
+        ring.advance().unwrap();
+        gate.passes(|| assert!(ring.try_advance().unwrap().is_none()));
+        stream.synchronize().unwrap();
+
+        ring.copy_to_cpu(.., &stream).unwrap();
+        ring.advance().unwrap();
+        let gate = Gate::close(&stream);
+        ring.copy_to_cpu(.., &stream).unwrap();
+        ring.advance().unwrap();
+        gate.waits(|| ring.advance().unwrap().fill(5));
+        stream.synchronize().unwrap();
+        all(ring.cpu().unwrap(), 5);
+    });
+}
+
+#[test]
+fn a_download_on_another_stream_comes_after_the_upload_from_another_slot() {
+    each(test_name!(), |words, device| {
+        let (mut ring, stream) = downloading(words, device, 2, 7);
+        let other = Stream::new(device).unwrap();
+        let gate = Gate::close(&stream);
+        send(&mut ring, 8, &stream);
+        ring.advance().unwrap();
+        ring.copy_to_cpu(.., &other).unwrap();
+        let seen = gate.waits(|| ring.cpu().unwrap().to_vec());
+        all(&seen, 8);
+    });
+}
+
+#[test]
+fn an_upload_on_another_stream_comes_after_the_download_into_another_slot() {
+    each(test_name!(), |words, device| {
+        let (mut ring, stream) = downloading(words, device, 2, 7);
+        let other = Stream::new(device).unwrap();
+        let gate = Gate::close(&stream);
+        ring.copy_to_cpu(.., &stream).unwrap();
+        ring.advance().unwrap();
+        send(&mut ring, 8, &other);
+        gate.waits(|| ring.synchronize().unwrap());
+        all(ring.cpu_back(1).unwrap(), 7);
+        all(&gpu(&ring), 8);
+    });
+}
+
+#[test]
+fn an_older_slot_is_read_beside_writes_of_the_current_one() {
+    devices(|device, stream| {
+        let (keys, layout) = members(8, false);
+        let mut ring = GroupRing::new(&layout, device, 2).unwrap();
+        ring.cpu_mut(keys[0]).unwrap().fill(3);
+        ring.copy_to_gpu(&[keys[0].into()], stream).unwrap();
+        ring.copy_to_cpu(&[keys[0].into()], stream).unwrap();
+        ring.advance().unwrap();
+        let mut members = ring.members_mut();
+        let before = members.cpu_back(1, keys[0]).unwrap();
+        let (now, other) = (members.cpu_mut(keys[0]).unwrap(), members.cpu_mut(keys[1]).unwrap());
+        now.copy_from_slice(before);
+        other.fill(before[0] + 1);
+        assert_eq!(members.cpu_back(1, keys[0]).unwrap(), before);
+        assert_eq!(ring.try_cpu(keys[1]).unwrap(), Some(&[4; 8][..]));
+        assert_eq!(ring.try_cpu_mut(keys[0]).unwrap().unwrap(), [3; 8]);
+        assert_eq!(ring.cpu_back(1, keys[1]).unwrap(), [0; 8]);
+        assert_eq!(ring.shape(keys[1]).unwrap(), [8]);
+    });
+}
+
+#[test]
+fn an_older_slot_beside_writes_waits_for_the_download_into_it() {
+    each(test_name!(), |words, device| {
+        let stream = Stream::new(device).unwrap();
+        let (keys, layout) = members(words, false);
+        let mut ring = GroupRing::new(&layout, device, 2).unwrap();
+        ring.cpu_mut(keys[0]).unwrap().fill(3);
+        ring.copy_to_gpu(&[keys[0].into()], &stream).unwrap();
+        ring.cpu_mut(keys[0]).unwrap().fill(0);
+        let gate = Gate::close(&stream);
+        ring.copy_to_cpu(&[keys[0].into()], &stream).unwrap();
+        ring.advance().unwrap();
+        let seen = gate.waits(|| ring.members_mut().cpu_back(1, keys[0]).unwrap().to_vec());
+        all(&seen, 3);
+    });
 }
 
 // ---- what waits ----
@@ -378,7 +580,7 @@ fn steps_that_differ_in_their_members_all_arrive() {
         let mut ring = GroupRing::new(&layout, device, 2).unwrap();
         let mut expected = [0; 5];
         let addresses = |ring: &mut GroupRing| {
-            let view = ring.gpu_on(stream).unwrap();
+            let mut view = ring.gpu_on(stream).unwrap();
             keys.map(|key| view.member(key).unwrap().as_ptr())
         };
         let before = addresses(&mut ring);

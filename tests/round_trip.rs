@@ -279,11 +279,16 @@ fn a_view_covers_the_rows_it_was_asked_for() {
         let view = buffer.gpu_on(stream).unwrap();
         assert_eq!((view.as_ptr(), view.len(), view.shape()), (base.cast_const(), 10, &[5, 2][..]));
         assert_eq!(view.device(), device);
-        let rows = view.rows(1..=2).unwrap();
+        assert_eq!(view.as_host_slice().is_some(), device == Device::Cpu);
+        let mut rows = view.rows(1..=2).unwrap();
         assert_eq!((rows.as_mut_ptr(), rows.len()), (base.wrapping_add(2), 4));
         assert_eq!(rows.shape(), [2, 2]);
+        let host = rows.as_host_slice_mut();
+        assert_eq!(host.is_some(), device == Device::Cpu);
+        host.unwrap_or_default().fill(7);
+        assert_eq!(rows.as_host_slice(), (device == Device::Cpu).then_some(&[7; 4][..]));
         assert!(rows.rows(..3).is_err());
-        assert_eq!(view.as_host_slice().is_some(), device == Device::Cpu);
+        assert_eq!(buffer.gpu_on(stream).unwrap().rows(5..).unwrap().len(), 0);
     });
 }
 

@@ -213,7 +213,7 @@ impl<'a> Columns<'a> {
             len: view.len() * words,
             width: row * words,
             by,
-            host: view.as_host_slice().map(bytemuck::cast_slice),
+            host: view.into_host_slice().map(|elements| bytemuck::cast_slice(elements)),
         };
         self.count += 1;
     }
@@ -249,8 +249,51 @@ pub trait Way {
     /// Uploads the rows that the step uses.
     fn upload(&mut self, counts: Counts, stream: &Stream) -> Result<()>;
 
-    /// The device sides, for the kernel.
-    fn columns(&mut self, stream: &Stream) -> Result<[Column<'_>; ARRAYS]>;
+    /// The device sides, for the kernel, and the address that it writes the samples to.
+    fn columns(&mut self, stream: &Stream) -> Result<([Column<'_>; ARRAYS], *mut u32)>;
+
+    /// Writes the samples to their device side, in place of a kernel.
+    fn sample(&mut self, samples: &[u32], stream: &Stream) -> Result<()>;
+
+    /// Enqueues the download of the step's samples, one for each request.
+    fn download(&mut self, requests: usize, stream: &Stream) -> Result<()>;
+
+    /// The samples of `steps` steps ago, 0 or 1. Waits for their download.
+    fn samples(&self, steps: usize) -> Result<&[u32]>;
+}
+
+/// The samples of the last two steps, for a way that keeps them in buffers of their own.
+struct Samples {
+    buffers: [CpuGpuBuffer<u32>; 2],
+    /// The buffer of the current step.
+    current: usize,
+}
+
+impl Samples {
+    fn new(device: Device) -> Result<Samples> {
+        let buffer = || CpuGpuBuffer::new(MAX_REQUESTS, device);
+        Ok(Samples { buffers: [buffer()?, buffer()?], current: 0 })
+    }
+
+    fn advance(&mut self) {
+        self.current = 1 - self.current;
+    }
+
+    fn address(&mut self, stream: &Stream) -> Result<*mut u32> {
+        Ok(self.buffers[self.current].gpu_on(stream)?.as_mut_ptr())
+    }
+
+    fn put(&mut self, samples: &[u32], stream: &Stream) -> Result<()> {
+        self.buffers[self.current].write_rows(..samples.len(), samples, stream)
+    }
+
+    fn download(&mut self, requests: usize, stream: &Stream) -> Result<()> {
+        self.buffers[self.current].copy_to_cpu(..requests, stream)
+    }
+
+    fn get(&self, steps: usize) -> Result<&[u32]> {
+        self.buffers[(self.current + steps) % 2].cpu()
+    }
 }
 
 struct Buffers;
@@ -289,13 +332,15 @@ impl Inputs<Buffers> {
 /// A buffer for each array. Each upload is a copy of its own.
 pub struct Single {
     inputs: Inputs<Buffers>,
+    samples: Samples,
     /// The step in which the buffers were last written.
     written: u64,
 }
 
 impl Single {
     pub fn new(device: Device) -> Result<Single> {
-        Ok(Single { inputs: shapes().map(&mut Make(device))?, written: 0 })
+        let inputs = shapes().map(&mut Make(device))?;
+        Ok(Single { inputs, samples: Samples::new(device)?, written: 0 })
     }
 }
 
@@ -340,6 +385,7 @@ impl Way for Single {
         all: bool,
         stalls: &mut Stalls,
     ) -> Result<Counts> {
+        self.samples.advance();
         let since = std::mem::replace(&mut self.written, engine.step);
         let slices = self.inputs.each_mut().map(stalls)?;
         Ok(slices.write(engine, sampled, if all { 0 } else { since }))
@@ -349,10 +395,23 @@ impl Way for Single {
         self.inputs.each_mut().map(&mut Upload(counts, stream)).map(drop)
     }
 
-    fn columns(&mut self, stream: &Stream) -> Result<[Column<'_>; ARRAYS]> {
+    fn columns(&mut self, stream: &Stream) -> Result<([Column<'_>; ARRAYS], *mut u32)> {
+        let to = self.samples.address(stream)?;
         let mut views = Use(Columns::new(), stream);
         self.inputs.each_mut().map(&mut views)?;
-        Ok(views.0.all)
+        Ok((views.0.all, to))
+    }
+
+    fn sample(&mut self, samples: &[u32], stream: &Stream) -> Result<()> {
+        self.samples.put(samples, stream)
+    }
+
+    fn download(&mut self, requests: usize, stream: &Stream) -> Result<()> {
+        self.samples.download(requests, stream)
+    }
+
+    fn samples(&self, steps: usize) -> Result<&[u32]> {
+        self.samples.get(steps)
     }
 }
 
@@ -377,6 +436,8 @@ struct Members {
     ///
     /// Each slot of a ring has its own value, so that its next write includes all later changes.
     written: MemberKey<u64>,
+    /// The samples that the kernel writes.
+    sampled: MemberKey<u32>,
 }
 
 struct Add {
@@ -423,12 +484,12 @@ impl<'a> Map<Keys, Nothing> for Views<'a> {
 impl Members {
     /// With `mirrored`, an upload may include the rows between requested ranges, and is one copy.
     ///
-    /// This is possible because the kernel writes to no array.
+    /// This is possible because the kernel writes to no array but `sampled`.
     fn new(mirrored: bool) -> Result<(Members, GroupLayout)> {
         let mut add = Add { builder: GroupLayoutBuilder::new(), mirrored };
         let inputs = shapes().map(&mut add)?;
-        let written = add.builder.add(1);
-        Ok((Members { inputs, written }, add.builder.build()?))
+        let (written, sampled) = (add.builder.add(1), add.builder.add(MAX_REQUESTS));
+        Ok((Members { inputs, written, sampled }, add.builder.build()?))
     }
 
     /// The host sides, and the step in which they were last written.
@@ -445,10 +506,10 @@ impl Members {
         Ok(rows.all)
     }
 
-    fn columns<'a>(&self, view: GroupView<'a>) -> Result<[Column<'a>; ARRAYS]> {
+    fn columns<'a>(&self, view: GroupView<'a>) -> Result<([Column<'a>; ARRAYS], *mut u32)> {
         let mut views = Views(view, Columns::new());
         self.inputs.map(&mut views)?;
-        Ok(views.1.all)
+        Ok((views.1.all, views.0.member(self.sampled)?.as_mut_ptr()))
     }
 }
 
@@ -456,12 +517,14 @@ impl Members {
 pub struct Group {
     group: BufferGroup,
     members: Members,
+    samples: Samples,
 }
 
 impl Group {
     pub fn new(device: Device, mirrored: bool) -> Result<Group> {
         let (members, layout) = Members::new(mirrored)?;
-        Ok(Group { group: BufferGroup::new(&layout, device)?, members })
+        let (group, samples) = (BufferGroup::new(&layout, device)?, Samples::new(device)?);
+        Ok(Group { group, members, samples })
     }
 }
 
@@ -476,6 +539,7 @@ impl Way for Group {
         all: bool,
         stalls: &mut Stalls,
     ) -> Result<Counts> {
+        self.samples.advance();
         let start = Instant::now();
         let (slices, written) = self.members.access(self.group.members_mut())?;
         // A group does not report its waits.
@@ -490,12 +554,27 @@ impl Way for Group {
         self.group.copy_to_gpu(&self.members.rows(counts)?, stream)
     }
 
-    fn columns(&mut self, stream: &Stream) -> Result<[Column<'_>; ARRAYS]> {
-        self.members.columns(self.group.gpu_on(stream)?)
+    fn columns(&mut self, stream: &Stream) -> Result<([Column<'_>; ARRAYS], *mut u32)> {
+        let to = self.samples.address(stream)?;
+        let (columns, _) = self.members.columns(self.group.gpu_on(stream)?)?;
+        Ok((columns, to))
+    }
+
+    fn sample(&mut self, samples: &[u32], stream: &Stream) -> Result<()> {
+        self.samples.put(samples, stream)
+    }
+
+    fn download(&mut self, requests: usize, stream: &Stream) -> Result<()> {
+        self.samples.download(requests, stream)
+    }
+
+    fn samples(&self, steps: usize) -> Result<&[u32]> {
+        self.samples.get(steps)
     }
 }
 
-/// A ring whose members are the arrays. It has several host slots.
+/// A ring whose members are the arrays and the samples. It has several host slots: the samples of
+/// the step before are read from its slot, beside the current one.
 pub struct Ring {
     ring: GroupRing,
     members: Members,
@@ -530,7 +609,21 @@ impl Way for Ring {
         self.ring.copy_to_gpu(&self.members.rows(counts)?, stream)
     }
 
-    fn columns(&mut self, stream: &Stream) -> Result<[Column<'_>; ARRAYS]> {
+    fn columns(&mut self, stream: &Stream) -> Result<([Column<'_>; ARRAYS], *mut u32)> {
         self.members.columns(self.ring.gpu_on(stream)?)
+    }
+
+    fn sample(&mut self, samples: &[u32], stream: &Stream) -> Result<()> {
+        let sampled = self.members.sampled;
+        self.ring.cpu_mut(sampled)?[..samples.len()].copy_from_slice(samples);
+        self.ring.copy_to_gpu(&[sampled.rows(..samples.len())], stream)
+    }
+
+    fn download(&mut self, requests: usize, stream: &Stream) -> Result<()> {
+        self.ring.copy_to_cpu(&[self.members.sampled.rows(..requests)], stream)
+    }
+
+    fn samples(&self, steps: usize) -> Result<&[u32]> {
+        self.ring.cpu_back(steps, self.members.sampled)
     }
 }

@@ -26,7 +26,7 @@ mod model;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+use cpu_gpu_buffer::{Device, Stream};
 
 use engine::{Engine, MAX_REQUESTS};
 use inputs::{Group, Ring, Single, Stalls, Way};
@@ -71,8 +71,6 @@ fn decode(
 ) -> Result<Outcome, Failure> {
     let Arguments { requests, steps, .. } = *arguments;
     let stream = Stream::new(device)?;
-    // Step i + 2 reads the samples of step i, while the model works on step i + 1.
-    let mut results = [0, 1].map(|_| CpuGpuBuffer::<u32>::new(MAX_REQUESTS, device));
     let mut engine = Engine::new(requests);
     let mut outcome = Outcome {
         sampled: Vec::with_capacity(steps * requests),
@@ -83,38 +81,33 @@ fn decode(
         stalls: Stalls::default(),
         seconds: 0.0,
     };
-    let mut counts = [0; 2];
+    // The requests of the step before, and the offset of its samples, which the next step reads.
+    let (mut before, mut last) = (0, 0);
     let start = Instant::now();
     for step in 0..steps {
         if step == steps / 10 {
             outcome.stalls = Stalls::default();
         }
-        let parity = step % 2;
-        let results = results[parity].as_mut().map_err(|error| error.clone())?;
         let begin = Instant::now();
         engine.schedule();
-        let scheduled = begin.elapsed();
-        // This waits for the samples alone.
-        let sampled = results.cpu()?;
-        outcome.keep(&sampled[..counts[parity]]);
-        let ready = Instant::now();
-        let rows = way.write(&engine, sampled, all, &mut outcome.stalls)?;
+        let rows = way.write(&engine, &outcome.sampled[last..], all, &mut outcome.stalls)?;
         way.upload(rows, &stream)?;
-        let prepared = ready.elapsed();
-        model.run(rows.requests, &way.columns(&stream)?, results, &stream)?;
-        results.copy_to_cpu(..rows.requests, &stream)?;
-        let host = scheduled + ready.elapsed();
+        let prepared = begin.elapsed();
+        model.run(rows.requests, way, &stream)?;
+        way.download(rows.requests, &stream)?;
         if step >= steps / 10 {
             outcome.prepare.push(prepared.as_secs_f64() * 1e6);
-            outcome.host.push(host.as_secs_f64() * 1e6);
+            outcome.host.push(begin.elapsed().as_secs_f64() * 1e6);
         }
         outcome.tokens += rows.tokens;
-        counts[parity] = rows.requests;
+        // The samples of the step before, while the model works on this one.
+        last = outcome.sampled.len();
+        if step > 0 {
+            outcome.keep(&way.samples(1)?[..before]);
+        }
+        before = rows.requests;
     }
-    for parity in [steps % 2, (steps + 1) % 2] {
-        let results = results[parity].as_mut().map_err(|error| error.clone())?;
-        outcome.keep(&results.cpu()?[..counts[parity]]);
-    }
+    outcome.keep(&way.samples(0)?[..before]);
     outcome.seconds = start.elapsed().as_secs_f64();
     Ok(outcome)
 }
@@ -133,8 +126,7 @@ impl Outcome {
         let pairs = self.sampled.iter().zip(&expected.sampled);
         let at = pairs.take_while(|(sampled, expected)| sampled == expected).count();
         let step = expected.starts.partition_point(|start| *start <= at) - 1;
-        // The first two entries are empty: these steps had no samples to read.
-        let (step, row) = (step.saturating_sub(2), at - expected.starts[step]);
+        let row = at - expected.starts[step];
         Err(format!("step {step} sampled something else in row {row}").into())
     }
 }
@@ -255,8 +247,13 @@ fn arguments() -> Result<Arguments, Failure> {
             other => return Err(other.unexpected().into()),
         }
     }
-    if !(1..=MAX_REQUESTS).contains(&requests) || steps == 0 || depth == 0 {
-        return Err(format!("there are 1 to {MAX_REQUESTS} requests, steps, and host slots").into());
+    if !(1..=MAX_REQUESTS).contains(&requests) || steps == 0 {
+        return Err(format!("there are 1 to {MAX_REQUESTS} requests, and steps").into());
+    }
+    if depth < 2 {
+        return Err(
+            "there are two host slots or more: the one before is read beside the current".into()
+        );
     }
     let device = match device {
         None => Device::auto(),

@@ -11,7 +11,7 @@ use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream, sys};
 
 use crate::Failure;
 use crate::engine::mix;
-use crate::inputs::{ARRAYS, By, Column};
+use crate::inputs::{ARRAYS, By, Column, Way};
 
 /// The substitute for the model.
 pub enum Model {
@@ -73,31 +73,26 @@ impl Model {
         }
     }
 
-    /// Computes the sums of `requests` requests in stream order, into the device side of `results`.
-    pub fn run(
-        &self,
-        requests: usize,
-        columns: &[Column<'_>; ARRAYS],
-        results: &mut CpuGpuBuffer<u32>,
-        stream: &Stream,
-    ) -> Result<(), Failure> {
+    /// Computes the sums of `requests` requests in stream order: their samples.
+    pub fn run(&self, requests: usize, way: &mut impl Way, stream: &Stream) -> Result<(), Failure> {
+        let (columns, mut to) = way.columns(stream)?;
         let Model::Kernel { launch, function, time } = self else {
-            sums(columns, &mut results.cpu_mut()?[..requests], stream)?;
-            return Ok(results.copy_to_gpu(..requests, stream)?);
+            let mut samples = vec![0; requests];
+            sums(&columns, &mut samples, stream)?;
+            return Ok(way.sample(&samples, stream)?);
         };
         let mut entries = columns.map(|Column { words, width, by, .. }| Entry {
             words,
             width: width as u32,
             by: by as u32,
         });
-        let mut to = results.gpu_on(stream)?.as_mut_ptr();
         let mut nanoseconds = time.as_nanos() as u64;
         let mut parameters: [*mut c_void; 3] =
             [(&raw mut entries).cast(), (&raw mut to).cast(), (&raw mut nanoseconds).cast()];
         let (blocks, parameters, none) =
             (requests as u32, parameters.as_mut_ptr(), ptr::null_mut());
         // SAFETY: the parameters are those of `sample`. It reads rows of arrays whose views are of
-        // this stream, and writes one word for each block. The buffer has a word for each request.
+        // this stream, and writes one word for each block, of which there is one for each request.
         // The stream is live.
         done(unsafe {
             let raw = stream.as_raw();
@@ -135,13 +130,10 @@ fn words<'a>(column: &Column<'a>, stream: &Stream) -> Result<Cow<'a, [u32]>, Fai
     if let Some(host) = column.host {
         return Ok(Cow::Borrowed(host));
     }
-    let mut words = vec![0u32; column.len];
-    let (to, from) = (words.as_mut_ptr().cast(), column.words.cast());
-    let kind = sys::cudaMemcpyKind::cudaMemcpyDeviceToHost;
-    // SAFETY: both have `column.len` words. The column outlives the wait for the copy.
-    checked(unsafe { sys::cudaMemcpyAsync(to, from, column.len * 4, kind, stream.as_raw()) })?;
-    stream.synchronize()?;
-    Ok(Cow::Owned(words))
+    let mut words = CpuGpuBuffer::<u32>::new(column.len, stream.device())?;
+    // SAFETY: the column has `column.len` words, and outlives the wait for the copy.
+    unsafe { words.copy_from_device_ptr(.., column.words, stream) }?;
+    Ok(Cow::Owned(words.cpu()?.to_vec()))
 }
 
 fn checked(status: sys::cudaError_t) -> Result<(), Failure> {

@@ -231,6 +231,27 @@ impl<'a, T> GpuView<'a, T> {
         Some(unsafe { slice::from_raw_parts_mut(address, self.len) })
     }
 
+    /// The elements on [`Device::Cpu`], to write, for as long as the buffer is borrowed. `None` if
+    /// they are in the memory of a GPU.
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Result, Stream};
+    ///
+    /// /// The device side, for tests on the CPU.
+    /// fn device_side<'b>(buffer: &'b mut CpuGpuBuffer<u8>, stream: &Stream) -> Result<&'b mut [u8]> {
+    ///     Ok(buffer.gpu_on(stream)?.into_host_slice().expect("the CPU"))
+    /// }
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut buffer = CpuGpuBuffer::new(3, Device::Cpu)?;
+    /// device_side(&mut buffer, &stream)?.fill(7);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    pub fn into_host_slice(self) -> Option<&'a mut [T]> {
+        let address = self.host_address()?;
+        // SAFETY: as in `as_host_slice`. The only view of the elements ends here.
+        Some(unsafe { slice::from_raw_parts_mut(address, self.len) })
+    }
+
     /// The address of the elements on the CPU. It is aligned and not null.
     fn host_address(&self) -> Option<*mut T> {
         match self.device {
