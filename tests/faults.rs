@@ -153,10 +153,12 @@ impl Bench {
             if let Some(ring) = &mut self.ring {
                 ring.advance().unwrap();
                 ring.copy_to_gpu(&many, stream).unwrap();
+                ring.copy_to_cpu(&some, stream).unwrap();
             }
             if let Some(slots) = &mut self.slots {
                 slots.advance().unwrap();
                 slots.copy_to_gpu(.., stream).unwrap();
+                slots.copy_to_cpu(..5, stream).unwrap();
             }
         }
         if let Some(ring) = &mut self.ring {
@@ -422,6 +424,14 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let mut sides = group.members_mut();
         members.keys.iter().try_for_each(|key| sides.cpu_mut(*key).map(drop))
     }),
+    ("BufferGroup::try_cpu", |bench| {
+        let (group, members, _) = bench.group();
+        group.try_cpu(members.keys[3]).map(drop)
+    }),
+    ("BufferGroup::try_cpu_mut", |bench| {
+        let (group, members, _) = bench.group();
+        group.try_cpu_mut(members.keys[3]).map(drop)
+    }),
     ("BufferGroup::copy_to_gpu", |bench| {
         let (group, members, stream) = bench.group();
         group.copy_to_gpu(&members.rows(&[1, 2, 4, 6]), stream)
@@ -437,6 +447,10 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("BufferGroup::copy_to_cpu/copy", |bench| {
         let (group, members, stream) = bench.group();
         group.copy_to_cpu(&members.rows(&[3]), stream)
+    }),
+    ("BufferGroup::copy_to_cpu/often", |bench| {
+        let (group, members, stream) = bench.group();
+        group.copy_to_cpu(&members.rows(&[3, 1, 3, 1]), stream)
     }),
     ("BufferGroup::is_idle", |bench| bench.group().0.is_idle().map(drop)),
     ("BufferGroup::synchronize", |bench| bench.group().0.synchronize()),
@@ -465,6 +479,24 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let (ring, members, _) = bench.ring();
         ring.cpu_mut(members.keys[3]).map(drop)
     }),
+    ("GroupRing::try_cpu", |bench| {
+        let (ring, members, _) = bench.ring();
+        ring.try_cpu(members.keys[3]).map(drop)
+    }),
+    ("GroupRing::try_cpu_mut", |bench| {
+        let (ring, members, _) = bench.ring();
+        ring.try_cpu_mut(members.keys[3]).map(drop)
+    }),
+    ("GroupRing::cpu_back", |bench| {
+        let (ring, members, _) = bench.ring();
+        ring.advance()?;
+        ring.cpu_back(1, members.keys[3]).map(drop)
+    }),
+    ("MembersMut::cpu_back", |bench| {
+        let (ring, members, _) = bench.ring();
+        ring.advance()?;
+        ring.members_mut().cpu_back(1, members.keys[3]).map(drop)
+    }),
     ("MembersMut::cpu_mut/of a ring", |bench| {
         let (ring, members, _) = bench.ring();
         let mut sides = ring.members_mut();
@@ -483,6 +515,10 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("GroupRing::copy_to_gpu", |bench| {
         let (ring, members, stream) = bench.ring();
         ring.copy_to_gpu(&members.rows(&[1, 2, 4, 6]), stream)
+    }),
+    ("GroupRing::copy_to_cpu", |bench| {
+        let (ring, members, stream) = bench.ring();
+        ring.copy_to_cpu(&members.rows(&[1, 2, 4, 6]), stream)
     }),
     ("GroupRing::gpu_on", |bench| {
         let (ring, _, stream) = bench.ring();
@@ -506,6 +542,13 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("BufferRing::try_advance", |bench| bench.slots().0.try_advance().map(drop)),
     ("BufferRing::cpu", |bench| bench.slots().0.cpu().map(drop)),
     ("BufferRing::cpu_mut", |bench| bench.slots().0.cpu_mut().map(drop)),
+    ("BufferRing::try_cpu", |bench| bench.slots().0.try_cpu().map(drop)),
+    ("BufferRing::try_cpu_mut", |bench| bench.slots().0.try_cpu_mut().map(drop)),
+    ("BufferRing::cpu_back", |bench| bench.slots().0.cpu_back(0).map(drop)),
+    ("BufferRing::copy_to_cpu", |bench| {
+        let (slots, stream) = bench.slots();
+        slots.copy_to_cpu(1..9, stream)
+    }),
     ("BufferRing::copy_to_gpu", |bench| {
         let (slots, stream) = bench.slots();
         slots.copy_to_gpu(1..9, stream)
@@ -579,6 +622,8 @@ const SILENT: &[&str] = &[
     "BufferGroup::device",
     "BufferGroup::is_pinned",
     "GroupRing::members_mut",
+    "GroupRing::device_ptr",
+    "GroupRing::shape",
     "GroupRing::depth",
     "GroupRing::layout",
     "GroupRing::device",

@@ -384,7 +384,7 @@ impl Storage {
     /// The records of work that reads or writes the host side.
     #[inline]
     fn host_records(&self) -> impl Iterator<Item = &Record> {
-        let uses = self.host_uses.iter().flat_map(|uses| uses.records());
+        let uses = self.host_uses.as_deref().into_iter().flat_map(HostUses::records);
         [&self.download, &self.upload].into_iter().chain(uses)
     }
 

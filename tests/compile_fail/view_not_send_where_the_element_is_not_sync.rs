@@ -1,7 +1,0 @@
-// error[E0277]
-use std::cell::Cell;
-use std::marker::PhantomData;
-fn send<T: Send>() {}
-fn main() {
-    send::<cpu_gpu_buffer::GpuView<'static, PhantomData<Cell<u8>>>>();
-}
