@@ -28,6 +28,7 @@ pub trait Lane: Send {
 
 pub const OURS: &str = "cpu-gpu-buffer";
 pub const OURS_PREFIX: &str = "cpu-gpu-buffer `..n`";
+pub const OURS_BETWEEN: &str = "cpu-gpu-buffer, two buffers";
 pub const OURS_IN_CONTEXT: &str = "cpu-gpu-buffer, device chosen";
 pub const RAW: &str = "cudaMemcpyAsync";
 pub const RAW_EVENT: &str = "cudaMemcpyAsync + cudaEventRecord";

@@ -7,7 +7,7 @@ use std::ffi::c_void;
 
 use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream, sys};
 
-use crate::lane::{Lane, OURS, OURS_IN_CONTEXT, OURS_PREFIX, RAW, RAW_EVENT};
+use crate::lane::{Lane, OURS, OURS_BETWEEN, OURS_IN_CONTEXT, OURS_PREFIX, RAW, RAW_EVENT};
 use crate::raw::{self, DeviceMemory, Event, Pinned};
 use crate::setup::Setup;
 
@@ -18,6 +18,8 @@ pub enum Kind {
     Ours,
     /// The first half of the rows of a buffer.
     OursPrefix,
+    /// All rows, from the host side of one buffer to the device side of another, and back.
+    OursBetween,
     /// All rows, in threads that have chosen a device. Programs with other CUDA libraries do that.
     OursInContext,
     /// The copy alone, waited for by its stream.
@@ -40,6 +42,7 @@ impl Kind {
             (Kind::OursPrefix, device) => {
                 Box::new(OursLane::new(OURS_PREFIX, bytes, 2 * bytes, device))
             }
+            (Kind::OursBetween, device) => Box::new(BetweenLane::new(bytes, device)),
             (_, Device::Cpu) => return None,
             (Kind::OursInContext, device) => {
                 Box::new(OursLane::new(OURS_IN_CONTEXT, bytes, bytes, device))
@@ -108,6 +111,52 @@ impl Lane for OursLane {
         if let (OURS_IN_CONTEXT, Device::Cuda(ordinal)) = (self.name, self.buffer.device()) {
             raw::set_device(ordinal);
         }
+    }
+}
+
+/// A staging buffer and a buffer that lives on the device.
+struct BetweenLane {
+    staging: CpuGpuBuffer<u8>,
+    target: CpuGpuBuffer<u8>,
+    stream: Stream,
+}
+
+impl BetweenLane {
+    fn new(bytes: usize, device: Device) -> BetweenLane {
+        let buffer = || CpuGpuBuffer::new(bytes, device).unwrap();
+        let (staging, target) = (buffer(), buffer());
+        assert!(device == Device::Cpu || staging.is_pinned(), "no memory could be pinned");
+        BetweenLane { staging, target, stream: Stream::new(device).unwrap() }
+    }
+}
+
+impl Lane for BetweenLane {
+    fn name(&self) -> &'static str {
+        OURS_BETWEEN
+    }
+
+    fn upload(&mut self) {
+        self.target.copy_to_gpu_from(0, &mut self.staging, .., &self.stream).unwrap();
+    }
+
+    fn download(&mut self) {
+        self.staging.copy_to_cpu_from(0, &mut self.target, .., &self.stream).unwrap();
+    }
+
+    fn read(&mut self) -> &[u8] {
+        self.staging.cpu().unwrap()
+    }
+
+    fn write(&mut self) -> &mut [u8] {
+        self.staging.cpu_mut().unwrap()
+    }
+
+    fn finish(&mut self) {
+        self.stream.synchronize().unwrap();
+    }
+
+    fn stream(&self) -> sys::cudaStream_t {
+        self.stream.as_raw()
     }
 }
 

@@ -51,11 +51,11 @@ impl Storage {
         let upload = uses.upload_mut(stream)?;
         from.host_is_writable = false;
         self.device_side.device_use_mut().open_on(entered)?;
+        let direction = Direction::Up;
         upload.submit(entered, || {
             // SAFETY: the caller vouches for the ranges. The upload keeps the host side from being
             // written and released until the copies have finished. The device use keeps this device
             // side, and orders other work on it.
-            let direction = Direction::Up;
             unsafe { copy::enqueue(direction, memory.host(), to, host, range.len(), entered) }
         })?;
         self.device_side.mark_initialized();

@@ -20,7 +20,7 @@ pub fn plan(setup: &Setup) -> Vec<Job> {
 fn job(setup: &Setup, run: &mut Run, case: &str, bytes: usize) {
     let copy: fn(&mut dyn Lane) =
         if case == "H2D" { |lane| lane.upload() } else { |lane| lane.download() };
-    let kinds = [Kind::Ours, Kind::OursPrefix, Kind::Raw, Kind::RawEvent];
+    let kinds = [Kind::Ours, Kind::OursPrefix, Kind::OursBetween, Kind::Raw, Kind::RawEvent];
     let kinds = [&kinds[..], &[Kind::Cudarc, Kind::CudarcUntracked]].concat();
     let mut lanes = Kind::lanes(&kinds, setup, bytes);
     let spreads = turns(setup.rounds(300), &mut lanes, |lane| {

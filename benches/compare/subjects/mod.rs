@@ -9,6 +9,7 @@ mod job;
 pub mod latency;
 pub mod pinned;
 pub mod pool;
+mod scattered;
 mod threads;
 
 use crate::setup::Setup;
@@ -16,7 +17,7 @@ pub use job::Job;
 
 type Plan = fn(&Setup) -> Vec<Job>;
 
-pub const ALL: [(&str, Plan); 9] = [
+pub const ALL: [(&str, Plan); 10] = [
     ("enqueue", enqueue::plan),
     ("latency", latency::plan),
     ("bandwidth", bandwidth::plan),
@@ -26,4 +27,5 @@ pub const ALL: [(&str, Plan); 9] = [
     ("pool", pool::plan),
     ("threads", threads::plan),
     ("group", group::plan),
+    ("scattered", scattered::plan),
 ];
