@@ -132,6 +132,10 @@ pub enum Error {
         /// The side.
         side: Side,
     },
+    /// The host side is read-only. Also returned if
+    /// [`READ_ONLY`](crate::HostFlags::READ_ONLY) is among the flags of memory that is not
+    /// [adopted](crate::CpuGpuBuffer::adopt).
+    ReadOnly,
     /// The events of a time measurement are in the wrong order.
     EventOrder,
     /// The process was forked after CUDA was used. CUDA does not work in the child.
@@ -221,6 +225,7 @@ impl fmt::Display for Error {
             }
             Error::InvalidGroup { reason } => write!(f, "invalid group: {reason}"),
             Error::Exported { side } => write!(f, "a tensor of the {side} side lives"),
+            Error::ReadOnly => f.write_str("the host side is read-only"),
             Error::EventOrder => f.write_str("the earlier event was recorded after the later one"),
             Error::Forked => {
                 f.write_str("CUDA was used before a fork, and does not work in the child")
@@ -289,6 +294,7 @@ mod tests {
             Error::EventOrder,
             Error::Forked,
             Error::NotMapped,
+            Error::ReadOnly,
         ]
     }
 
@@ -313,6 +319,7 @@ mod tests {
             Error::EventOrder => 15,
             Error::Forked => 16,
             Error::NotMapped => 17,
+            Error::ReadOnly => 18,
         }
     }
 

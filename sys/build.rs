@@ -147,14 +147,14 @@ mod generate {
     /// Types that no function above names: handles, and the signatures of driver functions that
     /// `cudaGetDriverEntryPoint` returns.
     const TYPES: &str = "cudaError_t|cudaStream_t|cudaEvent_t|cudaDeviceAttr|cudaMemcpyKind|\
-        cudaGetDriverEntryPointFlags|CUresult|\
+        cudaGetDriverEntryPointFlags|CUmemorytype|CUresult|\
         PFN_(cuCtxGetCurrent_v4000|cuCtxPopCurrent_v4000|cuCtxPushCurrent_v4000|cuDeviceGet_v2000|\
         cuDevicePrimaryCtxGetState_v7000|\
         cuDevicePrimaryCtxRelease_v11000|cuDevicePrimaryCtxRetain_v7000|cuLaunchKernel_v4000|\
         cuMemsetD(16|32)Async_v3020|\
         cuModuleGetFunction_v2000|cuModuleLoadData_v2000|cuModuleUnload_v2000|\
         cuEvent(Query|Record|Synchronize)_v2000|cuMemcpy(DtoH|HtoD)Async_v3020|\
-        cuStreamIsCapturing_v10000|cuStreamQuery_v2000|\
+        cuPointerGetAttribute_v4000|cuStreamIsCapturing_v10000|cuStreamQuery_v2000|\
         cuGraph(AddKernelNode|ExecKernelNodeSetParams)_v12000|\
         cuGraph(Create|Destroy|ExecDestroy|Launch)_v10000|\
         cuGraphInstantiateWithFlags_v11040|\
@@ -162,7 +162,7 @@ mod generate {
 
     const CONSTANTS: &str = "cuda(Event(BlockingSync|Default|DisableTiming)|\
         HostAlloc(Default|Mapped|Portable|WriteCombined)|\
-        HostRegister(Default|Mapped|Portable)|Stream(Default|NonBlocking))|CUDART_VERSION";
+        HostRegister(Default|Mapped|Portable|ReadOnly)|Stream(Default|NonBlocking))|CUDART_VERSION";
 
     /// A function that is always declared. Headers before 12.5 do not have it.
     const NEWER: (&str, &str) = (

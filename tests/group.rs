@@ -96,8 +96,14 @@ impl Random {
 
 /// Whichever way copies take, what arrives is the same.
 const OPTIONS: [BufferOptions; 3] = [
-    BufferOptions { pinning: Pinning::Preferred, host_flags: HostFlags::all() },
-    BufferOptions { pinning: Pinning::Never, host_flags: HostFlags::all() },
+    BufferOptions {
+        pinning: Pinning::Preferred,
+        host_flags: HostFlags::PORTABLE.union(HostFlags::MAPPED),
+    },
+    BufferOptions {
+        pinning: Pinning::Never,
+        host_flags: HostFlags::PORTABLE.union(HostFlags::MAPPED),
+    },
     BufferOptions { pinning: Pinning::Preferred, host_flags: HostFlags::PORTABLE },
 ];
 

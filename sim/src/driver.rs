@@ -4,13 +4,14 @@ use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 
 use cudart_sys::{
-    CUcontext, CUdevice_v1, CUdeviceptr_v2, CUevent, CUfunction, CUmodule, CUresult, CUstream,
-    CUstreamCaptureMode, CUstreamCaptureStatus, cudaMemcpyKind, cudaStreamCaptureMode,
+    CUcontext, CUdevice_v1, CUdeviceptr_v2, CUevent, CUfunction, CUmemorytype, CUmodule,
+    CUpointer_attribute, CUresult, CUstream, CUstreamCaptureMode, CUstreamCaptureStatus,
+    cudaMemcpyKind, cudaStreamCaptureMode,
 };
 
 use crate::memory::Target;
 use crate::status::{Result, Status, put};
-use crate::{context, control, event, kernel, settings, stream, work};
+use crate::{context, control, event, kernel, memory, settings, stream, work};
 
 /// Counts a call of the driver and may make it fail. Driver calls leave no last error.
 pub(crate) fn call(name: &'static str, body: impl FnOnce() -> Result) -> CUresult {
@@ -251,6 +252,29 @@ unsafe extern "C" fn event_synchronize(event: CUevent) -> CUresult {
     })
 }
 
+/// Answers for pinned host memory alone. All else is memory that CUDA does not know.
+unsafe extern "C" fn pointer_attribute(
+    place: *mut c_void,
+    attribute: CUpointer_attribute,
+    address: CUdeviceptr_v2,
+) -> CUresult {
+    call("cuPointerGetAttribute", || {
+        current()?;
+        let range = memory::pinned_range(address as usize);
+        let (base, bytes) = range.ok_or(Status::cudaErrorInvalidValue)?;
+        match attribute {
+            CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE => {
+                put(place.cast(), CUmemorytype::CU_MEMORYTYPE_HOST)
+            }
+            CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR => {
+                put(place.cast(), base as CUdeviceptr_v2)
+            }
+            CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE => put(place.cast(), bytes),
+            _ => Err(Status::cudaErrorNotSupported),
+        }
+    })
+}
+
 /// A table of functions by name.
 ///
 /// A row names the function type of the driver's headers, which the compiler checks.
@@ -290,5 +314,6 @@ entry_points! {
     cuStreamQuery: stream_query as PFN_cuStreamQuery_v2000;
     cuEventRecord: event_record as PFN_cuEventRecord_v2000;
     cuEventQuery: event_query as PFN_cuEventQuery_v2000;
+    cuPointerGetAttribute: pointer_attribute as PFN_cuPointerGetAttribute_v4000;
     cuEventSynchronize: event_synchronize as PFN_cuEventSynchronize_v2000;
 }

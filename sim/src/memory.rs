@@ -37,6 +37,8 @@ struct PinnedRange {
     ours: bool,
     /// True if kernels reach it.
     mapped: bool,
+    /// True if the device only reads it.
+    read_only: bool,
     number: u64,
 }
 
@@ -144,11 +146,10 @@ impl Memory {
         self.numbers
     }
 
-    fn pin(&mut self, address: usize, bytes: usize, ours: bool, mapped: bool) {
-        let number = self.next_number();
-        self.pinned.insert(address, PinnedRange { bytes, ours, mapped, number });
+    fn pin(&mut self, address: usize, range: PinnedRange) {
         self.watched.insert(address);
-        self.pinned_bytes += bytes;
+        self.pinned_bytes += range.bytes;
+        self.pinned.insert(address, range);
         live::born(Kind::Pinned);
     }
 
@@ -187,6 +188,22 @@ fn is_mapped(address: usize, bytes: usize) -> bool {
     // SAFETY: private anonymous pages have nothing to write back. For other pages this only starts
     // it earlier.
     unsafe { libc::msync(at(begin).cast(), room, libc::MS_ASYNC) == 0 }
+}
+
+/// True if all pages of host memory can be written.
+fn is_writable(address: usize, bytes: usize) -> bool {
+    let Ok(table) = std::fs::read_to_string("/proc/self/maps") else { return true };
+    let (mut at, end) = (address, address + bytes);
+    for line in table.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let (Some(range), Some(protection)) = (words.next(), words.next()) else { continue };
+        let Some((start, stop)) = range.split_once('-') else { continue };
+        let [start, stop] = [start, stop].map(|text| usize::from_str_radix(text, 16).unwrap_or(0));
+        if (start..stop).contains(&at) && protection.as_bytes().get(1) == Some(&b'w') {
+            at = stop;
+        }
+    }
+    at >= end
 }
 
 /// Aborts if pinned memory was unmapped, except memory that was left behind.
@@ -291,7 +308,9 @@ pub(crate) fn allocate_pinned(bytes: usize) -> Result<usize> {
         // SAFETY: a mapping of our own.
         unsafe { ptr::write_bytes(at(address), GARBAGE, room) };
         // All allocated memory is mapped, with any flags ("CUDA Runtime API, Unified Addressing").
-        memory.pin(address, room, true, true);
+        let number = memory.next_number();
+        let range = PinnedRange { bytes: room, ours: true, mapped: true, read_only: false, number };
+        memory.pin(address, range);
         Ok(address)
     })
 }
@@ -311,9 +330,12 @@ pub(crate) fn free_pinned(address: usize) -> Result {
     })
 }
 
-/// Pins pages of the caller.
-pub(crate) fn register(address: usize, bytes: usize, mapped: bool) -> Result {
-    if bytes == 0 {
+/// Pins pages of the caller. Registrations are exact to the byte, so that two may share a page, as
+/// on an H200.
+///
+/// Pages that cannot be written are refused, except for memory that the device only reads.
+pub(crate) fn register(address: usize, bytes: usize, mapped: bool, read_only: bool) -> Result {
+    if bytes == 0 || !read_only && !is_writable(address, bytes) {
         return Err(Status::cudaErrorInvalidValue);
     }
     memory(|memory| {
@@ -326,7 +348,8 @@ pub(crate) fn register(address: usize, bytes: usize, mapped: bool) -> Result {
         if bytes > room.min(memory.limit_registration) {
             return Err(Status::cudaErrorMemoryAllocation);
         }
-        memory.pin(address, bytes, false, mapped);
+        let number = memory.next_number();
+        memory.pin(address, PinnedRange { bytes, ours: false, mapped, read_only, number });
         Ok(())
     })
 }
@@ -375,6 +398,22 @@ pub(crate) fn reached(address: usize, bytes: usize) -> bool {
             }
         }
         true
+    })
+}
+
+/// True if the device only reads the registered memory at an address.
+pub(crate) fn is_read_only(address: usize) -> bool {
+    memory(|memory| {
+        let range = memory.pinned.range(..=address).next_back();
+        range.is_some_and(|(base, range)| address < base + range.bytes && range.read_only)
+    })
+}
+
+/// The address and the bytes of the pinned range around an address.
+pub(crate) fn pinned_range(address: usize) -> Option<(usize, usize)> {
+    memory(|memory| {
+        let (base, range) = memory.pinned.range(..=address).next_back()?;
+        (address < base + range.bytes).then_some((*base, range.bytes))
     })
 }
 

@@ -60,6 +60,7 @@ fn fill(to: usize, value: c_int, bytes: usize, on: cudaStream_t) -> Result {
 }
 
 const MAPPED: c_uint = cudart_sys::cudaHostRegisterMapped;
+const READ_ONLY: c_uint = cudart_sys::cudaHostRegisterReadOnly;
 
 /// The greatest priority of an H100. The least is 0.
 const GREATEST_PRIORITY: c_int = -5;
@@ -161,14 +162,14 @@ export! {
     }
     fn cudaHostRegister(address: *mut c_void, bytes: usize, flags: c_uint) {
         prohibited()?;
-        // Flag 8 is memory that the device only reads: a download to it would fail.
         if flags > 15 {
             return Err(Status::cudaErrorInvalidValue);
         }
         stream::wait_from(2);
         // "CUDA Runtime API, `cudaHostRegister`": without flags it is mapped. Otherwise the flags
         // are "orthogonal".
-        memory::register(address.addr(), bytes, flags == 0 || flags & MAPPED != 0)
+        let (mapped, read_only) = (flags == 0 || flags & MAPPED != 0, flags & READ_ONLY != 0);
+        memory::register(address.addr(), bytes, mapped, read_only)
     }
     fn cudaHostUnregister(address: *mut c_void) {
         release(address, memory::unregister)

@@ -60,6 +60,10 @@ fn copy_device(to: Target, from: Target, bytes: usize, on: &Arc<Stream>) -> Resu
 /// An upload or a download.
 fn copy_host(host: usize, gpu: Target, upload: bool, bytes: usize, on: &Arc<Stream>) -> Result {
     let pinned = memory::pinned(host, bytes);
+    // As on an H200.
+    if !upload && memory::is_read_only(host) {
+        return Err(Status::cudaErrorInvalidValue);
+    }
     let transfer = move |host: *mut u8| {
         gpu.with(|gpu| {
             let (to, from) = if upload { (gpu, host) } else { (host, gpu) };

@@ -75,6 +75,7 @@ impl Storage {
         range: Range<usize>,
         stream: &Stream,
     ) -> Result<()> {
+        self.refuse_read_only()?;
         let entered = from.enter_with(self, Side::Device, Side::Host, stream)?;
         if range.is_empty() {
             return Ok(());

@@ -3,12 +3,14 @@
 //! [`storage`](crate::buffer::storage) has the bytes and the in-flight rule. This file turns shapes,
 //! rows and elements into bytes.
 
-use std::any::type_name;
+use std::any::{Any, type_name};
 use std::fmt;
 use std::marker::PhantomData;
 use std::mem;
 use std::ops::{Range, RangeBounds};
+use std::ptr::NonNull;
 use std::slice;
+use std::sync::Arc;
 
 use bytemuck::Pod;
 
@@ -112,8 +114,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new), and [`Error::PinningUnavailable`] if pinning is required and
-    /// fails.
+    /// - As for [`new`](Self::new).
+    /// - [`Error::PinningUnavailable`] if pinning is required and fails.
+    /// - [`Error::ReadOnly`] if the flags have [`READ_ONLY`](crate::HostFlags::READ_ONLY).
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Error, Pinning};
@@ -165,6 +168,96 @@ impl<T: Pod> CpuGpuBuffer<T> {
         let mut buffer = Self::stored(storage);
         buffer.storage.write(0, bytemuck::cast_slice(values), stream)?;
         Ok(buffer)
+    }
+
+    /// A buffer whose host side is memory that exists already: a mapped file, shared memory, a
+    /// buffer of another library.
+    ///
+    /// The host side keeps its content. The device side is zeroed. The memory is registered with
+    /// CUDA as `options` say, and never freed. `owner` keeps it. It is let go when the buffer is
+    /// dropped, after pending work has finished and the memory is unregistered. Like any value of
+    /// an [`Arc`], it is dropped once no clone is left.
+    ///
+    /// - **Pinning:** pinning reads every page of a mapped file. Memory that is
+    ///   registered already counts as pinned, and stays registered. If a part is registered, the
+    ///   rest cannot be: the buffer is pageable, and [`pinning_error`](Self::pinning_error) has the
+    ///   reason. On Linux the driver may refuse to pin a shared mapping of a file on disk that can
+    ///   be written. Private and read-only mappings can be pinned.
+    /// - **Read-only:** with [`HostFlags::READ_ONLY`](crate::HostFlags::READ_ONLY) nothing writes
+    ///   the host side. [`cpu_mut`](Self::cpu_mut), [`try_cpu_mut`](Self::try_cpu_mut), fills of
+    ///   the host side, [`resize`](Self::resize) and downloads return [`Error::ReadOnly`] and
+    ///   change nothing. They return errors of the shape and the rows first, and errors of the
+    ///   stream afterwards.
+    /// - **Size:** [`resize`](Self::resize) within the memory zeroes it. Beyond it, the buffer moves
+    ///   to memory of its own and lets `owner` go.
+    /// - **Leaks:** `owner` is forgotten, and never dropped, if the memory may still be registered
+    ///   or in use, and in a forked child if the buffer is of a CUDA device. The memory gets no
+    ///   advice about `fork`: a child sees what it would see without CUDA.
+    ///
+    /// # Errors
+    ///
+    /// As for [`with_options`](Self::with_options). `owner` is let go then.
+    ///
+    /// # Safety
+    ///
+    /// Until `owner` is let go, for as many elements at `host` as the shape has:
+    ///
+    /// - **Valid:** they are valid for reads and, unless `options` have
+    ///   [`READ_ONLY`](crate::HostFlags::READ_ONLY), for writes.
+    /// - **Initialised:** all their bytes are.
+    /// - **Alignment:** `host` is aligned for `T`. Kernels that read the memory in place cannot
+    ///   rely on more.
+    /// - **Aliasing:** nothing else writes them, in this or in another process. With `READ_ONLY`,
+    ///   others may read them. Without it, nothing else uses them, not even by a reference.
+    /// - **Mapping:** their pages stay mapped. A file below them is not truncated: see
+    ///   [below](#truncated-files).
+    /// - **Registration:** nothing else registers or unregisters any of them. What is registered
+    ///   already stays registered. Of two buffers over the same memory, the one that was made first
+    ///   is dropped last.
+    ///
+    /// # Truncated files
+    ///
+    /// A file that becomes shorter takes its pages out of every mapping. The next access to such a
+    /// page raises `SIGBUS`, which ends the process. Pages that are pinned stay in memory, but the
+    /// program's own accesses fail all the same. Nothing in this crate can prevent this: adopt
+    /// files that no other process truncates, for example an unlinked or a sealed one.
+    ///
+    /// ```
+    /// use std::ptr::NonNull;
+    /// use std::sync::Arc;
+    ///
+    /// use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Error, HostFlags, Stream};
+    ///
+    /// let stream = Stream::new(Device::auto())?;
+    /// let weights: Arc<Vec<f32>> = Arc::new(vec![0.5; 1024]);
+    /// let host = NonNull::from(weights.as_slice()).cast::<f32>();
+    /// let host_flags = HostFlags::READ_ONLY | HostFlags::PORTABLE;
+    /// let options = BufferOptions { host_flags, ..Default::default() };
+    /// let owner = weights.clone();
+    /// // SAFETY: the vector has 1024 numbers. It is neither written nor dropped while `owner` lives.
+    /// let mut buffer =
+    ///     unsafe { CpuGpuBuffer::adopt(host, [32, 32], stream.device(), owner, options) }?;
+    /// buffer.copy_to_gpu(.., &stream)?;
+    /// assert_eq!(buffer.cpu()?, *weights); // the same memory, never copied
+    /// assert_eq!(buffer.fill_cpu(1.0), Err(Error::ReadOnly));
+    /// drop(buffer);
+    /// assert_eq!(Arc::strong_count(&weights), 1);
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
+    #[doc(alias = "cudaHostRegister")]
+    #[doc(alias = "mmap")]
+    pub unsafe fn adopt(
+        host: NonNull<T>,
+        shape: impl Into<Shape>,
+        device: Device,
+        owner: Arc<dyn Any + Send + Sync>,
+        options: BufferOptions,
+    ) -> Result<Self> {
+        let side_layout = SideLayout::of::<T>(shape.into())?;
+        // SAFETY: the caller vouches for the elements, which are these bytes.
+        let storage =
+            unsafe { StorageHandle::adopt(host.cast(), side_layout, device, owner, options) };
+        Ok(Self::stored(storage?))
     }
 
     pub(crate) fn stored(storage: StorageHandle) -> Self {
@@ -590,6 +683,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// ```
     pub fn resize(&mut self, shape: impl Into<Shape>) -> Result<()> {
         let side_layout = SideLayout::of::<T>(shape.into())?;
+        self.storage.refuse_read_only()?;
         if side_layout.layout.size() <= self.storage.capacity() {
             return self.storage.reshape_zeroed(side_layout);
         }
@@ -803,7 +897,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     #[inline]
     unsafe fn host_slice(&self) -> &[T] {
         // SAFETY: the host side holds `numel` elements, aligned and initialised: it began as
-        // zeroes, and any bytes are valid for a `Pod` type. The slice borrows `self`.
+        // zeroes, or its adopter vouched for them, and any bytes are valid for a `Pod` type. The
+        // slice borrows `self`.
         unsafe { slice::from_raw_parts(self.storage.host_ptr().cast(), self.numel()) }
     }
 

@@ -2,6 +2,7 @@
 
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 
 use crate::buffer::side_layout::SideLayout;
 use crate::buffer::storage::Storage;
@@ -10,6 +11,7 @@ use crate::error::Result;
 use crate::flight::left_behind::reclaim_before_allocating;
 #[cfg(feature = "dlpack")]
 use crate::flight::left_behind::{ExportedStorage, LeftBehindCount};
+use crate::memory::adopted::Owner;
 use crate::memory::options::BufferOptions;
 use crate::slots::Lease;
 #[cfg(feature = "dlpack")]
@@ -35,6 +37,24 @@ impl StorageHandle {
         reclaim_before_allocating(side_layout.layout.size(), device);
         let mut one = Storage::allocate_many(side_layout, 1, device, options, None)?;
         let storage = one.pop().expect("one storage was asked for");
+        Ok(StorageHandle::of(Origin::Own(Box::new(storage))))
+    }
+
+    /// A storage whose host side is adopted memory.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Storage::adopt`].
+    pub(crate) unsafe fn adopt(
+        host: NonNull<u8>,
+        side_layout: SideLayout,
+        device: Device,
+        owner: Owner,
+        options: BufferOptions,
+    ) -> Result<StorageHandle> {
+        reclaim_before_allocating(side_layout.layout.size(), device);
+        // SAFETY: the caller vouches for the memory.
+        let storage = unsafe { Storage::adopt(host, side_layout, device, owner, options) }?;
         Ok(StorageHandle::of(Origin::Own(Box::new(storage))))
     }
 

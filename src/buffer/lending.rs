@@ -1,6 +1,6 @@
 //! Lending the sides of a storage to tensors of other libraries.
 //!
-//! Each function returns the address of the side, and the loan that the tensor keeps. A side
+//! Each function that lends returns the address of the side, and the loan that the tensor keeps. A side
 //! without bytes has a null address and no loan.
 
 use std::ptr;
@@ -9,6 +9,8 @@ use std::sync::Arc;
 use crate::buffer::storage::Storage;
 use crate::error::{Result, Side};
 use crate::flight::exports::{Exports, Loan};
+use crate::flight::left_behind::LeftBehindCount;
+use crate::flight::record::Record;
 use crate::stream::stream::Stream;
 
 type Lent = (*mut u8, Option<Loan>);
@@ -82,5 +84,37 @@ impl Storage {
     fn exports(&mut self) -> &Arc<Exports> {
         let device = self.device();
         self.exports.get_or_insert_with(|| Arc::new(Exports::new(device)))
+    }
+
+    pub(super) fn left_behind_count(&self) -> Option<&LeftBehindCount> {
+        self.left_behind_count.as_ref()
+    }
+
+    /// Takes the state that is shared with tensors.
+    #[inline]
+    pub(super) fn take_exports(&mut self) -> Option<Arc<Exports>> {
+        self.exports.take()
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.records().any(Record::is_open)
+    }
+
+    /// Never releases the memory, because work that uses it may never be known to be finished.
+    pub(super) fn leak(&self) {
+        self.slab.abandon();
+    }
+
+    /// Ends open use that could not be [closed](Self::close_with_event), after a wait for the
+    /// devices. If that use was captured, no launch of the graph may use this memory: it belonged
+    /// to a view that is gone.
+    pub(super) fn supersede_open(&mut self) {
+        let uses = self.host_uses.iter_mut().flat_map(|uses| uses.records_mut());
+        let own = [&mut self.upload, &mut self.download, self.device_side.device_use_mut()];
+        for record in own.into_iter().chain(uses) {
+            if record.is_open() {
+                record.supersede();
+            }
+        }
     }
 }

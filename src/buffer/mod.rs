@@ -1,3 +1,4 @@
+pub(crate) mod adopting;
 mod between;
 #[allow(clippy::module_inception)] // The room has the name of its main type.
 pub(crate) mod buffer;

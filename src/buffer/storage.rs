@@ -50,11 +50,12 @@ pub(crate) struct Storage {
     numel: usize,
     /// The shape or the size is not the original one.
     reshaped: bool,
-    options: BufferOptions,
+    pub(super) options: BufferOptions,
     /// The host side is still to be zeroed, after the transfers of its last holder.
     unzeroed: AtomicBool,
     zeroing: Mutex<()>,
-    /// A write of the host side needs no wait. True until the next transfer.
+    /// A write of the host side needs no wait. True until the next transfer, and never if the host
+    /// side is read-only.
     pub(super) host_is_writable: bool,
     pub(super) upload: Record,
     pub(super) download: Record,
@@ -65,7 +66,7 @@ pub(crate) struct Storage {
     pub(super) exports: Option<Arc<Exports>>,
     /// The count of the pool that owns this storage.
     #[cfg(feature = "dlpack")]
-    left_behind_count: Option<LeftBehindCount>,
+    pub(super) left_behind_count: Option<LeftBehindCount>,
     /// The last field: events are destroyed before the memory is released.
     pub(super) slab: Arc<Slab>,
 }
@@ -94,9 +95,6 @@ impl Storage {
         options: BufferOptions,
         left_behind_count: Option<&LeftBehindCount>,
     ) -> Result<Vec<Storage>> {
-        let _ = left_behind_count;
-        let SideLayout { shape, numel, layout } = side_layout;
-        let bytes = layout.size();
         let (whole, stride) = side_layout.many(count)?;
         let mut storages = Vec::new();
         storages.try_reserve_exact(count).map_err(|_| Error::OutOfMemory {
@@ -111,13 +109,28 @@ impl Storage {
             Device::Cuda(ordinal) => Some(context(ordinal)?),
         };
         let slab = Arc::new(Slab::new(whole, whole, context, device, options)?);
-        let storage = |number| Storage {
-            device_side: DeviceSide::new(
-                device,
-                slab.gpu_ptr().wrapping_add(number * stride),
-                bytes,
-            ),
-            host: slab.host().as_ptr().wrapping_add(number * stride),
+        let storage = |number| {
+            let offset = number * stride;
+            Storage::in_slab(&slab, offset, side_layout, device, options, left_behind_count)
+        };
+        storages.extend((0..count).map(storage));
+        Ok(storages)
+    }
+
+    /// The storage at an offset of a slab.
+    pub(super) fn in_slab(
+        slab: &Arc<Slab>,
+        offset: usize,
+        SideLayout { shape, numel, layout }: SideLayout,
+        device: Device,
+        options: BufferOptions,
+        left_behind_count: Option<&LeftBehindCount>,
+    ) -> Storage {
+        let _ = left_behind_count;
+        let bytes = layout.size();
+        Storage {
+            device_side: DeviceSide::new(device, slab.gpu_ptr().wrapping_add(offset), bytes),
+            host: slab.host().as_ptr().wrapping_add(offset),
             capacity: bytes,
             shape,
             numel,
@@ -125,7 +138,7 @@ impl Storage {
             options,
             unzeroed: AtomicBool::new(false),
             zeroing: Mutex::new(()),
-            host_is_writable: true,
+            host_is_writable: !options.host_flags.contains(HostFlags::READ_ONLY),
             upload: Record::idle(),
             download: Record::idle(),
             host_uses: None,
@@ -133,10 +146,8 @@ impl Storage {
             exports: None,
             #[cfg(feature = "dlpack")]
             left_behind_count: left_behind_count.cloned(),
-            slab: Arc::clone(&slab),
-        };
-        storages.extend((0..count).map(storage));
-        Ok(storages)
+            slab: Arc::clone(slab),
+        }
     }
 
     pub(crate) fn device(&self) -> Device {
@@ -201,6 +212,7 @@ impl Storage {
     pub(crate) fn reshape_zeroed(&mut self, side_layout: SideLayout) -> Result<()> {
         let bytes = side_layout.layout.size();
         assert!(bytes <= self.capacity);
+        self.refuse_read_only()?;
         self.wait_for_consumers(&BOTH)?;
         self.wait_to_write()?;
         // SAFETY: the range lies in the host side, and no transfer uses it after the wait.
@@ -254,6 +266,7 @@ impl Storage {
     /// Waits for the transfers of the host side, and zeroes it if that is pending.
     #[inline(never)]
     fn wait_for_host_transfers(&mut self) -> Result<()> {
+        self.refuse_read_only()?;
         self.wait_for_consumers(&[Side::Host])?;
         self.wait_for_host_records()?;
         self.zero_if_pending()?;
@@ -289,6 +302,7 @@ impl Storage {
 
     /// Returns `true` if the host side may be written now.
     pub(crate) fn may_write(&self) -> Result<bool> {
+        self.refuse_read_only()?;
         Ok(self.may_read()? && all_finished(self.host_records())?)
     }
 
@@ -389,7 +403,7 @@ impl Storage {
     }
 
     #[inline]
-    fn records(&self) -> impl Iterator<Item = &Record> {
+    pub(super) fn records(&self) -> impl Iterator<Item = &Record> {
         self.host_records().chain([self.device_side.device_use()])
     }
 
@@ -404,42 +418,6 @@ impl Storage {
 /// Returns `true` if the work of all these records is finished.
 fn all_finished<'r>(mut records: impl Iterator<Item = &'r Record>) -> Result<bool> {
     records.try_fold(true, |finished, record| Ok(finished && record.is_finished()?))
-}
-
-/// The parts that only exported storage needs.
-#[cfg(feature = "dlpack")]
-impl Storage {
-    pub(super) fn left_behind_count(&self) -> Option<&LeftBehindCount> {
-        self.left_behind_count.as_ref()
-    }
-
-    /// Takes the state that is shared with tensors.
-    #[inline]
-    pub(super) fn take_exports(&mut self) -> Option<Arc<Exports>> {
-        self.exports.take()
-    }
-
-    pub(super) fn is_open(&self) -> bool {
-        self.records().any(Record::is_open)
-    }
-
-    /// Never releases the memory, because work that uses it may never be known to be finished.
-    pub(super) fn leak(&self) {
-        self.slab.abandon();
-    }
-
-    /// Ends open use that could not be [closed](Self::close_with_event), after a wait for the
-    /// devices. If that use was captured, no launch of the graph may use this memory: it belonged
-    /// to a view that is gone.
-    pub(super) fn supersede_open(&mut self) {
-        let uses = self.host_uses.iter_mut().flat_map(|uses| uses.records_mut());
-        let own = [&mut self.upload, &mut self.download, self.device_side.device_use_mut()];
-        for record in own.into_iter().chain(uses) {
-            if record.is_open() {
-                record.supersede();
-            }
-        }
-    }
 }
 
 impl Drop for Storage {

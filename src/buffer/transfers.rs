@@ -40,6 +40,9 @@ impl Storage {
         peer: Peer,
         stream: &Stream,
     ) -> Result<()> {
+        if direction == Direction::Down {
+            self.refuse_read_only()?;
+        }
         let sides: &[Side] = match peer {
             Peer::DeviceSide => &BOTH,
             Peer::Foreign(_) => &[Side::Host],
@@ -51,6 +54,7 @@ impl Storage {
 
     /// Writes a range of the host side after pending copies, and uploads it.
     pub(crate) fn write(&mut self, start: usize, bytes: &[u8], stream: &Stream) -> Result<()> {
+        self.refuse_read_only()?;
         let entered = self.enter_for_work(&BOTH, stream)?;
         let range = start..start + bytes.len();
         if range.is_empty() {
@@ -120,6 +124,7 @@ impl Storage {
         element: &[u8],
         stream: &Stream,
     ) -> Result<()> {
+        self.refuse_read_only()?;
         let entered = self.enter_for_work(&BOTH, stream)?;
         self.wait_to_write()?;
         self.fill_device_side(element, entered.as_ref())
@@ -160,6 +165,7 @@ impl Storage {
     /// Orders `stream` after all pending work, and lets its kernels use the host side in place from
     /// now on. Returns the address for them.
     pub(crate) fn use_host_on(&mut self, stream: &Stream) -> Result<*mut u8> {
+        self.refuse_read_only()?;
         let entered = self.enter_for_work(&[Side::Host], stream)?;
         let Some(entered) = &entered else {
             self.zero_if_pending()?;

@@ -64,6 +64,7 @@ driver! {
     memset_d32: sys::PFN_cuMemsetD32Async_v3020 = entry(c"cuMemsetD32Async", 3020);
     memcpy_h2d: sys::PFN_cuMemcpyHtoDAsync_v3020 = entry(c"cuMemcpyHtoDAsync", 3020);
     memcpy_d2h: sys::PFN_cuMemcpyDtoHAsync_v3020 = entry(c"cuMemcpyDtoHAsync", 3020);
+    pointer_attribute: sys::PFN_cuPointerGetAttribute_v4000 = entry(c"cuPointerGetAttribute", 4000);
     exchange_capture_mode: sys::PFN_cuThreadExchangeStreamCaptureMode_v10010 = entry(c"cuThreadExchangeStreamCaptureMode", 10010);
     is_capturing: sys::PFN_cuStreamIsCapturing_v10000 = entry(c"cuStreamIsCapturing", 10000);
     stream_query: sys::PFN_cuStreamQuery_v2000 = entry(c"cuStreamQuery", 2000);

@@ -54,7 +54,7 @@ const KEPT: usize = 1;
 pub(crate) struct DeviceChunks {
     context: &'static Context,
     /// Indexed by the bits of the flags that the chunks are registered with.
-    chunks: [Chunks; HostFlags::all().bits() as usize + 1],
+    chunks: [Chunks; HostFlags::OWN.bits() as usize + 1],
 }
 
 /// Chunks that are registered with the same flags.

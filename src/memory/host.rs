@@ -4,6 +4,8 @@
 //! [registered](crate::memory::registered) with the runtime. Small memory is cut from [chunks] of
 //! them.
 //!
+//! [Adopted](crate::memory::adopted) memory belongs to somebody else, and is registered where it is.
+//!
 //! If CUDA refuses to register memory, `cudaHostAlloc` is the fallback. The runtime shares that
 //! memory with forked children, so the parent and its copies see stores of a child. Registered
 //! pages read as zeroes in a child.
@@ -20,25 +22,25 @@ use crate::cuda::context::Context;
 use crate::cuda::fork;
 use crate::device::Device;
 use crate::error::{Error, Result, Side};
+use crate::memory::adopted::{Adopted, Attempt, Owner};
 #[cfg(unix)]
 use crate::memory::chunks::{self, Piece};
 #[cfg(unix)]
 use crate::memory::memory_info::room_in_groups;
-use crate::memory::options::{HostFlags, Pinning};
+use crate::memory::options::{BufferOptions, HostFlags, Pinning};
 #[cfg(unix)]
 use crate::memory::registered::Registered;
-use crate::memory::split::split_by;
+use crate::memory::split::split_at;
 use crate::switches;
 #[cfg(unix)]
 use crate::sys::cudaError as Status;
 
-/// Owned host memory.
+/// Owned or adopted host memory.
 pub(crate) struct HostMemory {
     address: NonNull<u8>,
-    /// The bytes that each registration covers, from the first byte on.
-    ///
-    /// `usize::MAX` if one registration covers all, or none is needed.
-    registration_size: usize,
+    /// The offsets at which a registration ends or begins. None if one registration covers all, or
+    /// none is needed.
+    bounds: Box<[usize]>,
     kind: Kind,
     /// The reason for pageable memory, if pinning was preferred and failed.
     pinning_error: Option<Box<Error>>,
@@ -58,9 +60,12 @@ enum Kind {
     Piece { _piece: Piece },
     /// From `cudaHostAlloc`. `base` may lie before the aligned address.
     Allocated { base: *mut u8, context: &'static Context },
+    /// Memory of somebody else.
+    Adopted(Adopted),
 }
 
-// SAFETY: the memory belongs to the value alone, and can be released on any thread.
+// SAFETY: the memory belongs to the value alone, or is adopted for it alone. It can be released on any
+// thread.
 unsafe impl Send for HostMemory {}
 // SAFETY: through a shared reference only the address can be read.
 unsafe impl Sync for HostMemory {}
@@ -79,28 +84,50 @@ impl HostMemory {
         }
         let out_of_memory =
             || Error::OutOfMemory { side: Side::Host, bytes: layout.size(), device };
-        let refused = match (pinning, context) {
-            (Pinning::Never, _) => None,
-            (Pinning::Preferred, None) => None,
-            (Pinning::Required, None) => Some("the device is the CPU".to_string()),
-            _ if switches::is_pinning_off() => Some("CPU_GPU_BUFFER_PINNING=never".to_string()),
-            (_, Some(context)) => match HostMemory::pinned(layout, flags, context) {
+        let refused = match context_to_pin_in(pinning, context) {
+            Err(refused) => refused,
+            Ok(context) => match HostMemory::pinned(layout, flags, context) {
                 Ok(Some(memory)) => return Ok(memory),
                 // The limit applies to pageable memory, too.
                 Ok(None) => return Err(out_of_memory()),
                 Err(error) => Some(error.to_string()),
             },
         };
-        let error =
-            refused.map(|reason| Error::PinningUnavailable { bytes: layout.size(), reason });
-        match error {
-            Some(error) if pinning == Pinning::Required => Err(error),
-            error => {
-                let mut memory = HostMemory::pageable(layout).ok_or_else(out_of_memory)?;
-                memory.pinning_error = error.map(Box::new);
-                Ok(memory)
+        let pinning_error = fallback(pinning, layout.size(), refused)?;
+        let mut memory = HostMemory::pageable(layout).ok_or_else(out_of_memory)?;
+        memory.pinning_error = pinning_error;
+        Ok(memory)
+    }
+
+    /// Adopts `bytes` bytes of somebody else, pinned for the device of `context` as `pinning` says.
+    ///
+    /// # Safety
+    ///
+    /// Until the owner is let go:
+    ///
+    /// - The bytes are mapped and initialized. They are valid for reads and, unless `flags` have
+    ///   `READ_ONLY`, for writes.
+    /// - Nobody else writes them, and nothing reads what the value's users write.
+    /// - Nobody else registers or unregisters any of them.
+    pub(crate) unsafe fn adopt(
+        address: NonNull<u8>,
+        bytes: usize,
+        owner: Owner,
+        options: BufferOptions,
+        context: Option<&'static Context>,
+    ) -> Result<HostMemory> {
+        let BufferOptions { pinning, host_flags } = options;
+        let mut adopted = Adopted::pageable(owner);
+        let Attempt { bounds, refusal } = match context_to_pin_in(pinning, context) {
+            _ if bytes == 0 => Attempt::none(),
+            Err(refusal) => Attempt { refusal, ..Attempt::none() },
+            Ok(context) => {
+                // SAFETY: the caller vouches for the bytes, which no copy uses yet.
+                unsafe { adopted.pin(address, bytes, host_flags & HostFlags::all(), context) }
             }
-        }
+        };
+        let pinning_error = fallback(pinning, bytes, refusal)?;
+        Ok(HostMemory { address, bounds, kind: Kind::Adopted(adopted), pinning_error })
     }
 
     fn empty(layout: Layout) -> HostMemory {
@@ -109,7 +136,7 @@ impl HostMemory {
     }
 
     fn whole(address: NonNull<u8>, kind: Kind) -> HostMemory {
-        HostMemory { address, registration_size: usize::MAX, kind, pinning_error: None }
+        HostMemory { address, bounds: Box::default(), kind, pinning_error: None }
     }
 
     /// Allocates zeroed pageable memory. The layout is not empty.
@@ -165,9 +192,9 @@ impl HostMemory {
             let registered = match is_small {
                 true => device.piece_of_new_chunk(layout, flags).map(HostMemory::piece),
                 false => Registered::new(layout, flags.bits(), context).map(|pages| {
-                    let (address, registration_size) = (pages.address(), pages.registration_size());
+                    let (address, bounds) = (pages.address(), pages.bounds());
                     let kind = Kind::Registered { _pages: pages };
-                    HostMemory { address, registration_size, kind, pinning_error: None }
+                    HostMemory { address, bounds, kind, pinning_error: None }
                 }),
             };
             match registered {
@@ -215,6 +242,7 @@ impl HostMemory {
             #[cfg(unix)]
             Kind::Registered { .. } | Kind::Piece { .. } => true,
             Kind::Allocated { .. } => true,
+            Kind::Adopted(adopted) => adopted.is_pinned(),
         }
     }
 
@@ -243,9 +271,9 @@ impl HostMemory {
         &self,
         from: *const u8,
         bytes: usize,
-    ) -> impl Iterator<Item = Range<usize>> + use<> {
+    ) -> impl Iterator<Item = Range<usize>> + use<'_> {
         let start = from.addr() - self.address.addr().get();
-        split_by(start..start + bytes, self.registration_size)
+        split_at(start..start + bytes, &self.bounds)
             .map(move |range| range.start - start..range.end - start)
     }
 
@@ -265,6 +293,7 @@ impl Drop for HostMemory {
             }
             #[cfg(unix)]
             Kind::Registered { .. } | Kind::Piece { .. } => {}
+            Kind::Adopted(_) => {}
             Kind::Allocated { base, context } => {
                 if fork::forked() {
                     return;
@@ -277,6 +306,30 @@ impl Drop for HostMemory {
                 let _ = released;
             }
         }
+    }
+}
+
+/// The context to pin memory in. Otherwise the reason for pageable memory, if pinned memory was asked
+/// for.
+fn context_to_pin_in(
+    pinning: Pinning,
+    context: Option<&'static Context>,
+) -> std::result::Result<&'static Context, Option<String>> {
+    match (pinning, context) {
+        (Pinning::Never, _) => Err(None),
+        (Pinning::Preferred, None) => Err(None),
+        (Pinning::Required, None) => Err(Some("the device is the CPU".to_string())),
+        _ if switches::is_pinning_off() => Err(Some("CPU_GPU_BUFFER_PINNING=never".to_string())),
+        (_, Some(context)) => Ok(context),
+    }
+}
+
+/// What becomes of memory that was refused to be pinned: an error if pinning is required, and else
+/// pageable memory that keeps the error.
+fn fallback(pinning: Pinning, bytes: usize, refused: Option<String>) -> Result<Option<Box<Error>>> {
+    match refused.map(|reason| Error::PinningUnavailable { bytes, reason }) {
+        Some(error) if pinning == Pinning::Required => Err(error),
+        error => Ok(error.map(Box::new)),
     }
 }
 

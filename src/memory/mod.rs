@@ -1,3 +1,4 @@
+pub(crate) mod adopted;
 #[cfg(unix)]
 pub(crate) mod chunks;
 pub(crate) mod control_groups;
@@ -9,5 +10,6 @@ pub(crate) mod options;
 pub(crate) mod pages;
 #[cfg(unix)]
 pub(crate) mod registered;
+pub(crate) mod registration;
 pub(crate) mod slab;
 pub(crate) mod split;

@@ -2,6 +2,7 @@
 
 use bitflags::bitflags;
 
+use crate::error::{Error, Result};
 use crate::sys;
 
 bitflags! {
@@ -26,10 +27,31 @@ bitflags! {
         const PORTABLE = sys::cudaHostAllocPortable;
         /// Kernels can read and write the memory.
         const MAPPED = sys::cudaHostAllocMapped;
+        /// Neither the program nor the device writes the memory. For
+        /// [adopted](crate::CpuGpuBuffer::adopt) memory alone.
+        ///
+        /// Operations that would write the host side return
+        /// [`Error::ReadOnly`](crate::Error::ReadOnly). CUDA needs the flag to pin memory that is
+        /// mapped as read-only.
+        const READ_ONLY = sys::cudaHostRegisterReadOnly;
     }
 }
 
-// Each flag has one value for both functions.
+impl HostFlags {
+    /// The flags that memory of our own can have. They are the default.
+    pub(crate) const OWN: HostFlags = HostFlags::PORTABLE.union(HostFlags::MAPPED);
+
+    /// Returns [`Error::ReadOnly`] for flags that only adopted memory can have.
+    #[inline]
+    pub(crate) fn refuse_read_only(self) -> Result<()> {
+        match self.contains(HostFlags::READ_ONLY) {
+            true => Err(Error::ReadOnly),
+            false => Ok(()),
+        }
+    }
+}
+
+// `cudaHostAlloc` gives no meaning to READ_ONLY. The other flags have one value for both functions.
 const _: () = assert!(
     sys::cudaHostAllocPortable == sys::cudaHostRegisterPortable
         && sys::cudaHostAllocMapped == sys::cudaHostRegisterMapped
@@ -83,12 +105,13 @@ pub enum Pinning {
 pub struct BufferOptions {
     /// The pinning of the host side. The default is [`Pinning::Preferred`].
     pub pinning: Pinning,
-    /// The flags of a pinned host side. The default is all flags.
+    /// The flags of a pinned host side. The default is [`PORTABLE`](HostFlags::PORTABLE) and
+    /// [`MAPPED`](HostFlags::MAPPED).
     pub host_flags: HostFlags,
 }
 
 impl Default for BufferOptions {
     fn default() -> BufferOptions {
-        BufferOptions { pinning: Pinning::Preferred, host_flags: HostFlags::all() }
+        BufferOptions { pinning: Pinning::Preferred, host_flags: HostFlags::OWN }
     }
 }

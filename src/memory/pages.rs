@@ -15,8 +15,7 @@ use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-/// The size of a hugepage on x86-64, and on aarch64 with pages of 4 KB.
-const HUGE: usize = 2 << 20;
+use crate::memory::split::HUGEPAGE;
 
 /// The bytes that a thread touches at a time, a multiple of a hugepage.
 const PART: usize = 4 << 20;
@@ -48,8 +47,8 @@ impl Mapping {
     pub(crate) fn new(layout: Layout) -> Option<Mapping> {
         let page = page()?;
         let bytes = layout.size().checked_next_multiple_of(page)?;
-        let huge = bytes >= HUGE;
-        let align = layout.align().max(if huge { HUGE } else { page });
+        let huge = bytes >= HUGEPAGE;
+        let align = layout.align().max(if huge { HUGEPAGE } else { page });
         // The kernel aligns to pages. A larger alignment is cut out of a larger mapping.
         let room = bytes.checked_add(align - page)?;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -242,7 +241,7 @@ mod tests {
         ] {
             assert_eq!(threads(bytes, cores), expected, "{bytes} bytes, {cores} cores");
         }
-        assert_eq!(PART % HUGE, 0);
+        assert_eq!(PART % HUGEPAGE, 0);
     }
 
     #[test]

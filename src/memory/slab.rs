@@ -5,11 +5,13 @@
 //! whole.
 
 use std::alloc::Layout;
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::cuda::context::Context;
 use crate::device::Device;
 use crate::error::Result;
+use crate::memory::adopted::Owner;
 use crate::memory::device_memory::DeviceMemory;
 use crate::memory::host::HostMemory;
 use crate::memory::options::BufferOptions;
@@ -30,9 +32,29 @@ impl Slab {
         device: Device,
         options: BufferOptions,
     ) -> Result<Slab> {
+        options.host_flags.refuse_read_only()?;
         // The device has less memory. If it is short of memory, nothing is pinned in vain.
         let gpu = DeviceMemory::new(gpu, context, device)?;
         let host = HostMemory::new(host, options.pinning, options.host_flags, context, device)?;
+        Ok(Slab { host, gpu, abandoned: AtomicBool::new(false) })
+    }
+
+    /// A slab whose host side is adopted memory, with a device side of the layout.
+    ///
+    /// # Safety
+    ///
+    /// As for [`HostMemory::adopt`], for as many bytes as the layout has.
+    pub(crate) unsafe fn adopt(
+        host: NonNull<u8>,
+        layout: Layout,
+        context: Option<&'static Context>,
+        device: Device,
+        owner: Owner,
+        options: BufferOptions,
+    ) -> Result<Slab> {
+        let gpu = DeviceMemory::new(layout, context, device)?;
+        // SAFETY: the caller vouches for the memory.
+        let host = unsafe { HostMemory::adopt(host, layout.size(), owner, options, context) }?;
         Ok(Slab { host, gpu, abandoned: AtomicBool::new(false) })
     }
 

@@ -24,7 +24,7 @@ pub struct PoolOptions {
     pub growth: PoolGrowth,
     /// Whether the host sides are pinned. Default: [`Pinning::Preferred`].
     pub pinning: Pinning,
-    /// How the host sides are pinned. Default: all flags.
+    /// How the host sides are pinned. Default: `PORTABLE` and `MAPPED`. `READ_ONLY` is refused.
     pub host_flags: HostFlags,
     /// Whether both sides of a buffer read as zeroes each time that it is acquired. Default:
     /// `false`, and a buffer has the contents that its last holder left.

@@ -196,6 +196,7 @@ impl<T: Pod> BufferPool<T> {
         options: PoolOptions,
     ) -> Result<Self> {
         let side_layout = SideLayout::of::<T>(shape.into())?;
+        options.host_flags.refuse_read_only()?;
         if let Some(max_buffers) = options.max_buffers.filter(|most| *most < buffers) {
             return Err(Error::PoolExhausted { max_buffers });
         }

@@ -1,11 +1,14 @@
 //! Calls that allocate, release and register memory.
 
+use std::ops::Range;
 use std::ptr;
 
 use crate::cuda::capture::RelaxedCapture;
-use crate::cuda::status::check;
-use crate::error::Result;
+use crate::cuda::driver::driver;
+use crate::cuda::status::{check, check_driver};
+use crate::error::{Error, Result};
 use crate::sys;
+use crate::sys::cudaError as Status;
 
 /// Allocates memory of the current device.
 pub(crate) fn malloc(bytes: usize) -> Result<*mut u8> {
@@ -58,7 +61,6 @@ pub(crate) unsafe fn free_host(address: *mut u8) -> Result<()> {
 /// # Safety
 ///
 /// The pages are mapped. They stay so until [`host_unregister`] succeeds.
-#[cfg(unix)]
 pub(crate) unsafe fn host_register(address: *mut u8, bytes: usize, flags: u32) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
     // SAFETY: the caller vouches for the pages.
@@ -72,7 +74,6 @@ pub(crate) unsafe fn host_register(address: *mut u8, bytes: usize, flags: u32) -
 ///
 /// - `address` was registered.
 /// - Nothing is in flight from or to it.
-#[cfg(unix)]
 pub(crate) unsafe fn host_unregister(address: *mut u8) -> Result<()> {
     let _relaxed = RelaxedCapture::begin();
     // SAFETY: the caller vouches for the address.
@@ -86,4 +87,38 @@ pub(crate) fn host_device_ptr(address: *mut u8) -> Result<*mut u8> {
     let status = unsafe { sys::cudaHostGetDevicePointer(&mut mapped, address.cast(), 0) };
     check(status, "cudaHostGetDevicePointer")?;
     Ok(mapped.cast())
+}
+
+/// Returns the addresses of the pinned host memory around an address: one registration, or one
+/// allocation. `None` if the address is not pinned.
+///
+/// The runtime's `cudaPointerGetAttributes` is not used: its struct differs between versions.
+pub(crate) fn pinned_range(address: *mut u8) -> Result<Option<Range<usize>>> {
+    type Attribute = sys::CUpointer_attribute;
+    const CALL: &str = "cuPointerGetAttribute";
+    let (driver, address) = (driver()?, address.addr() as u64);
+    let mut kind = sys::CUmemorytype(0);
+    let attribute = Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+    // SAFETY: `kind` is a valid place of the attribute's type. Any address may be asked about.
+    let status = unsafe { (driver.pointer_attribute)((&raw mut kind).cast(), attribute, address) };
+    match check_driver(status, CALL) {
+        // The status for memory that CUDA does not know.
+        Err(Error::Cuda { code: Status::cudaErrorInvalidValue, .. }) => return Ok(None),
+        known => known?,
+    }
+    if kind != sys::CUmemorytype::CU_MEMORYTYPE_HOST {
+        return Ok(None);
+    }
+    let mut start = 0u64;
+    let attribute = Attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR;
+    // SAFETY: `start` is a valid place of the attribute's type.
+    let status = unsafe { (driver.pointer_attribute)((&raw mut start).cast(), attribute, address) };
+    check_driver(status, CALL)?;
+    let mut bytes = 0usize;
+    let attribute = Attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE;
+    // SAFETY: `bytes` is a valid place of the attribute's type.
+    let status = unsafe { (driver.pointer_attribute)((&raw mut bytes).cast(), attribute, address) };
+    check_driver(status, CALL)?;
+    let start = start as usize;
+    Ok(Some(start..start + bytes))
 }
