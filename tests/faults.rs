@@ -12,6 +12,8 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::NonNull;
+use std::sync::Arc;
 
 use common::{Gate, in_child, sim, test_name};
 #[cfg(feature = "dlpack")]
@@ -235,6 +237,15 @@ enum State {
     Busy,
 }
 
+/// Adopts words of a vector, whose owner has them freed.
+fn adopt(words: usize, pinning: Pinning, host_flags: HostFlags) -> Result<CpuGpuBuffer<u32>> {
+    let mut memory = vec![7u32; words];
+    let host = NonNull::from(memory.as_mut_slice()).cast();
+    let options = BufferOptions { pinning, host_flags };
+    // SAFETY: the owner keeps the words, and nothing else uses them.
+    unsafe { CpuGpuBuffer::adopt(host, words, DEVICE, Arc::new(memory), options) }
+}
+
 type Operation = fn(&mut Bench) -> Result<()>;
 
 /// Every public operation that may reach CUDA, by the name of its function; `name/kind` for several kinds.
@@ -247,6 +258,13 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("CpuGpuBuffer::from_slice", |bench| {
         CpuGpuBuffer::<u8>::from_slice(3, &[1, 2, 3], &bench.stream).map(drop)
+    ("CpuGpuBuffer::adopt", |_| adopt(WORDS, Pinning::Required, HostFlags::PORTABLE).map(drop)),
+    ("CpuGpuBuffer::adopt/in use, ::drop", |bench| {
+        let flags = HostFlags::PORTABLE | HostFlags::READ_ONLY;
+        let mut buffer = adopt(WORDS, Pinning::Preferred, flags)?;
+        buffer.copy_to_gpu(.., &bench.other)?;
+        buffer.gpu_on(&bench.stream)?;
+        Ok(())
     }),
     ("CpuGpuBuffer::cpu", |bench| bench.buffer.cpu().map(drop)),
     ("CpuGpuBuffer::cpu_rows", |bench| bench.buffer.cpu_rows(1..2).map(drop)),

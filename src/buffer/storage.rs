@@ -212,7 +212,6 @@ impl Storage {
     pub(crate) fn reshape_zeroed(&mut self, side_layout: SideLayout) -> Result<()> {
         let bytes = side_layout.layout.size();
         assert!(bytes <= self.capacity);
-        self.refuse_read_only()?;
         self.wait_for_consumers(&BOTH)?;
         self.wait_to_write()?;
         // SAFETY: the range lies in the host side, and no transfer uses it after the wait.

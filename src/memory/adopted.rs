@@ -2,7 +2,7 @@
 //!
 //! The memory is [registered](crate::memory::registration) and never freed. It is unregistered
 //! before its owner is let go. If it may still be registered, the owner is forgotten instead: it
-//! might unmap the pages.
+//! might unmap the pages. A forked child drops none of this: its storage is leaked.
 //!
 //! Somebody else may have registered the memory already. It then counts as pinned, and stays
 //! registered. A registration of a part cannot be completed: the driver refuses to register bytes
@@ -17,7 +17,6 @@ use std::sync::Arc;
 
 use crate::cuda::calls;
 use crate::cuda::context::Context;
-use crate::cuda::fork;
 use crate::error::{Error, Result};
 use crate::memory::options::HostFlags;
 use crate::memory::registration::{Failed, Pieces, is_already_registered};
@@ -162,8 +161,6 @@ impl Adopted {
         match mem::replace(&mut self.registration, Registration::None) {
             Registration::None | Registration::Foreign => true,
             Registration::Unknown => false,
-            // A child has neither the registration nor the right to touch the owner.
-            Registration::Own { .. } if fork::forked() => false,
             Registration::Own { pieces, context } => {
                 // The runtime finds registrations by their address, so a failure is ignored.
                 let _current = context.enter();
