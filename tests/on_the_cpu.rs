@@ -3,11 +3,14 @@
 //! Miri runs this program (`.ci/miri`). The program therefore asks for no CUDA device and loads no
 //! library.
 
+use std::cell::UnsafeCell;
+use std::ptr::NonNull;
+use std::sync::Arc;
 use std::thread;
 
 use cpu_gpu_buffer::{
-    BufferGroup, BufferPool, BufferRing, CpuGpuBuffer, Device, Error, GroupLayoutBuilder,
-    GroupRing, Stream,
+    BufferGroup, BufferOptions, BufferPool, BufferRing, CpuGpuBuffer, Device, Error,
+    GroupLayoutBuilder, GroupRing, HostFlags, Stream,
 };
 
 fn stream() -> Stream {
@@ -75,6 +78,50 @@ fn addresses_of_others_are_read_and_written() {
     unsafe { rows.copy_from_device_ptr(.., others.as_ptr(), &stream) }.unwrap();
     assert_eq!(rows.cpu().unwrap(), [1, 20, 3]);
 }
+
+#[test]
+fn memory_of_others_is_the_host_side_until_the_buffer_moves_out_of_it() {
+    let stream = stream();
+    let numbers: Arc<[Cell]> = (0..6).map(|number| Cell(number.into())).collect();
+    let host = NonNull::from(&*numbers).cast::<u64>();
+    let options = BufferOptions::default();
+    let adopt = |shape: [usize; 2]| {
+        let owner = Arc::new(numbers.clone());
+        // SAFETY: the owner keeps six numbers, which nothing else uses while the buffer does.
+        unsafe { CpuGpuBuffer::adopt(host, shape, Device::Cpu, owner, options) }.unwrap()
+    };
+    let mut adopted = adopt([3, 2]);
+    assert_eq!(adopted.cpu().unwrap(), [0, 1, 2, 3, 4, 5]);
+    adopted.copy_to_gpu(1.., &stream).unwrap();
+    adopted.cpu_mut().unwrap().fill(9);
+    adopted.copy_to_cpu(..2, &stream).unwrap();
+    assert_eq!(adopted.cpu().unwrap(), [0, 0, 2, 3, 9, 9]);
+    adopted.resize([1, 2]).unwrap();
+    adopted.cpu_mut().unwrap()[1] = 7;
+    adopted.resize([3, 3]).unwrap();
+    assert_eq!(Arc::strong_count(&numbers), 1);
+    adopted.fill(4, &stream).unwrap();
+    drop(adopted);
+    assert_eq!(adopt([3, 2]).cpu().unwrap(), [0, 7, 2, 3, 9, 9]);
+    let options = BufferOptions { host_flags: HostFlags::READ_ONLY, ..options };
+    // SAFETY: as above.
+    let read_only =
+        unsafe { CpuGpuBuffer::adopt(host, 6, Device::Cpu, Arc::new(numbers.clone()), options) };
+    let mut read_only = read_only.unwrap();
+    assert_eq!(read_only.cpu_mut(), Err(Error::ReadOnly));
+    read_only.copy_to_gpu(.., &stream).unwrap();
+    let view = read_only.gpu_on(&stream).unwrap();
+    assert_eq!(view.as_host_slice(), Some(&[0, 7, 2, 3, 9, 9][..]));
+    drop(read_only);
+    // SAFETY: no buffer has the numbers any more.
+    assert_eq!(unsafe { numbers[1].0.get().read() }, 7);
+}
+
+/// A number that is written through its address.
+struct Cell(UnsafeCell<u64>);
+
+// SAFETY: the test uses the numbers of an array on one thread.
+unsafe impl Sync for Cell {}
 
 #[test]
 fn fills_of_every_width_cover_each_element() {

@@ -332,6 +332,101 @@ fn registered_memory_has_a_device_address_if_it_is_mapped() {
 }
 
 #[test]
+fn registrations_are_exact_to_the_byte_and_do_not_overlap() {
+    rule(test_name!(), &[], |device| {
+        let stream = stream(device);
+        let layout = std::alloc::Layout::from_size_align(4 * 4096, 4096).unwrap();
+        // SAFETY: not of size 0.
+        let pages: *mut u8 = unsafe { std::alloc::alloc_zeroed(layout) };
+        let at = |offset: usize| pages.wrapping_add(offset);
+        let register = |offset: usize, bytes: usize| {
+            // SAFETY: pages of the test's own, which it gives back when they are not registered.
+            let status = unsafe { sys::cudaHostRegister(at(offset).cast(), bytes, 3) };
+            // SAFETY: no arguments.
+            let _ = unsafe { sys::cudaGetLastError() };
+            status
+        };
+        let already = Status::cudaErrorHostMemoryAlreadyRegistered;
+        assert_eq!(register(100, 4096), SUCCESS);
+        for (offset, bytes) in [(100, 4096), (100, 1), (200, 10), (4195, 1), (0, 101), (0, 8192)] {
+            assert_eq!(register(offset, bytes), already, "{bytes} bytes at {offset}");
+        }
+        // In the same pages.
+        for (offset, bytes) in [(0, 100), (4196, 5000)] {
+            assert_eq!(register(offset, bytes), SUCCESS, "{bytes} bytes at {offset}");
+        }
+        let range = |offset: usize| {
+            type Attribute = sys::CUpointer_attribute;
+            let ask: sys::PFN_cuPointerGetAttribute_v4000 = common::entry(c"cuPointerGetAttribute");
+            let (mut kind, mut start, mut bytes) = (0u32, 0u64, 0u64);
+            let asked = [
+                ((&raw mut kind).cast(), Attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE),
+                ((&raw mut start).cast(), Attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR),
+                ((&raw mut bytes).cast(), Attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE),
+            ]
+            .map(|(place, attribute)| {
+                // SAFETY: a place of the attribute's type.
+                unsafe { ask.unwrap()(place, attribute, at(offset).addr() as u64) }
+            });
+            if asked == [sys::CUresult::CUDA_SUCCESS; 3] {
+                assert_eq!(kind, sys::CUmemorytype::CU_MEMORYTYPE_HOST.0);
+                return Some((start as usize - pages.addr(), bytes as usize));
+            }
+            assert_eq!(asked, [sys::CUresult::CUDA_ERROR_INVALID_VALUE; 3]);
+            None
+        };
+        assert_eq!([0, 99].map(range), [Some((0, 100)); 2]);
+        assert_eq!([100, 4195].map(range), [Some((100, 4096)); 2]);
+        assert_eq!([4196, 9195].map(range), [Some((4196, 5000)); 2]);
+        assert_eq!(range(9196), None);
+        for offset in [100, 0, 4196] {
+            // SAFETY: registered above, and in no use.
+            assert_eq!(unsafe { sys::cudaHostUnregister(at(offset).cast()) }, SUCCESS);
+            assert_eq!(range(offset), None);
+        }
+        stream.synchronize().unwrap();
+        // SAFETY: allocated above with this layout.
+        unsafe { std::alloc::dealloc(pages, layout) };
+    });
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn memory_without_write_access_is_registered_as_read_only_and_never_downloaded_to() {
+    rule(test_name!(), &[], |device| {
+        let stream = stream(device);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+        let page = unsafe { libc::mmap(ptr::null_mut(), 4096, libc::PROT_READ, flags, -1, 0) };
+        assert_ne!(page, libc::MAP_FAILED);
+        let register = |flags| {
+            // SAFETY: a page of the test's own, which stays mapped.
+            let status = unsafe { sys::cudaHostRegister(page, 4096, flags) };
+            // SAFETY: no arguments.
+            let _ = unsafe { sys::cudaGetLastError() };
+            status
+        };
+        let (refused, flags) = (Status::cudaErrorInvalidValue, sys::cudaHostRegisterMapped);
+        // Where the device uses the host's page tables, it is not refused.
+        strict("registering a page that cannot be written", register(flags), refused, &[]);
+        assert_eq!(register(flags | sys::cudaHostRegisterReadOnly), SUCCESS);
+        let device = malloc(4096);
+        assert_eq!(upload(device, page.cast(), &stream), SUCCESS);
+        let kind = Kind::cudaMemcpyDeviceToHost;
+        // SAFETY: the call is refused, or breaks what the test leaves.
+        let down =
+            unsafe { sys::cudaMemcpyAsync(page, device.cast(), 4096, kind, stream.as_raw()) };
+        assert_eq!(down, refused);
+        // SAFETY: no arguments.
+        let _ = unsafe { sys::cudaGetLastError() };
+        assert_eq!(synchronize(&stream), SUCCESS);
+        // SAFETY: registered above, and in no use.
+        assert_eq!(unsafe { sys::cudaHostUnregister(page) }, SUCCESS);
+        assert_eq!(free(device), SUCCESS);
+    });
+}
+
+#[test]
 fn a_kernel_does_not_reach_the_memory_of_another_device_and_a_copy_does() {
     let test = test_name!();
     rule(test, &[], |_| {

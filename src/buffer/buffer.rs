@@ -300,7 +300,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Errors
     ///
-    /// As for [`cpu`](Self::cpu).
+    /// As for [`cpu`](Self::cpu), and [`Error::ReadOnly`] if the host side is [adopted](Self::adopt) as
+    /// read-only.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -343,7 +344,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Errors
     ///
-    /// As for [`cpu`](Self::cpu).
+    /// As for [`cpu_mut`](Self::cpu_mut).
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -402,7 +403,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Errors
     ///
-    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu), and [`Error::ReadOnly`] if the host side is
+    /// [adopted](Self::adopt) as read-only.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -481,7 +483,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Errors
     ///
-    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    /// As for [`copy_to_cpu`](Self::copy_to_cpu).
     ///
     /// # Safety
     ///
@@ -576,7 +578,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Errors
     ///
-    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu) and [`cpu_mut`](Self::cpu_mut).
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -599,7 +601,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Errors
     ///
-    /// As for [`cpu`](Self::cpu).
+    /// As for [`cpu_mut`](Self::cpu_mut).
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -646,7 +648,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Errors
     ///
-    /// As for [`copy_to_gpu`](Self::copy_to_gpu).
+    /// As for [`copy_to_gpu`](Self::copy_to_gpu) and [`cpu_mut`](Self::cpu_mut).
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -671,7 +673,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Errors
     ///
-    /// As for [`new`](Self::new) and [`cpu`](Self::cpu). On error the buffer is unchanged.
+    /// As for [`new`](Self::new) and [`cpu_mut`](Self::cpu_mut). On error the buffer is unchanged.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};
@@ -683,11 +685,11 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// ```
     pub fn resize(&mut self, shape: impl Into<Shape>) -> Result<()> {
         let side_layout = SideLayout::of::<T>(shape.into())?;
-        self.storage.refuse_read_only()?;
         if side_layout.layout.size() <= self.storage.capacity() {
             return self.storage.reshape_zeroed(side_layout);
         }
         self.storage.wait_for_consumers(&BOTH)?;
+        // This refuses the options of a read-only host side.
         let larger = StorageHandle::own(side_layout, self.device(), self.storage.options())?;
         self.storage.wait_for_all()?;
         // With it may go the owner of a foreign stream, which may panic.

@@ -50,8 +50,13 @@ unsafe impl Sync for Pieces {}
 impl Pieces {
     /// The ways to cut memory, in the order in which they are tried. The first is a single piece.
     pub(crate) fn ways(address: NonNull<u8>, bytes: usize) -> impl Iterator<Item = Pieces> {
-        let lead = address.addr().get() % HUGEPAGE;
+        let lead = Pieces::lead(address);
         sizes(bytes).map(move |size| Pieces { address, bytes, lead, size })
+    }
+
+    /// The bytes between an address and the hugepage's beginning before it.
+    fn lead(address: NonNull<u8>) -> usize {
+        address.addr().get() % HUGEPAGE
     }
 
     /// The pieces in order, as offsets from the address.

@@ -113,7 +113,8 @@ unsafe impl Send for Kernels {}
 // SAFETY: as above.
 unsafe impl Sync for Kernels {}
 
-fn entry<F>(name: &CStr) -> F {
+/// A function of the driver.
+pub fn entry<F>(name: &CStr) -> F {
     let mut address = ptr::null_mut();
     let mut found = sys::cudaDriverEntryPointQueryResult(0);
     // SAFETY: all pointers are valid.
