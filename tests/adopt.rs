@@ -468,22 +468,78 @@ fn two_ranges_of_one_page_are_pinned_each_for_itself() {
 }
 
 #[test]
-fn two_buffers_of_the_same_memory_share_the_registration_of_the_first() {
+fn buffers_of_the_same_memory_share_the_registration_of_the_first() {
     let test = test_name!();
     let Some((device, _turn)) = common::cuda(test) else { return };
     let stream = Stream::new(device).unwrap();
-    let pages = Arc::new(Pages::painted(4 * PAGE));
-    let options = read_only(Pinning::Required);
-    let first = adopt(&pages, 0, 4 * PAGE, device, options).unwrap();
-    for _ in 0..2 {
-        let mut second = adopt(&pages, PAGE, 2 * PAGE, device, options).unwrap();
-        second.copy_to_gpu(.., &stream).unwrap();
-        assert_eq!(gpu(&second, &stream), pattern(PAGE, 2 * PAGE));
-        drop(second);
-        assert!(is_pinned(pages.at(PAGE).as_ptr()));
+    let pages = Pages::painted(4 * PAGE);
+    let (options, owner) = (read_only(Pinning::Required), || Arc::new(()));
+    let adopt = |offset, bytes, owner: &Arc<()>, options| {
+        adopt_with(&pages, offset, bytes, device, owner.clone(), options)
+    };
+    for times in 0..2 {
+        // Part of the first's memory, all of it, and more than it.
+        for (offset, bytes) in [(PAGE + 9, PAGE), (PAGE, 2 * PAGE), (0, 4 * PAGE)] {
+            let owners = [owner(), owner()];
+            let first = adopt(PAGE, 2 * PAGE, &owners[0], options).unwrap();
+            let is_within = bytes <= 2 * PAGE;
+            let options = match is_within {
+                true => options,
+                false => read_only(Pinning::Preferred),
+            };
+            let mut second = adopt(offset, bytes, &owners[1], options).unwrap();
+            assert_eq!(
+                (second.is_pinned(), second.pinning_error().is_none()),
+                (is_within, is_within)
+            );
+            // A copy of the second is in flight when the first is dropped, unless it is pageable.
+            let gate = is_within.then(|| Gate::close(&stream));
+            second.copy_to_gpu(.., &stream).unwrap();
+            match gate {
+                Some(gate) => gate.waits(|| drop(first)),
+                None => drop(first),
+            }
+            assert_eq!(gpu(&second, &stream), pattern(offset, bytes));
+            assert!(is_pinned(pages.at(2 * PAGE - 1).as_ptr()), "times {times}");
+            assert_eq!(owners.each_ref().map(Arc::strong_count), [2, 2]);
+            drop(second);
+            assert!(!is_pinned(pages.at(2 * PAGE - 1).as_ptr()));
+            assert_eq!(owners.each_ref().map(Arc::strong_count), [1, 1]);
+        }
     }
-    drop(first);
-    assert!(!is_pinned(pages.at(PAGE).as_ptr()));
+}
+
+#[test]
+fn memory_that_another_buffer_registers_or_unregisters_at_this_moment_is_pageable() {
+    let test = test_name!();
+    let Some((device, _limits)) = Limits::of(test) else { return };
+    let pages = Arc::new(Pages::painted(2 * PAGE));
+    let reason = |buffer: &CpuGpuBuffer<u8>| {
+        buffer.pinning_error().map_or(String::new(), ToString::to_string)
+    };
+    let options = read_only(Pinning::Preferred);
+    let meanwhile = |call, action: &(dyn Fn() + Sync)| {
+        sim::reset();
+        let held = sim::Held::next(call);
+        std::thread::scope(|scope| {
+            let other = scope.spawn(action);
+            held.wait();
+            let buffer = adopt(&pages, 9, PAGE, device, options).unwrap();
+            assert!(reason(&buffer).contains("at this moment"), "{}", reason(&buffer));
+            drop(held);
+            other.join().unwrap();
+        });
+    };
+    let first = Mutex::new(None);
+    let register = || {
+        let buffer = adopt(&pages, 0, 2 * PAGE, device, read_only(Pinning::Required)).unwrap();
+        *first.lock().unwrap() = Some(buffer);
+    };
+    meanwhile(c"cudaHostRegister", &register);
+    meanwhile(c"cudaHostUnregister", &|| drop(first.lock().unwrap().take()));
+    // Afterwards it can be pinned.
+    assert!(adopt(&pages, 9, PAGE, device, options).unwrap().is_pinned());
+    assert_eq!(Arc::strong_count(&pages), 1);
 }
 
 #[test]

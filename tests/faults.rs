@@ -13,7 +13,7 @@ mod common;
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 
 use common::{Gate, in_child, sim, test_name};
 #[cfg(feature = "dlpack")]
@@ -237,13 +237,44 @@ enum State {
     Busy,
 }
 
-/// Adopts words of a vector, whose owner has them freed.
-fn adopt(words: usize, pinning: Pinning, host_flags: HostFlags) -> Result<CpuGpuBuffer<u32>> {
-    let mut memory = vec![7u32; words];
-    let host = NonNull::from(memory.as_mut_slice()).cast();
+/// Words in pages of their own, which are unmapped when their owner is let go.
+struct Words(NonNull<u32>);
+
+// SAFETY: the value only unmaps the pages, which any thread may do.
+unsafe impl Send for Words {}
+// SAFETY: as above.
+unsafe impl Sync for Words {}
+
+impl Words {
+    const BYTES: usize = WORDS * 4;
+
+    fn new() -> Words {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no other memory.
+        let pages =
+            unsafe { libc::mmap(std::ptr::null_mut(), Words::BYTES, protection, flags, -1, 0) };
+        assert_ne!(pages, libc::MAP_FAILED);
+        Words(NonNull::new(pages.cast()).unwrap())
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: the pages of this value, which nothing refers to.
+        assert_eq!(unsafe { libc::munmap(self.0.as_ptr().cast(), Words::BYTES) }, 0);
+    }
+}
+
+/// Adopts words whose owner unmaps them.
+fn adopt(pinning: Pinning, host_flags: HostFlags) -> Result<CpuGpuBuffer<u32>> {
+    /// Leak detectors find owners that are forgotten here.
+    static OWNERS: Mutex<Vec<Weak<Words>>> = Mutex::new(Vec::new());
+    let owner = Arc::new(Words::new());
+    OWNERS.lock().unwrap().push(Arc::downgrade(&owner));
     let options = BufferOptions { pinning, host_flags };
     // SAFETY: the owner keeps the words, and nothing else uses them.
-    unsafe { CpuGpuBuffer::adopt(host, words, DEVICE, Arc::new(memory), options) }
+    unsafe { CpuGpuBuffer::adopt(owner.0, WORDS, DEVICE, owner, options) }
 }
 
 type Operation = fn(&mut Bench) -> Result<()>;
@@ -258,10 +289,11 @@ const OPERATIONS: &[(&str, Operation)] = &[
     }),
     ("CpuGpuBuffer::from_slice", |bench| {
         CpuGpuBuffer::<u8>::from_slice(3, &[1, 2, 3], &bench.stream).map(drop)
-    ("CpuGpuBuffer::adopt", |_| adopt(WORDS, Pinning::Required, HostFlags::PORTABLE).map(drop)),
+    }),
+    ("CpuGpuBuffer::adopt", |_| adopt(Pinning::Required, HostFlags::PORTABLE).map(drop)),
     ("CpuGpuBuffer::adopt/in use, ::drop", |bench| {
         let flags = HostFlags::PORTABLE | HostFlags::READ_ONLY;
-        let mut buffer = adopt(WORDS, Pinning::Preferred, flags)?;
+        let mut buffer = adopt(Pinning::Preferred, flags)?;
         buffer.copy_to_gpu(.., &bench.other)?;
         buffer.gpu_on(&bench.stream)?;
         Ok(())

@@ -183,6 +183,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///   rest cannot be: the buffer is pageable, and [`pinning_error`](Self::pinning_error) has the
     ///   reason. On Linux the driver may refuse to pin a shared mapping of a file on disk that can
     ///   be written. Private and read-only mappings can be pinned.
+    /// - **Several buffers:** buffers that adopt the same memory, for example one for each device,
+    ///   share the registration of the first. Its `owner` is let go when the last of them is
+    ///   dropped.
     /// - **Read-only:** with [`HostFlags::READ_ONLY`](crate::HostFlags::READ_ONLY) nothing writes
     ///   the host side. [`cpu_mut`](Self::cpu_mut), [`try_cpu_mut`](Self::try_cpu_mut), fills of
     ///   the host side, [`resize`](Self::resize) and downloads return [`Error::ReadOnly`] and
@@ -211,9 +214,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///   others may read them. Without it, nothing else uses them, not even by a reference.
     /// - **Mapping:** their pages stay mapped. A file below them is not truncated: see
     ///   [below](#truncated-files).
-    /// - **Registration:** nothing else registers or unregisters any of them. What is registered
-    ///   already stays registered. Of two buffers over the same memory, the one that was made first
-    ///   is dropped last.
+    /// - **Registration:** nothing else registers or unregisters any of them. What other code has
+    ///   registered already stays registered.
     ///
     /// # Truncated files
     ///

@@ -4,16 +4,21 @@
 //! before its owner is let go. If it may still be registered, the owner is forgotten instead: it
 //! might unmap the pages. A forked child drops none of this: its storage is leaked.
 //!
-//! Somebody else may have registered the memory already. It then counts as pinned, and stays
-//! registered. A registration of a part cannot be completed: the driver refuses to register bytes
-//! twice. On an H200 with driver 580, registrations are exact to the byte, and two of them may
-//! share a page.
+//! Somebody else may have registered the memory already. It then counts as pinned. A registration
+//! of a part cannot be completed: the driver refuses to register bytes twice. On an H200 with
+//! driver 580, registrations are exact to the byte, and two of them may share a page.
+//!
+//! The registration may be that of another adopted buffer. Both buffers share it then, so that it
+//! lives as long as the copies of both. With it lives the owner that was adopted first. For this the
+//! registrations of all adopted memory are known by their addresses. No lock is held during a CUDA
+//! call.
 
 use std::any::Any;
+use std::iter;
 use std::mem;
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use crate::cuda::calls;
 use crate::cuda::context::Context;
@@ -25,25 +30,92 @@ use crate::sys::cudaError;
 /// The value that keeps adopted memory.
 pub(crate) type Owner = Arc<dyn Any + Send + Sync>;
 
-/// Adopted memory. Dropping the value unregisters it, and then lets the owner go.
+/// Adopted memory. Dropping the value lets the owner go, once the memory is not registered.
 pub(crate) struct Adopted {
-    registration: Registration,
+    is_pinned: bool,
+    /// The registration of this memory, or those of other adopted buffers that it overlaps.
+    registrations: Vec<Arc<Registration>>,
+    /// `None` if the registration has it. Let go after the registrations.
+    owner: Option<Owner>,
+}
+
+/// A registration of adopted memory. Dropping the value ends it, and then lets the owner go.
+struct Registration {
+    pieces: Pieces,
+    context: &'static Context,
+    /// Given up before the owner is let go: the addresses may be mapped again then.
+    claim: Claim,
     /// `None` only while the value is dropped.
     owner: Option<Owner>,
 }
 
-/// The registration of adopted memory.
-enum Registration {
-    None,
-    Own {
-        pieces: Pieces,
-        context: &'static Context,
-    },
-    /// Somebody else registered all of it, and unregisters it.
-    Foreign,
-    /// A failed attempt may have left pages registered.
-    Unknown,
+impl Drop for Registration {
+    fn drop(&mut self) {
+        // The runtime finds registrations by their address, so a failure to enter is ignored.
+        let current = self.context.enter();
+        // SAFETY: the pieces are registered. The memory is dropped after its transfers have
+        // finished, and leaked otherwise.
+        if !unsafe { self.pieces.unregister() } {
+            mem::forget(self.owner.take());
+        }
+        drop(current);
+        // The owner is let go with the fields. It may do anything, and panic.
+    }
 }
+
+// ---- registrations by their addresses ----
+
+/// Addresses that an adopted buffer registers, or has registered.
+struct Claimed {
+    range: Range<usize>,
+    /// Cannot be upgraded while the addresses are being registered or unregistered.
+    registration: Weak<Registration>,
+}
+
+/// No two ranges overlap.
+static CLAIMED: Mutex<Vec<Claimed>> = Mutex::new(Vec::new());
+
+fn claimed() -> MutexGuard<'static, Vec<Claimed>> {
+    CLAIMED.lock().unwrap_or_else(|poison| poison.into_inner())
+}
+
+/// The right to register addresses. Dropping the value gives it up.
+struct Claim {
+    start: usize,
+}
+
+impl Claim {
+    /// Claims addresses. If others have claimed some, returns their registrations.
+    fn new(range: Range<usize>) -> std::result::Result<Claim, Vec<Option<Arc<Registration>>>> {
+        let mut claimed = claimed();
+        let overlaps =
+            |other: &&Claimed| other.range.start < range.end && range.start < other.range.end;
+        // They are dropped without the lock: the last share unregisters the memory.
+        let others: Vec<_> =
+            claimed.iter().filter(overlaps).map(|other| other.registration.upgrade()).collect();
+        if !others.is_empty() {
+            return Err(others);
+        }
+        let start = range.start;
+        claimed.push(Claimed { range, registration: Weak::new() });
+        Ok(Claim { start })
+    }
+
+    /// Lets others share the registration.
+    fn publish(&self, registration: &Arc<Registration>) {
+        let mut claimed = claimed();
+        let own = claimed.iter_mut().find(|own| own.range.start == self.start);
+        own.expect("a claim is known").registration = Arc::downgrade(registration);
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        claimed().retain(|own| own.range.start != self.start);
+    }
+}
+
+// ---- pinning ----
 
 /// The result of an attempt to pin adopted memory.
 pub(crate) struct Attempt {
@@ -67,19 +139,20 @@ impl Attempt {
 impl Adopted {
     /// Memory that is not registered.
     pub(crate) fn pageable(owner: Owner) -> Adopted {
-        Adopted { registration: Registration::None, owner: Some(owner) }
+        Adopted { is_pinned: false, registrations: Vec::new(), owner: Some(owner) }
     }
 
     pub(crate) fn is_pinned(&self) -> bool {
-        matches!(self.registration, Registration::Own { .. } | Registration::Foreign)
+        self.is_pinned
     }
 
-    /// Registers the memory, unless somebody else has. There is at least one byte.
+    /// Registers the memory, unless it is registered already. There is at least one byte.
     ///
     /// # Safety
     ///
     /// - The memory is mapped while the owner is kept.
-    /// - No copy uses it, and nobody registers or unregisters any of it during the call.
+    /// - No copy of this buffer uses it.
+    /// - Nobody else registers or unregisters any of it, except for other adopted buffers.
     pub(crate) unsafe fn pin(
         &mut self,
         address: NonNull<u8>,
@@ -87,13 +160,31 @@ impl Adopted {
         flags: HostFlags,
         context: &'static Context,
     ) -> Attempt {
-        let is_foreign = || registered_range(address.as_ptr()).map(|range| range.is_some());
-        let entered = context.enter();
-        match entered.and_then(|current| is_foreign().map(|foreign| (current, foreign))) {
+        let _current = match context.enter() {
+            Ok(current) => current,
+            Err(error) => return Attempt::refused(error),
+        };
+        let start = address.addr().get();
+        let claim = match Claim::new(start..start + bytes) {
+            Ok(claim) => claim,
+            Err(others) => match others.into_iter().collect() {
+                Some(others) => {
+                    // Also if a part is registered: copies of this buffer use that part.
+                    self.registrations = others;
+                    return self.pin_by_others(address, bytes);
+                }
+                None => {
+                    return Attempt::refused(
+                        "another buffer registers or unregisters a part of it at this moment",
+                    );
+                }
+            },
+        };
+        match registered_range(address.as_ptr()) {
             Err(error) => Attempt::refused(error),
-            Ok((_current, true)) => self.pin_by_others(address, bytes),
+            Ok(Some(_)) => self.pin_by_others(address, bytes),
             // SAFETY: the caller vouches for the memory.
-            Ok((_current, false)) => unsafe { self.register(address, bytes, flags, context) },
+            Ok(None) => unsafe { self.register(claim, (address, bytes), flags, context) },
         }
     }
 
@@ -104,22 +195,26 @@ impl Adopted {
     /// As for [`pin`](Self::pin).
     unsafe fn register(
         &mut self,
-        address: NonNull<u8>,
-        bytes: usize,
+        claim: Claim,
+        (address, bytes): (NonNull<u8>, usize),
         flags: HostFlags,
         context: &'static Context,
     ) -> Attempt {
         let mut refusal = String::new();
         // Some devices cannot register memory as read-only.
         let without = flags - HostFlags::READ_ONLY;
-        for flags in [Some(flags), Some(without).filter(|flags_left| *flags_left != flags)] {
-            let Some(flags) = flags else { continue };
+        let next = (without != flags).then_some(without);
+        for flags in iter::once(flags).chain(next) {
             for pieces in Pieces::ways(address, bytes) {
                 // SAFETY: the caller vouches for the memory. The owner is kept until the pieces are
                 // unregistered.
                 let failed = match unsafe { pieces.register(flags.bits()) } {
                     Ok(()) => {
-                        self.registration = Registration::Own { pieces, context };
+                        let owner = self.owner.take();
+                        let own = Arc::new(Registration { pieces, context, claim, owner });
+                        own.claim.publish(&own);
+                        self.registrations.push(own);
+                        self.is_pinned = true;
                         return Attempt { bounds: pieces.bounds(), refusal: None };
                     }
                     Err(failed) => failed,
@@ -127,7 +222,7 @@ impl Adopted {
                 refusal = failed.error.to_string();
                 match failed {
                     Failed { leaves_pages: true, .. } => {
-                        self.registration = Registration::Unknown;
+                        mem::forget(self.owner.clone());
                         return Attempt { bounds: pieces.bounds(), refusal: Some(refusal) };
                     }
                     Failed { error, .. } if is_already_registered(&error) => {
@@ -145,7 +240,7 @@ impl Adopted {
     fn pin_by_others(&mut self, address: NonNull<u8>, bytes: usize) -> Attempt {
         match registrations(address, bytes) {
             Ok((bounds, true)) => {
-                self.registration = Registration::Foreign;
+                self.is_pinned = true;
                 Attempt { bounds, refusal: None }
             }
             Ok((bounds, false)) => {
@@ -154,30 +249,6 @@ impl Adopted {
             }
             Err(error) => Attempt::refused(error),
         }
-    }
-
-    /// Ends the registration. Returns `false` if the memory may still be registered.
-    fn unregister(&mut self) -> bool {
-        match mem::replace(&mut self.registration, Registration::None) {
-            Registration::None | Registration::Foreign => true,
-            Registration::Unknown => false,
-            Registration::Own { pieces, context } => {
-                // The runtime finds registrations by their address, so a failure is ignored.
-                let _current = context.enter();
-                // SAFETY: the pieces are registered. The memory is dropped after its transfers have
-                // finished, and leaked otherwise.
-                unsafe { pieces.unregister() }
-            }
-        }
-    }
-}
-
-impl Drop for Adopted {
-    fn drop(&mut self) {
-        if !self.unregister() {
-            mem::forget(self.owner.take());
-        }
-        // The owner is let go with the fields. Its `drop` may panic.
     }
 }
 

@@ -279,6 +279,7 @@ impl HostMemory {
 
     /// Leaks the memory, because something may still read or write it.
     pub(crate) fn leak(&mut self) {
+        self.bounds = Box::default();
         mem::forget(mem::replace(self, HostMemory::empty(Layout::new::<()>())));
     }
 }
