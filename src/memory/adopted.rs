@@ -146,6 +146,12 @@ impl Adopted {
         self.is_pinned
     }
 
+    /// Keeps the registrations and the owner for ever.
+    pub(crate) fn leak(&mut self) {
+        mem::take(&mut self.registrations).into_iter().for_each(mem::forget);
+        mem::forget(self.owner.take());
+    }
+
     /// Registers the memory, unless it is registered already. There is at least one byte.
     ///
     /// # Safety

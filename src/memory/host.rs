@@ -279,6 +279,9 @@ impl HostMemory {
 
     /// Leaks the memory, because something may still read or write it.
     pub(crate) fn leak(&mut self) {
+        if let Kind::Adopted(adopted) = &mut self.kind {
+            return adopted.leak();
+        }
         self.bounds = Box::default();
         mem::forget(mem::replace(self, HostMemory::empty(Layout::new::<()>())));
     }
