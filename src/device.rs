@@ -11,6 +11,7 @@ use std::fmt;
 ///
 /// assert_eq!("cuda:1".parse(), Ok(Device::Cuda(1)));
 /// assert_eq!("cuda".parse(), Ok(Device::Cuda(0)));
+/// assert_eq!("auto".parse(), Ok(Device::auto()));
 /// assert_eq!(Device::Cpu.to_string(), "cpu");
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]

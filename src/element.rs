@@ -2,6 +2,9 @@
 
 use std::any::TypeId;
 use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
 
 /// An element type that array libraries know.
 ///
@@ -22,8 +25,7 @@ use std::fmt;
 ///         DType::F16 => "<f2",
 ///         DType::F32 => "<f4",
 ///         DType::F64 => "<f8",
-///         DType::BF16 => return None, // has no spelling there
-///         _ => return None,
+///         _ => return None, // `bf16` has no spelling there
 ///     })
 /// }
 /// assert_eq!(typestr(DType::I32), Some("<i4"));
@@ -40,11 +42,33 @@ pub enum DType {
     I32,
     U64,
     I64,
+    /// 8 bits, 4 of them exponent and 3 mantissa, without infinities: NVIDIA's E4M3.
+    F8E4M3,
+    /// 8 bits, 5 of them exponent and 2 mantissa.
+    F8E5M2,
     F16,
     BF16,
     F32,
     F64,
 }
+
+/// All types, in the order of their declaration.
+const ALL: [DType; 14] = [
+    DType::U8,
+    DType::I8,
+    DType::U16,
+    DType::I16,
+    DType::U32,
+    DType::I32,
+    DType::U64,
+    DType::I64,
+    DType::F8E4M3,
+    DType::F8E5M2,
+    DType::F16,
+    DType::BF16,
+    DType::F32,
+    DType::F64,
+];
 
 impl DType {
     /// The name that array libraries use: `f32`, `bf16`.
@@ -54,6 +78,7 @@ impl DType {
     ///
     /// assert_eq!(DType::BF16.name(), "bf16");
     /// assert_eq!(DType::U8.to_string(), "u8");
+    /// assert_eq!("f32".parse(), Ok(DType::F32));
     /// ```
     pub fn name(self) -> &'static str {
         match self {
@@ -65,6 +90,8 @@ impl DType {
             DType::I32 => "i32",
             DType::U64 => "u64",
             DType::I64 => "i64",
+            DType::F8E4M3 => "f8e4m3",
+            DType::F8E5M2 => "f8e5m2",
             DType::F16 => "f16",
             DType::BF16 => "bf16",
             DType::F32 => "f32",
@@ -79,16 +106,35 @@ impl fmt::Display for DType {
     }
 }
 
-#[cfg(feature = "dlpack")]
 impl DType {
     /// The size of one element, in bytes.
-    pub(crate) const fn size(self) -> usize {
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::DType;
+    ///
+    /// /// The bytes of a tensor in a file.
+    /// fn bytes(dtype: DType, shape: &[usize]) -> usize {
+    ///     shape.iter().product::<usize>() * dtype.size_of()
+    /// }
+    /// assert_eq!(bytes(DType::BF16, &[4, 8]), 64);
+    /// ```
+    pub const fn size_of(self) -> usize {
         match self {
-            DType::U8 | DType::I8 => 1,
+            DType::U8 | DType::I8 | DType::F8E4M3 | DType::F8E5M2 => 1,
             DType::U16 | DType::I16 | DType::F16 | DType::BF16 => 2,
             DType::U32 | DType::I32 | DType::F32 => 4,
             DType::U64 | DType::I64 | DType::F64 => 8,
         }
+    }
+}
+
+impl FromStr for DType {
+    type Err = Error;
+
+    /// Reads a [`name`](DType::name).
+    fn from_str(text: &str) -> Result<DType> {
+        let named = ALL.into_iter().find(|dtype| dtype.name() == text);
+        named.ok_or_else(|| Error::InvalidDType { text: text.into() })
     }
 }
 
@@ -117,7 +163,13 @@ impl DType {
 /// let tensor = CpuGpuBuffer::<Byte>::new(8, Device::Cpu)?.export_cpu()?;
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
-pub trait Element: bytemuck::Pod {
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` has no `DType`",
+    label = "expected an element type that array libraries know",
+    note = "`half::f16` and `half::bf16` are elements with the feature `half`",
+    note = "`float8::F8E4M3` and `float8::F8E5M2` are elements with the feature `fp8`"
+)]
+pub trait Element: bytemuck::Pod + Send + Sync {
     /// The element type's name as a value.
     const DTYPE: DType;
 }
@@ -152,6 +204,8 @@ elements! {
     i64 => I64,
     #[cfg(feature = "half")] half::f16 => F16,
     #[cfg(feature = "half")] half::bf16 => BF16,
+    #[cfg(feature = "fp8")] float8::F8E4M3 => F8E4M3,
+    #[cfg(feature = "fp8")] float8::F8E5M2 => F8E5M2,
     f32 => F32,
     f64 => F64,
 }

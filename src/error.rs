@@ -108,6 +108,11 @@ pub enum Error {
         /// The text.
         text: String,
     },
+    /// The text names no element type.
+    InvalidDType {
+        /// The text.
+        text: String,
+    },
     /// All buffers of a pool are in use, and it may not have more. Also returned for a pool that
     /// was to begin with more buffers than its maximum.
     PoolExhausted {
@@ -214,7 +219,13 @@ impl fmt::Display for Error {
             Error::NotMapped => f.write_str("the host side is not mapped for kernels"),
             Error::InvalidStream { reason } => write!(f, "invalid stream: {reason}"),
             Error::InvalidDevice { text } => {
-                write!(f, "{text:?} is no device: expected \"cpu\", \"cuda\" or \"cuda:N\"")
+                write!(
+                    f,
+                    "{text:?} is no device: expected \"cpu\", \"cuda\", \"cuda:N\" or \"auto\""
+                )
+            }
+            Error::InvalidDType { text } => {
+                write!(f, "{text:?} is no element type: expected a name like \"f32\" or \"bf16\"")
             }
             Error::PoolExhausted { max_buffers } => {
                 write!(f, "the pool may have {max_buffers} buffers, and none is left")
@@ -295,6 +306,7 @@ mod tests {
             Error::Forked,
             Error::NotMapped,
             Error::ReadOnly,
+            Error::InvalidDType { text: "float".into() },
         ]
     }
 
@@ -320,6 +332,7 @@ mod tests {
             Error::Forked => 16,
             Error::NotMapped => 17,
             Error::ReadOnly => 18,
+            Error::InvalidDType { .. } => 19,
         }
     }
 

@@ -137,7 +137,7 @@ pub use memory::host::is_pinned_memory_available;
 pub use memory::options::{BufferOptions, HostFlags, Pinning};
 pub use pool::options::{PoolGrowth, PoolOptions};
 pub use pool::pool::{BufferPool, PoolStats};
-pub use shape::Shape;
+pub use shape::{Rows, Shape};
 pub use stream::event::Event;
 pub use stream::options::{StreamFlags, StreamOptions, WaitPolicy};
 pub use stream::stream::Stream;

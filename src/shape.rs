@@ -10,13 +10,14 @@ const MAX_RANK: usize = 8;
 
 /// The dimensions of a buffer, outermost first: 1 to 8 of them, any of which may be 0.
 ///
-/// Numbers, arrays, slices and vectors convert to shapes. The constructor that takes a shape checks
-/// the number of dimensions.
+/// Numbers, arrays, slices, vectors and tuples of up to four numbers convert to shapes. The
+/// constructor that takes a shape checks the number of dimensions.
 ///
 /// ```
 /// use cpu_gpu_buffer::Shape;
 ///
 /// assert_eq!(Shape::from([32, 768]).dims(), [32, 768]);
+/// assert_eq!(Shape::from((32, 768)), Shape::from(&vec![32, 768]));
 /// assert_eq!(Shape::from(7).dims(), [7]);
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -122,29 +123,92 @@ impl From<&[usize]> for Shape {
     }
 }
 
+impl From<&Vec<usize>> for Shape {
+    fn from(dims: &Vec<usize>) -> Shape {
+        Shape::new(dims)
+    }
+}
+
+impl From<(usize,)> for Shape {
+    fn from((dim,): (usize,)) -> Shape {
+        Shape::new(&[dim])
+    }
+}
+
+impl From<(usize, usize)> for Shape {
+    fn from((a, b): (usize, usize)) -> Shape {
+        Shape::new(&[a, b])
+    }
+}
+
+impl From<(usize, usize, usize)> for Shape {
+    fn from((a, b, c): (usize, usize, usize)) -> Shape {
+        Shape::new(&[a, b, c])
+    }
+}
+
+impl From<(usize, usize, usize, usize)> for Shape {
+    fn from((a, b, c, d): (usize, usize, usize, usize)) -> Shape {
+        Shape::new(&[a, b, c, d])
+    }
+}
+
 impl From<Vec<usize>> for Shape {
     fn from(dims: Vec<usize>) -> Shape {
         Shape::new(&dims)
     }
 }
 
-/// The rows of a buffer, or of the `member` of a group, that `range` selects.
+/// Rows of the first dimension: `..`, `..n`, `a..b`, `a..=b`. Every range of `usize` is one.
 ///
-/// Each bound is read once: `RangeBounds` is a safe trait, and may return another bound the second
-/// time.
+/// ```
+/// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Result, Rows, Stream};
+///
+/// fn send(buffer: &mut CpuGpuBuffer<f32>, rows: impl Rows, stream: &Stream) -> Result<()> {
+///     buffer.copy_to_gpu(rows, stream)
+/// }
+/// let stream = Stream::new(Device::Cpu)?;
+/// let mut buffer = CpuGpuBuffer::new([8, 4], Device::Cpu)?;
+/// send(&mut buffer, ..2, &stream)?;
+/// send(&mut buffer, 7..=7, &stream)?;
+/// # Ok::<(), cpu_gpu_buffer::Error>(())
+/// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no range of rows",
+    label = "expected a range of rows",
+    note = "for the first `n` rows write `..n`, for row `n` alone `n..n + 1`, for all rows `..`"
+)]
+pub trait Rows {
+    /// Both bounds, each read once: `RangeBounds` is a safe trait, and may return another bound the
+    /// second time.
+    #[doc(hidden)]
+    fn bounds(&self) -> (Bound<usize>, Bound<usize>);
+}
+
+// The compiler then speaks of `Rows` instead of `RangeBounds`.
+#[diagnostic::do_not_recommend]
+impl<R: RangeBounds<usize> + ?Sized> Rows for R {
+    #[inline]
+    fn bounds(&self) -> (Bound<usize>, Bound<usize>) {
+        (self.start_bound().cloned(), self.end_bound().cloned())
+    }
+}
+
+/// The rows of a buffer, or of the `member` of a group, that the bounds select.
+#[inline]
 pub(crate) fn select(
-    range: &impl RangeBounds<usize>,
+    (start, end): (Bound<usize>, Bound<usize>),
     rows: usize,
     member: Option<usize>,
 ) -> Result<Range<usize>> {
-    let start = match range.start_bound() {
-        Bound::Included(row) => Some(*row),
+    let start = match start {
+        Bound::Included(row) => Some(row),
         Bound::Excluded(row) => row.checked_add(1),
         Bound::Unbounded => Some(0),
     };
-    let end = match range.end_bound() {
+    let end = match end {
         Bound::Included(row) => row.checked_add(1),
-        Bound::Excluded(row) => Some(*row),
+        Bound::Excluded(row) => Some(row),
         Bound::Unbounded => Some(rows),
     };
     match (start, end) {

@@ -833,7 +833,7 @@ fn left(before: [i64; 5]) -> i64 {
 /// Whether the operation drops a buffer of its own that is in flight. Where the wait fails, nobody knows whether
 /// it still is, and both sides are leaked.
 fn drops(what: &str) -> bool {
-    ["/kernel", "/long", "from_raw", "::drop"].iter().any(|kind| what.contains(kind))
+    ["/kernel", "/long", "from_raw", "from_slice", "::drop"].iter().any(|kind| what.contains(kind))
 }
 
 /// Whether the operation has to do with a type's values.

@@ -313,3 +313,95 @@ fn tensors_and_their_buffer_go_in_either_order() {
     drop(buffer::<u8>(&[1]).export_cpu().unwrap());
     cpu_gpu_buffer::dlpack::reclaim().unwrap();
 }
+
+#[test]
+fn values_may_cross_a_caught_panic() {
+    use std::panic::{RefUnwindSafe, UnwindSafe};
+
+    fn both<T: UnwindSafe + RefUnwindSafe>() {}
+    both::<cpu_gpu_buffer::Device>();
+    both::<cpu_gpu_buffer::Error>();
+    both::<cpu_gpu_buffer::Shape>();
+    both::<cpu_gpu_buffer::DType>();
+    both::<Stream>();
+    both::<cpu_gpu_buffer::Event>();
+    both::<CpuGpuBuffer<f32>>();
+    both::<cpu_gpu_buffer::BufferPool<f32>>();
+    both::<BufferGroup>();
+    both::<cpu_gpu_buffer::GroupLayout>();
+    both::<cpu_gpu_buffer::MemberKey<f32>>();
+    both::<GroupRing>();
+    both::<cpu_gpu_buffer::BufferRing<f32>>();
+    both::<cpu_gpu_buffer::BufferOptions>();
+    both::<cpu_gpu_buffer::PoolOptions>();
+    both::<cpu_gpu_buffer::StreamOptions>();
+}
+
+#[test]
+fn keys_are_equal_if_they_name_one_member() {
+    use std::collections::HashMap;
+
+    use cpu_gpu_buffer::{MemberKey, MemberRows};
+
+    let (mut one, mut other) = (GroupLayoutBuilder::new(), GroupLayoutBuilder::new());
+    let (a, b, foreign): (MemberKey<u8>, _, _) = (one.add(4), one.add(4), other.add(4));
+    let clone = a;
+    assert!(a == clone && a != b && a != foreign);
+    let names = HashMap::from([(a, "a"), (b, "b"), (foreign, "foreign")]);
+    assert_eq!([names[&clone], names[&b], names[&foreign]], ["a", "b", "foreign"]);
+    let all: MemberRows = a.into();
+    assert_eq!(format!("{all:?}"), format!("{:?}", a.rows(..)));
+}
+
+#[test]
+fn shapes_come_from_whatever_lists_numbers() {
+    use cpu_gpu_buffer::Shape;
+
+    let expected = Shape::from([2, 3, 4, 5]);
+    assert_eq!(Shape::from((2, 3, 4, 5)), expected);
+    assert_eq!(Shape::from(&vec![2, 3, 4, 5]), expected);
+    assert_eq!(Shape::from((2, 3, 4)), Shape::from([2, 3, 4]));
+    assert_eq!((Shape::from((2, 3)), Shape::from((2,))), (Shape::from([2, 3]), Shape::from(2)));
+}
+
+#[test]
+fn element_types_are_read_from_their_names() {
+    use cpu_gpu_buffer::{DType, Error};
+
+    for (name, bytes) in [
+        ("u8", 1),
+        ("i8", 1),
+        ("u16", 2),
+        ("i16", 2),
+        ("u32", 4),
+        ("i32", 4),
+        ("u64", 8),
+        ("i64", 8),
+        ("f8e4m3", 1),
+        ("f8e5m2", 1),
+        ("f16", 2),
+        ("bf16", 2),
+        ("f32", 4),
+        ("f64", 8),
+    ] {
+        let dtype: DType = name.parse().unwrap();
+        assert_eq!((dtype.name(), dtype.size_of()), (name, bytes));
+    }
+    for text in ["", "float", "F32", "f32 "] {
+        assert_eq!(text.parse::<DType>(), Err(Error::InvalidDType { text: text.into() }));
+    }
+}
+
+#[test]
+fn clones_of_an_event_are_one_event() {
+    let stream = stream();
+    let event = stream.record().unwrap();
+    let clone = event.clone();
+    drop(event);
+    stream.wait(&clone).unwrap();
+    clone.synchronize().unwrap();
+    let later = stream.record().unwrap();
+    later.clone().synchronize().unwrap();
+    assert!(clone.is_complete().unwrap());
+    later.elapsed_since(&clone).unwrap();
+}

@@ -610,3 +610,21 @@ fn a_copy_that_a_capture_takes_after_the_stream_was_asked_is_refused_and_not_tak
     buffer.copy_to_cpu(.., &stream).unwrap();
     all(buffer.cpu().unwrap(), 7);
 }
+
+#[test]
+fn a_clone_of_an_event_outlives_the_original_and_its_stream() {
+    let Some((device, _turn)) = common::cuda(test_name!()) else { return };
+    let (stream, other) = (Stream::new(device).unwrap(), Stream::new(device).unwrap());
+    let gate = common::Gate::close(&stream);
+    let event = stream.record().unwrap();
+    let clone = event.clone();
+    drop((event, stream));
+    gate.passes(|| {
+        assert!(!clone.is_complete().unwrap());
+        other.wait(&clone).unwrap();
+        assert!(!other.is_idle().unwrap());
+    });
+    clone.synchronize().unwrap();
+    other.synchronize().unwrap();
+    assert!(clone.is_complete().unwrap());
+}

@@ -7,7 +7,8 @@ use std::any::{Any, type_name};
 use std::fmt;
 use std::marker::PhantomData;
 use std::mem;
-use std::ops::{Range, RangeBounds};
+use std::ops::Range;
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::ptr::NonNull;
 use std::slice;
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use crate::device::Device;
 use crate::element::{DType, Element};
 use crate::error::{Error, Result};
 use crate::memory::options::BufferOptions;
-use crate::shape::{Shape, select};
+use crate::shape::{Rows, Shape, select};
 use crate::stream::stream::Stream;
 
 /// Pinned host memory and device memory of one shape, with asynchronous copies between them.
@@ -76,6 +77,11 @@ pub struct CpuGpuBuffer<T: Pod> {
 unsafe impl<T: Pod + Send> Send for CpuGpuBuffer<T> {}
 // SAFETY: a shared reference can read elements, as one of a `Vec<T>` can.
 unsafe impl<T: Pod + Sync> Sync for CpuGpuBuffer<T> {}
+
+// A panic leaves a buffer as an error does: an operation sets its record before it enqueues. So no
+// broken value can be seen through it.
+impl<T: Pod> UnwindSafe for CpuGpuBuffer<T> {}
+impl<T: Pod> RefUnwindSafe for CpuGpuBuffer<T> {}
 
 // The other fields must not rely on these promises.
 const _: () = {
@@ -391,7 +397,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// ```
     #[doc(alias = "H2D")]
     #[doc(alias = "memcpy")]
-    pub fn copy_to_gpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
+    pub fn copy_to_gpu(&mut self, rows: impl Rows, stream: &Stream) -> Result<()> {
         let range = self.bytes_of(&rows)?;
         // SAFETY: no memory of others takes part.
         unsafe { self.storage.copy(Direction::Up, range, Peer::DeviceSide, stream) }
@@ -420,7 +426,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// ```
     #[doc(alias = "D2H")]
     #[doc(alias = "memcpy")]
-    pub fn copy_to_cpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
+    pub fn copy_to_cpu(&mut self, rows: impl Rows, stream: &Stream) -> Result<()> {
         let range = self.bytes_of(&rows)?;
         // SAFETY: no memory of others takes part.
         unsafe { self.storage.copy(Direction::Down, range, Peer::DeviceSide, stream) }
@@ -468,7 +474,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// ```
     pub unsafe fn copy_to_device_ptr(
         &mut self,
-        rows: impl RangeBounds<usize>,
+        rows: impl Rows,
         to: *mut T,
         stream: &Stream,
     ) -> Result<()> {
@@ -518,7 +524,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// ```
     pub unsafe fn copy_from_device_ptr(
         &mut self,
-        rows: impl RangeBounds<usize>,
+        rows: impl Rows,
         from: *const T,
         stream: &Stream,
     ) -> Result<()> {
@@ -888,9 +894,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// The bytes of a range of rows.
     #[inline]
-    fn bytes_of(&self, rows: &impl RangeBounds<usize>) -> Result<Range<usize>> {
+    fn bytes_of(&self, rows: &impl Rows) -> Result<Range<usize>> {
         let all = self.storage.shape().rows();
-        let rows = select(rows, all, None)?;
+        let rows = select(rows.bounds(), all, None)?;
         let row = self.nbytes().checked_div(all).unwrap_or(0);
         Ok(rows.start * row..rows.end * row)
     }

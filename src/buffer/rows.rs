@@ -1,12 +1,12 @@
 //! Rows of the host side, and copies of rows between two buffers.
 
-use std::ops::{Range, RangeBounds};
+use std::ops::Range;
 
 use bytemuck::Pod;
 
 use crate::buffer::buffer::CpuGpuBuffer;
 use crate::error::{Error, Result};
-use crate::shape::select;
+use crate::shape::{Rows, select};
 use crate::stream::stream::Stream;
 
 impl<T: Pod> CpuGpuBuffer<T> {
@@ -28,7 +28,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// }
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn cpu_rows(&self, rows: impl RangeBounds<usize>) -> Result<&[T]> {
+    pub fn cpu_rows(&self, rows: impl Rows) -> Result<&[T]> {
         let range = self.elements_of(&rows)?;
         Ok(&self.cpu()?[range])
     }
@@ -48,7 +48,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// assert_eq!(positions.cpu()?[10..12], [7, 8]);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn cpu_rows_mut(&mut self, rows: impl RangeBounds<usize>) -> Result<&mut [T]> {
+    pub fn cpu_rows_mut(&mut self, rows: impl Rows) -> Result<&mut [T]> {
         let range = self.elements_of(&rows)?;
         Ok(&mut self.cpu_mut()?[range])
     }
@@ -73,12 +73,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// assert_eq!(table.cpu_rows(17..18)?, [1, 2, 3, 4]);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn write_rows(
-        &mut self,
-        rows: impl RangeBounds<usize>,
-        values: &[T],
-        stream: &Stream,
-    ) -> Result<()> {
+    pub fn write_rows(&mut self, rows: impl Rows, values: &[T], stream: &Stream) -> Result<()> {
         let range = self.elements_of(&rows)?;
         if values.len() != range.len() {
             return Err(Error::InvalidShape {
@@ -130,7 +125,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         &mut self,
         at: usize,
         from: &mut CpuGpuBuffer<T>,
-        rows: impl RangeBounds<usize>,
+        rows: impl Rows,
         stream: &Stream,
     ) -> Result<()> {
         let (at, range) = self.bytes_between(at, from, &rows)?;
@@ -167,7 +162,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         &mut self,
         at: usize,
         from: &mut CpuGpuBuffer<T>,
-        rows: impl RangeBounds<usize>,
+        rows: impl Rows,
         stream: &Stream,
     ) -> Result<()> {
         let (at, range) = self.bytes_between(at, from, &rows)?;
@@ -207,7 +202,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         &mut self,
         at: usize,
         from: &mut CpuGpuBuffer<T>,
-        rows: impl RangeBounds<usize>,
+        rows: impl Rows,
         stream: &Stream,
     ) -> Result<()> {
         let (at, range) = self.bytes_between(at, from, &rows)?;
@@ -216,9 +211,9 @@ impl<T: Pod> CpuGpuBuffer<T> {
     }
 
     /// The elements of a range of rows.
-    fn elements_of(&self, rows: &impl RangeBounds<usize>) -> Result<Range<usize>> {
+    fn elements_of(&self, rows: &impl Rows) -> Result<Range<usize>> {
         let shape = self.storage.shape();
-        let rows = select(rows, shape.rows(), None)?;
+        let rows = select(rows.bounds(), shape.rows(), None)?;
         // No overflow: these are elements of the shape, if it has rows.
         let row = shape.row_len();
         Ok(rows.start * row..rows.end * row)
@@ -229,7 +224,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         &self,
         at: usize,
         from: &CpuGpuBuffer<T>,
-        rows: &impl RangeBounds<usize>,
+        rows: &impl Rows,
     ) -> Result<(usize, Range<usize>)> {
         let (shape, from_shape) = (self.storage.shape(), from.storage.shape());
         let row = shape.row_len();
@@ -238,8 +233,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
                 reason: format!("rows of {row} elements, and of {}", from_shape.row_len()),
             });
         }
-        let rows = select(rows, from_shape.rows(), None)?;
-        select(&(at..at.saturating_add(rows.len())), shape.rows(), None)?;
+        let rows = select(rows.bounds(), from_shape.rows(), None)?;
+        select((at..at.saturating_add(rows.len())).bounds(), shape.rows(), None)?;
         let bytes = row * size_of::<T>();
         Ok((at * bytes, rows.start * bytes..rows.end * bytes))
     }

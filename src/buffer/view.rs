@@ -2,13 +2,12 @@
 
 use std::fmt;
 use std::marker::PhantomData;
-use std::ops::RangeBounds;
 use std::ptr;
 use std::slice;
 
 use crate::device::Device;
 use crate::error::Result;
-use crate::shape::{Shape, select};
+use crate::shape::{Rows, Shape, select};
 
 /// The device side of a buffer, for work on the stream that
 /// [`gpu_on`](crate::CpuGpuBuffer::gpu_on) was called with.
@@ -171,8 +170,8 @@ impl<'a, T> GpuView<'a, T> {
     /// assert_eq!(second, buffer.device_ptr().wrapping_add(3));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn rows(self, range: impl RangeBounds<usize>) -> Result<GpuView<'a, T>> {
-        let rows = select(&range, self.shape.rows(), None)?;
+    pub fn rows(self, range: impl Rows) -> Result<GpuView<'a, T>> {
+        let rows = select(range.bounds(), self.shape.rows(), None)?;
         let row = self.len.checked_div(self.shape.rows()).unwrap_or(0);
         Ok(GpuView {
             address: self.address.wrapping_add(rows.start * row),

@@ -62,6 +62,7 @@ impl FromStr for Device {
         let device = match text {
             "cpu" => Some(Device::Cpu),
             "cuda" => Some(Device::Cuda(0)),
+            "auto" => Some(Device::auto()),
             _ => text
                 .strip_prefix("cuda:")
                 .filter(|ordinal| ordinal.bytes().all(|byte| byte.is_ascii_digit()))

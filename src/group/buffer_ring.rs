@@ -3,7 +3,6 @@
 use std::any::type_name;
 use std::fmt;
 use std::marker::PhantomData;
-use std::ops::RangeBounds;
 
 use bytemuck::Pod;
 
@@ -14,7 +13,7 @@ use crate::error::Result;
 use crate::group::layout::{GroupLayoutBuilder, MemberKey};
 use crate::group::ring::GroupRing;
 use crate::memory::options::BufferOptions;
-use crate::shape::{Shape, select};
+use crate::shape::{Rows, Shape, select};
 use crate::stream::stream::Stream;
 
 /// Several pinned host slots for one array, and one device side at a fixed address.
@@ -262,9 +261,9 @@ impl<T: Pod> BufferRing<T> {
     /// ```
     #[doc(alias = "H2D")]
     #[doc(alias = "memcpy")]
-    pub fn copy_to_gpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
+    pub fn copy_to_gpu(&mut self, rows: impl Rows, stream: &Stream) -> Result<()> {
         // Here, so that an error names no member.
-        let rows = select(&rows, self.shape()[0], None)?;
+        let rows = select(rows.bounds(), self.shape()[0], None)?;
         self.ring.copy_to_gpu(&[self.key.rows(rows)], stream)
     }
 
@@ -278,8 +277,8 @@ impl<T: Pod> BufferRing<T> {
     /// As for [`CpuGpuBuffer::copy_to_gpu`](crate::CpuGpuBuffer::copy_to_gpu).
     #[doc(alias = "D2H")]
     #[doc(alias = "memcpy")]
-    pub fn copy_to_cpu(&mut self, rows: impl RangeBounds<usize>, stream: &Stream) -> Result<()> {
-        let rows = select(&rows, self.shape()[0], None)?;
+    pub fn copy_to_cpu(&mut self, rows: impl Rows, stream: &Stream) -> Result<()> {
+        let rows = select(rows.bounds(), self.shape()[0], None)?;
         self.ring.copy_to_cpu(&[self.key.rows(rows)], stream)
     }
 

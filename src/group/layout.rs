@@ -12,7 +12,7 @@ use std::any::{TypeId, type_name};
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::marker::PhantomData;
-use std::ops::{Bound, Range, RangeBounds};
+use std::ops::{Bound, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,7 +21,7 @@ use bytemuck::Pod;
 use crate::device::Device;
 use crate::error::{Error, Result, reserve};
 use crate::memory::device_memory::DeviceMemory;
-use crate::shape::{Shape, select};
+use crate::shape::{Rows, Shape, select};
 
 /// Collects the members of a [`GroupLayout`].
 ///
@@ -280,7 +280,7 @@ impl GroupLayout {
     /// The index of the member that has the rows, and their bytes within a side.
     pub(crate) fn locate(&self, rows: &MemberRows) -> Result<(usize, Range<usize>)> {
         let (index, member) = self.at(rows.layout, rows.index)?;
-        let selected = select(&rows.bounds, member.shape.rows(), Some(index))?;
+        let selected = select(rows.bounds, member.shape.rows(), Some(index))?;
         let start = member.bytes.start;
         Ok((index, start + selected.start * member.row..start + selected.end * member.row))
     }
@@ -361,11 +361,8 @@ impl<T> MemberKey<T> {
     /// assert_eq!(beyond, Err(Error::OutOfRange { start: 0, end: 9, rows: 8, member: Some(0) }));
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
-    pub fn rows(self, rows: impl RangeBounds<usize>) -> MemberRows {
-        // Each bound is read once: `RangeBounds` is a safe trait, and may return another bound the
-        // second time.
-        let bounds = (rows.start_bound().cloned(), rows.end_bound().cloned());
-        MemberRows { layout: self.layout, index: self.index, bounds }
+    pub fn rows(self, rows: impl Rows) -> MemberRows {
+        MemberRows { layout: self.layout, index: self.index, bounds: rows.bounds() }
     }
 }
 

@@ -2,3 +2,5 @@
 pub mod dlpack;
 #[cfg(feature = "ndarray")]
 pub(crate) mod ndarray;
+#[cfg(feature = "serde")]
+mod serde;

@@ -17,6 +17,7 @@ use std::any::Any;
 use std::iter;
 use std::mem;
 use std::ops::Range;
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
@@ -38,6 +39,10 @@ pub(crate) struct Adopted {
     /// `None` if the registration has it. Let go after the registrations.
     owner: Option<Owner>,
 }
+
+// Only the owner is not known to be unwind safe. It is kept and dropped, and never looked at.
+impl UnwindSafe for Adopted {}
+impl RefUnwindSafe for Adopted {}
 
 /// A registration of adopted memory. Dropping the value ends it, and then lets the owner go.
 struct Registration {

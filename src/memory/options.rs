@@ -22,6 +22,8 @@ bitflags! {
     /// ```
     #[doc(alias("portable", "mapped"))]
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+    #[cfg_attr(feature = "serde", serde(transparent))]
     pub struct HostFlags: u32 {
         /// The memory is pinned for every device, not only the buffer's.
         const PORTABLE = sys::cudaHostAllocPortable;
@@ -75,6 +77,8 @@ const _: () = assert!(
 /// ```
 #[doc(alias("pinned", "page-locked"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum Pinning {
     /// Pinned, or an error.
     ///
@@ -102,6 +106,8 @@ pub enum Pinning {
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
 pub struct BufferOptions {
     /// The pinning of the host side. The default is [`Pinning::Preferred`].
     pub pinning: Pinning,

@@ -17,6 +17,8 @@ use crate::memory::options::{BufferOptions, HostFlags, Pinning};
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
 pub struct PoolOptions {
     /// The most buffers that the pool ever has. Default: `None`, no limit.
     pub max_buffers: Option<usize>,
@@ -67,6 +69,8 @@ impl Default for PoolOptions {
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum PoolGrowth {
     /// Doubles the pool. Adds at most 16 MiB to each side, or an eighth of the pool if that is
     /// more, and at least one buffer.

@@ -13,6 +13,7 @@
 use std::any::type_name;
 use std::fmt;
 use std::marker::PhantomData;
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
@@ -144,6 +145,11 @@ struct Inner {
     pinned: AtomicUsize,
     left_behind_count: LeftBehindCount,
 }
+
+// A panic leaves a pool as an error does: a slot is claimed or free, and its storage keeps its
+// records.
+impl<T: Pod> UnwindSafe for BufferPool<T> {}
+impl<T: Pod> RefUnwindSafe for BufferPool<T> {}
 
 impl<T: Pod> Clone for BufferPool<T> {
     fn clone(&self) -> Self {

@@ -4,6 +4,7 @@
 //! finished, every buffer knows that its earlier transfers on that stream have finished too.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::cuda::event_handle::{EventFlags, EventHandle};
@@ -24,15 +25,20 @@ use crate::stream::stream::Stream;
 /// let after = stream.record()?;
 /// after.synchronize()?;
 /// println!("took {:?}", after.elapsed_since(&before)?);
+/// let of_a_thread = after.clone(); // the same event
+/// std::thread::spawn(move || of_a_thread.synchronize()).join().unwrap()?;
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 #[doc(alias = "cudaEvent_t")]
 #[doc(alias = "fence")]
+#[derive(Clone)]
 pub struct Event(Kind);
 
+#[derive(Clone)]
 enum Kind {
     Cpu(Instant),
-    Cuda { handle: EventHandle, stream: Stream, ticket: u64 },
+    // Clones share the event of the runtime.
+    Cuda { handle: Arc<EventHandle>, stream: Stream, ticket: u64 },
 }
 
 impl Stream {
@@ -65,7 +71,7 @@ impl Stream {
         };
         let handle = EventHandle::new(entered.context(), flags)?;
         let ticket = self.tickets().submit(|| Ok(()), || entered.record(&handle))?;
-        Ok(Event(Kind::Cuda { handle, stream: self.clone(), ticket }))
+        Ok(Event(Kind::Cuda { handle: Arc::new(handle), stream: self.clone(), ticket }))
     }
 
     /// Makes later work of the stream wait for `event`, which may be of another device.

@@ -19,6 +19,8 @@ bitflags! {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+    #[cfg_attr(feature = "serde", serde(transparent))]
     pub struct StreamFlags: u32 {
         /// The stream does not wait for the legacy stream, nor the legacy stream for it.
         const NON_BLOCKING = sys::cudaStreamNonBlocking;
@@ -39,6 +41,8 @@ bitflags! {
 #[doc(alias = "cudaDeviceScheduleSpin")]
 #[doc(alias = "cudaDeviceScheduleBlockingSync")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum WaitPolicy {
     /// Waits as the device is set to. A device spins unless that was changed, which notices the end
     /// soonest.
@@ -58,6 +62,8 @@ pub enum WaitPolicy {
 /// # Ok::<(), cpu_gpu_buffer::Error>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(default))]
 pub struct StreamOptions {
     /// The priority, 0 by default. Lower numbers go first. CUDA clamps it to the device's range.
     pub priority: i32,

@@ -10,6 +10,7 @@
 use std::any::Any;
 use std::fmt;
 use std::mem;
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
@@ -70,6 +71,11 @@ enum Ownership {
 unsafe impl Send for CudaStream {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for CudaStream {}
+
+// Only the owner of a borrowed stream is not known to be unwind safe. It is kept and dropped, and
+// never looked at.
+impl UnwindSafe for CudaStream {}
+impl RefUnwindSafe for CudaStream {}
 
 // The other parts must not rely on the promises above.
 const _: () = {

@@ -174,6 +174,9 @@ impl From<DType> for DLDataType {
         const UINT: u8 = 1;
         const FLOAT: u8 = 2;
         const BFLOAT: u8 = 4;
+        // Of version 1.1 and later.
+        const FLOAT8_E4M3FN: u8 = 10;
+        const FLOAT8_E5M2: u8 = 12;
         let (code, bits) = match dtype {
             DType::U8 => (UINT, 8),
             DType::I8 => (INT, 8),
@@ -183,6 +186,8 @@ impl From<DType> for DLDataType {
             DType::I32 => (INT, 32),
             DType::U64 => (UINT, 64),
             DType::I64 => (INT, 64),
+            DType::F8E4M3 => (FLOAT8_E4M3FN, 8),
+            DType::F8E5M2 => (FLOAT8_E5M2, 8),
             DType::F16 => (FLOAT, 16),
             DType::BF16 => (BFLOAT, 16),
             DType::F32 => (FLOAT, 32),

@@ -14,7 +14,9 @@ use crate::stream::stream::Stream;
 /// The element type that the consumer reads. The consumer trusts its size, and [`Element`] is a
 /// safe trait, so the size is checked here.
 const fn dtype<T: Element>() -> DType {
-    const { assert!(size_of::<T>() == T::DTYPE.size(), "the element is not of the size of its DType") };
+    const {
+        assert!(size_of::<T>() == T::DTYPE.size_of(), "the element is not of the size of its DType")
+    };
     T::DTYPE
 }
 
