@@ -197,15 +197,16 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///   the host side, [`resize`](Self::resize) and downloads return [`Error::ReadOnly`] and
     ///   change nothing. They return errors of the shape and the rows first, and errors of the
     ///   stream afterwards.
-    /// - **Size:** [`resize`](Self::resize) within the memory zeroes it. Beyond it, the buffer moves
-    ///   to memory of its own and lets `owner` go.
+    /// - **Size:** [`resize`](Self::resize) within the memory zeroes it. Beyond it, the buffer
+    ///   moves to memory of its own and lets `owner` go.
     /// - **Leaks:** `owner` is forgotten, and never dropped, if the memory may still be registered
     ///   or in use, and in a forked child if the buffer is of a CUDA device. The memory gets no
     ///   advice about `fork`: a child sees what it would see without CUDA.
     ///
     /// # Errors
     ///
-    /// As for [`with_options`](Self::with_options). `owner` is let go then.
+    /// As for [`with_options`](Self::with_options), but the flags may have
+    /// [`READ_ONLY`](crate::HostFlags::READ_ONLY). On error `owner` is let go.
     ///
     /// # Safety
     ///
@@ -220,15 +221,15 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///   others may read them. Without it, nothing else uses them, not even by a reference.
     /// - **Mapping:** their pages stay mapped. A file below them is not truncated: see
     ///   [below](#truncated-files).
-    /// - **Registration:** nothing else registers or unregisters any of them. What other code has
-    ///   registered already stays registered.
+    /// - **Registration:** nothing else registers or unregisters any of them. Memory that other code
+    ///   has registered already stays registered.
     ///
     /// # Truncated files
     ///
-    /// A file that becomes shorter takes its pages out of every mapping. The next access to such a
-    /// page raises `SIGBUS`, which ends the process. Pages that are pinned stay in memory, but the
-    /// program's own accesses fail all the same. Nothing in this crate can prevent this: adopt
-    /// files that no other process truncates, for example an unlinked or a sealed one.
+    /// Truncating a file takes pages out of all its mappings. The program's next access to one of
+    /// them raises `SIGBUS`, which ends the process, even if the page is pinned. The crate cannot
+    /// prevent this. Adopt files that no other process truncates, for example unlinked or sealed
+    /// files.
     ///
     /// ```
     /// use std::ptr::NonNull;
@@ -242,7 +243,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
     /// let host_flags = HostFlags::READ_ONLY | HostFlags::PORTABLE;
     /// let options = BufferOptions { host_flags, ..Default::default() };
     /// let owner = weights.clone();
-    /// // SAFETY: the vector has 1024 numbers. It is neither written nor dropped while `owner` lives.
+    /// // SAFETY: the vector has 1024 numbers, and `owner` keeps it. Nothing writes it.
     /// let mut buffer =
     ///     unsafe { CpuGpuBuffer::adopt(host, [32, 32], stream.device(), owner, options) }?;
     /// buffer.copy_to_gpu(.., &stream)?;
@@ -308,8 +309,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///
     /// # Errors
     ///
-    /// As for [`cpu`](Self::cpu), and [`Error::ReadOnly`] if the host side is [adopted](Self::adopt) as
-    /// read-only.
+    /// As for [`cpu`](Self::cpu), and [`Error::ReadOnly`] if the host side is
+    /// [adopted](Self::adopt) as read-only.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device};

@@ -1,7 +1,7 @@
 //! Lending the sides of a storage to tensors of other libraries.
 //!
-//! Each function that lends returns the address of the side, and the loan that the tensor keeps. A side
-//! without bytes has a null address and no loan.
+//! Each function that lends returns the address of the side, and the loan that the tensor keeps. A
+//! side without bytes has a null address and no loan.
 
 use std::ptr;
 use std::sync::Arc;

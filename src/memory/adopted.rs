@@ -9,9 +9,9 @@
 //! driver 580, registrations are exact to the byte, and two of them may share a page.
 //!
 //! The registration may be that of another adopted buffer. Both buffers share it then, so that it
-//! lives as long as the copies of both. With it lives the owner that was adopted first. For this the
-//! registrations of all adopted memory are known by their addresses. No lock is held during a CUDA
-//! call.
+//! lives as long as the copies of both. With it lives the owner that was adopted first. The
+//! registrations of all adopted memory are therefore known by their addresses. No lock is held
+//! during a CUDA call.
 
 use std::any::Any;
 use std::iter;
@@ -269,8 +269,8 @@ const PAGE: usize = 4096;
 /// The offsets at which registrations of others begin or end in the memory, and whether they cover
 /// all of it.
 ///
-/// A registration that begins within a page, behind a gap, is not found. On an H200 with driver 580
-/// such a copy is one of pageable memory: the registration of its first byte counts.
+/// A registration that begins within a page, behind a gap, is not found, and a copy may run into
+/// it. On an H200 with driver 580 that copy works: only the registration of its first byte counts.
 fn registrations(address: NonNull<u8>, bytes: usize) -> Result<(Box<[usize]>, bool)> {
     let start = address.addr().get();
     let (mut bounds, mut at, mut is_all) = (Vec::new(), 0, true);

@@ -4,7 +4,7 @@
 //! [registered](crate::memory::registered) with the runtime. Small memory is cut from [chunks] of
 //! them.
 //!
-//! [Adopted](crate::memory::adopted) memory belongs to somebody else, and is registered where it is.
+//! [Adopted](crate::memory::adopted) memory belongs to somebody else. It is registered as it is.
 //!
 //! If CUDA refuses to register memory, `cudaHostAlloc` is the fallback. The runtime shares that
 //! memory with forked children, so the parent and its copies see stores of a child. Registered
@@ -64,8 +64,8 @@ enum Kind {
     Adopted(Adopted),
 }
 
-// SAFETY: the memory belongs to the value alone, or is adopted for it alone. It can be released on any
-// thread.
+// SAFETY: the memory belongs to the value alone, or its adopter vouched for it. It can be released
+// on any thread.
 unsafe impl Send for HostMemory {}
 // SAFETY: through a shared reference only the address can be read.
 unsafe impl Sync for HostMemory {}
@@ -313,8 +313,8 @@ impl Drop for HostMemory {
     }
 }
 
-/// The context to pin memory in. Otherwise the reason for pageable memory, if pinned memory was asked
-/// for.
+/// The context to pin memory in. Otherwise the reason for pageable memory, if pinned memory was
+/// asked for.
 fn context_to_pin_in(
     pinning: Pinning,
     context: Option<&'static Context>,
@@ -328,8 +328,8 @@ fn context_to_pin_in(
     }
 }
 
-/// What becomes of memory that was refused to be pinned: an error if pinning is required, and else
-/// pageable memory that keeps the error.
+/// Decides about memory that could not be pinned. Returns the error if pinning is required, and
+/// otherwise the error that the pageable memory keeps.
 fn fallback(pinning: Pinning, bytes: usize, refused: Option<String>) -> Result<Option<Box<Error>>> {
     match refused.map(|reason| Error::PinningUnavailable { bytes, reason }) {
         Some(error) if pinning == Pinning::Required => Err(error),
