@@ -90,6 +90,8 @@
 //! No feature is on by default.
 //!
 //! - `half`: elements `f16` and `bf16` of the `half` crate.
+//! - `fp8`: elements `F8E4M3` and `F8E5M2` of the `float8` crate.
+//! - `serde`: devices, element types and options can be serialized.
 //! - `ndarray`: `cpu_array` and `cpu_array_mut`, the host side as an array of the `ndarray` crate.
 //! - `dlpack`: either side as a DLPack tensor, for PyTorch and others. See the module `dlpack`.
 //! - `bindgen`: CUDA bindings generated at build time from the machine's headers. Needs libclang.

@@ -197,6 +197,11 @@ fn a_tensor_says_where_and_what_its_side_is() {
         check::<half::f16>(2);
         check::<half::bf16>(4);
     }
+    #[cfg(feature = "fp8")]
+    {
+        check::<float8::F8E4M3>(10);
+        check::<float8::F8E5M2>(12);
+    }
 }
 
 #[test]

@@ -247,15 +247,16 @@ fn elements_of_array_libraries_have_their_names() {
     has::<f64>(DType::F64, "f64");
 }
 
-#[cfg(feature = "half")]
+#[cfg(any(feature = "half", feature = "fp8"))]
 #[test]
-fn half_precision_elements_have_names_and_go_there_and_back() {
-    use half::{bf16, f16};
-
+fn elements_of_other_crates_have_names_and_go_there_and_back() {
     fn check<T: Element + PartialEq + std::fmt::Debug>(dtype: DType, name: &str, value: T) {
         each(|device, stream, options| {
             let mut buffer = CpuGpuBuffer::<T>::with_options([5, 3], device, options).unwrap();
-            assert_eq!((buffer.dtype(), T::DTYPE, buffer.nbytes()), (dtype, dtype, 30));
+            assert_eq!(
+                (buffer.dtype(), T::DTYPE, buffer.nbytes()),
+                (dtype, dtype, 15 * size_of::<T>())
+            );
             assert!(format!("{buffer:?}").contains(&format!("dtype={name}")));
             buffer.cpu_mut().unwrap()[4] = value;
             buffer.copy_to_gpu(.., stream).unwrap();
@@ -267,8 +268,16 @@ fn half_precision_elements_have_names_and_go_there_and_back() {
             assert_eq!(buffer.cpu().unwrap(), [value; 15]);
         });
     }
-    check(DType::F16, "f16", f16::from_f32(0.333));
-    check(DType::BF16, "bf16", bf16::from_f32(-1.5e30));
+    #[cfg(feature = "half")]
+    {
+        check(DType::F16, "f16", half::f16::from_f32(0.333));
+        check(DType::BF16, "bf16", half::bf16::from_f32(-1.5e30));
+    }
+    #[cfg(feature = "fp8")]
+    {
+        check(DType::F8E4M3, "f8e4m3", float8::F8E4M3::from_f32(0.333));
+        check(DType::F8E5M2, "f8e5m2", float8::F8E5M2::from_f32(-1.5e3));
+    }
 }
 
 #[test]
