@@ -25,7 +25,8 @@ use crate::error::{Error, Result};
 ///         DType::F16 => "<f2",
 ///         DType::F32 => "<f4",
 ///         DType::F64 => "<f8",
-///         _ => return None, // `bf16` has no spelling there
+///         DType::BF16 | DType::F8E4M3 | DType::F8E5M2 => return None, // no spelling there
+///         _ => return None,
 ///     })
 /// }
 /// assert_eq!(typestr(DType::I32), Some("<i4"));

@@ -210,6 +210,17 @@ impl<T: Pod> BufferRing<T> {
     /// # Errors
     ///
     /// As for [`cpu`](Self::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{BufferRing, Device, Stream};
+    ///
+    /// let stream = Stream::new(Device::Cpu)?;
+    /// let mut ring = BufferRing::<u32>::new(4, Device::Cpu, 2)?;
+    /// ring.copy_to_cpu(.., &stream)?;
+    /// let there = ring.try_cpu()?.is_some() && ring.try_cpu_mut()?.is_some();
+    /// assert!(there); // on the CPU nothing is ever in flight
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn try_cpu_mut(&mut self) -> Result<Option<&mut [T]>> {
         self.ring.try_cpu_mut(self.key)
     }

@@ -270,6 +270,21 @@ impl GroupRing {
     /// # Errors
     ///
     /// As for [`BufferGroup::cpu`](crate::BufferGroup::cpu).
+    ///
+    /// ```
+    /// use cpu_gpu_buffer::{Device, GroupLayoutBuilder, GroupRing, Stream};
+    ///
+    /// let mut builder = GroupLayoutBuilder::new();
+    /// let ids = builder.add::<i32>(4);
+    /// let stream = Stream::new(Device::auto())?;
+    /// let mut ring = GroupRing::new(&builder.build()?, stream.device(), 2)?;
+    /// ring.copy_to_gpu(&[ids.into()], &stream)?;
+    /// assert!(ring.try_cpu(ids)?.is_some()); // an upload only reads the slot
+    /// if ring.try_cpu_mut(ids)?.is_none() {
+    ///     ring.advance()?; // the slot is still being uploaded: the next one
+    /// }
+    /// # Ok::<(), cpu_gpu_buffer::Error>(())
+    /// ```
     pub fn try_cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<Option<&mut [T]>> {
         try_host_mut(&mut self.0, key)
     }
