@@ -36,7 +36,7 @@ impl Storage {
         Ok(Storage::in_slab(&Arc::new(slab), 0, side_layout, device, options, None))
     }
 
-    /// Returns [`Error::ReadOnly`] if the host side is never written.
+    /// Returns [`ReadOnly`](crate::Error::ReadOnly) if the host side is never written.
     #[inline]
     pub(crate) fn refuse_read_only(&self) -> Result<()> {
         let refused = self.options.host_flags.refuse_read_only();

@@ -187,10 +187,19 @@ impl Storage {
         self.slab.host().pinning_error()
     }
 
-    /// Returns `true` if kernels reach the host side under its own address.
-    pub(super) fn is_mapped(&self) -> bool {
-        self.options.host_flags.contains(HostFlags::MAPPED)
-            && self.slab.host().is_mapped(self.host, self.bytes())
+    /// Returns [`NotMapped`](Error::NotMapped) unless kernels reach the host side under its own
+    /// address. Asks the driver once.
+    pub(super) fn refuse_unmapped(&mut self) -> Result<()> {
+        if self.host_uses.as_ref().is_some_and(|uses| uses.is_mapped) {
+            return Ok(());
+        }
+        let is_mapped = self.options.host_flags.contains(HostFlags::MAPPED)
+            && self.slab.host().is_mapped(self.host, self.capacity)?;
+        if !is_mapped {
+            return Err(Error::NotMapped);
+        }
+        self.host_uses_mut().is_mapped = true;
+        Ok(())
     }
 
     /// The record of uses by kernels and other buffers, made at the first use.

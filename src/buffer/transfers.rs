@@ -8,7 +8,7 @@ use std::ptr;
 
 use crate::buffer::storage::{BOTH, Storage};
 use crate::cuda::calls::copy::Direction;
-use crate::error::{Error, Result, Side};
+use crate::error::{Result, Side};
 use crate::flight::record::Record;
 use crate::stream::stream::{EnteredStream, Stream};
 use crate::transfer::copy;
@@ -171,9 +171,7 @@ impl Storage {
             self.zero_if_pending()?;
             return Ok(self.host);
         };
-        if !self.is_mapped() {
-            return Err(Error::NotMapped);
-        }
+        self.refuse_unmapped()?;
         self.zero_if_pending()?;
         self.order(entered)?;
         self.host_is_writable = false;

@@ -10,6 +10,8 @@ use crate::stream::stream::{EnteredStream, Stream};
 
 /// The records of a host side's uses beyond the copies from and to its own device side.
 pub(crate) struct HostUses {
+    /// Kernels are known to reach the host side.
+    pub(crate) is_mapped: bool,
     /// Kernels that read or write the host side in place. Open.
     kernels: Record,
     /// Uploads to device sides of other buffers, one record for each stream. They only read, so
@@ -19,7 +21,7 @@ pub(crate) struct HostUses {
 
 impl Default for HostUses {
     fn default() -> HostUses {
-        HostUses { kernels: Record::idle(), uploads: Vec::new() }
+        HostUses { is_mapped: false, kernels: Record::idle(), uploads: Vec::new() }
     }
 }
 

@@ -86,7 +86,7 @@ impl GroupStorage {
                     && !switches::are_mapped_kernels_off() =>
             {
                 let _current = context.enter()?;
-                slab.host().is_mapped(slab.host().as_ptr(), host.size())
+                slab.host().is_mapped(slab.host().as_ptr(), host.size()).unwrap_or(false)
             }
             _ => false,
         };

@@ -252,14 +252,22 @@ impl HostMemory {
     }
 
     /// Returns whether kernels of the current device reach `bytes` bytes at `from` under the host's
-    /// own addresses.
-    pub(crate) fn is_mapped(&self, from: *mut u8, bytes: usize) -> bool {
-        let reached = |at| {
-            let range = from.wrapping_add(at);
-            calls::memory::host_device_ptr(range).is_ok_and(|address| address == range)
-        };
-        let mut ranges = self.registered_ranges(from, bytes);
-        self.is_pinned() && ranges.all(|range| reached(range.start))
+    /// own addresses. The error is that of earlier work.
+    pub(crate) fn is_mapped(&self, from: *mut u8, bytes: usize) -> Result<bool> {
+        if !self.is_pinned() {
+            return Ok(false);
+        }
+        for range in self.registered_ranges(from, bytes) {
+            let address = from.wrapping_add(range.start);
+            match calls::memory::host_device_ptr(address) {
+                Ok(mapped) if mapped == address => {}
+                Ok(_) | Err(Error::Cuda { code: Status::cudaErrorInvalidValue, .. }) => {
+                    return Ok(false);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
     }
 
     /// Splits `bytes` bytes at `from` into ranges that one registration covers each.
