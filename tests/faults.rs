@@ -778,24 +778,47 @@ fn kinds() -> impl Iterator<Item = (u32, bool, bool)> {
     FAULTS.into_iter().take(most.map_or(FAULTS.len(), |most| most.parse().unwrap()))
 }
 
-#[test]
-fn any_call_may_fail_in_any_operation() {
-    let test = test_name!();
+/// Runs the test in a process of its own, beside others: the simulated runtime is one of a process.
+/// Returns `false` in that process.
+fn runs_in_own_process(test: &str) -> bool {
+    if common::is_subprocess() {
+        return false;
+    }
+    let output = common::in_subprocess(test, &[]);
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}{errors}");
+    true
+}
+
+/// Makes each call of each operation fail, with benches in this state.
+fn any_call_may_fail(test: &str, state: State) {
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
+    }
+    if runs_in_own_process(test) {
+        return;
     }
     let _turn = common::turn();
     make_what_stays();
     let mut faults = 0;
     for (name, operation) in OPERATIONS {
-        for state in [State::Fresh, State::Busy] {
-            for fault @ (code, once, effect) in kinds() {
-                let what = format!("{name}, {state:?}, {code}, once {once}, effect {effect}");
-                faults += sweep(&what, *operation, state, fault);
-            }
+        for fault @ (code, once, effect) in kinds() {
+            let what = format!("{name}, {state:?}, {code}, once {once}, effect {effect}");
+            faults += sweep(&what, *operation, state, fault);
         }
     }
     println!("{faults} faults");
+}
+
+#[test]
+fn any_call_may_fail_in_any_operation() {
+    any_call_may_fail(test_name!(), State::Fresh);
+}
+
+#[test]
+fn any_call_may_fail_in_any_operation_while_work_is_in_flight() {
+    any_call_may_fail(test_name!(), State::Busy);
 }
 
 /// Runs the operation with something going wrong. The answer is what it answered, and that it neither panicked
@@ -906,6 +929,9 @@ fn the_context_may_break_at_any_call_of_any_operation() {
     let test = test_name!();
     if !common::is_simulated() {
         return common::left_out(test, "faults need the simulated runtime");
+    }
+    if runs_in_own_process(test) {
+        return;
     }
     let _turn = common::turn();
     make_what_stays();
