@@ -772,8 +772,8 @@ impl<T: Pod> CpuGpuBuffer<T> {
 
     /// The address of the device side, ordered after nothing, not even its first zeroing.
     ///
-    /// It is for logging, and for graph capture after a call of [`gpu_on`](Self::gpu_on). It
-    /// changes only if [`resize`](Self::resize) exceeds all earlier sizes. It is null if the buffer
+    /// It is for logging, and for graph capture after a call of [`gpu_on`](Self::gpu_on). It is a
+    /// multiple of 256, and of the alignment of `T`. It changes only if [`resize`](Self::resize) exceeds all earlier sizes. It is null if the buffer
     /// never had bytes. A buffer that was resized to no bytes keeps its memory and the address.
     ///
     /// ```

@@ -233,6 +233,8 @@ impl<'a, T> GpuView<'a, T> {
     /// The elements on [`Device::Cpu`], to write, for as long as the buffer is borrowed. `None` if
     /// they are in the memory of a GPU.
     ///
+    /// It needs no variable for the view: `view.member(key)?.into_host_slice()`.
+    ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Result, Stream};
     ///

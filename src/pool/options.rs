@@ -21,6 +21,8 @@ use crate::memory::options::{BufferOptions, HostFlags, Pinning};
 #[cfg_attr(feature = "serde", serde(default))]
 pub struct PoolOptions {
     /// The most buffers that the pool ever has. Default: `None`, no limit.
+    ///
+    /// `acquire` does not wait for a buffer to come back. The guide shows how to wait ("Pools").
     pub max_buffers: Option<usize>,
     /// How many buffers the pool adds when all are out. Default: [`PoolGrowth::Double`].
     pub growth: PoolGrowth,
