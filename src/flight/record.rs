@@ -1,10 +1,13 @@
-//! The record of one kind of use: the stream, the ticket, and the event that answers for them.
+//! The record of one kind of work: its stream, its ticket and its event.
 //!
-//! A record is *idle*, or it is *pending*: it stands for work on a stream. Pending work is finished
-//! once the stream's watermark reaches its ticket, which is one load, or once its event completes.
-//! A record is *open* while it has no event. It then stands for everything that the stream is
-//! given, and the event is recorded when somebody asks. A record also stays open if recording its
-//! event failed, because the work may be queued.
+//! An idle record covers no work. Any other record covers work on one stream. The work is finished
+//! once the stream's watermark reaches the record's ticket. Reading the watermark is one load. If
+//! it is lower, the record queries its event or waits for it.
+//!
+//! A record that covers work and has no ticket is *open*. Its event is not recorded yet, so the
+//! record also covers work that is sent to the stream later. The record is [closed](Record::close)
+//! when its event is first needed: by a query, by a wait, or by another stream. If recording the
+//! event fails, the record stays open, because the work may be queued.
 
 use std::{mem, ptr};
 
@@ -15,11 +18,13 @@ use crate::stream::options::WaitPolicy;
 use crate::stream::stream::{EnteredStream, Stream};
 use crate::stream::ticket::TicketCell;
 
-/// The last use of one kind.
+/// The record of one kind of work.
 pub(crate) struct Record {
-    pending: bool,
-    // The stream of the last use, kept for the next one. A pending record has a stream, and the
-    // event of that stream's wait policy.
+    /// The record covers work, which may be finished. Only [`supersede`](Self::supersede) clears
+    /// this.
+    covers_work: bool,
+    /// The stream of the newest work. It stays here after the work, because the next work often
+    /// uses the same stream. If `covers_work`, the stream and the event for its wait policy exist.
     stream: Option<Stream>,
     /// The events of that stream's device.
     events: Events,
@@ -28,8 +33,10 @@ pub(crate) struct Record {
     ticket_cell: TicketCell,
 }
 
-/// The events of one device: one for each wait policy, made when a stream of that policy is first
-/// used. A record reuses its events when streams alternate.
+/// The events of one device: one for each wait policy.
+///
+/// The first stream of a policy makes its event. A record keeps its events when streams of
+/// different policies alternate.
 #[derive(Default)]
 struct Events {
     /// The device's context. `None` until there is an event.
@@ -39,8 +46,9 @@ struct Events {
 }
 
 impl Events {
+    /// Returns the event for the stream's wait policy.
     #[inline]
-    fn of(&self, stream: &Stream) -> Option<&EventHandle> {
+    fn for_stream(&self, stream: &Stream) -> Option<&EventHandle> {
         match stream.wait_policy() {
             WaitPolicy::DeviceDefault => self.device_default.as_ref(),
             WaitPolicy::Block => self.blocking.as_ref(),
@@ -52,7 +60,8 @@ impl Events {
         self.context.is_none_or(|known| ptr::eq(known, context))
     }
 
-    /// Makes the event for the stream, if there is none. The stream is of these events' device.
+    /// Makes the event for the stream's wait policy, if there is none. The stream is of these events'
+    /// device.
     fn make(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         let stream = entered.stream();
         self.context = Some(entered.context());
@@ -70,7 +79,7 @@ impl Events {
 impl Record {
     pub(crate) fn idle() -> Record {
         Record {
-            pending: false,
+            covers_work: false,
             stream: None,
             events: Events::default(),
             other_events: Vec::new(),
@@ -78,23 +87,26 @@ impl Record {
         }
     }
 
-    /// The stream and the event of the pending work, or `None` if the work is known to be finished.
+    /// Returns the stream and the event of the work, or `None` if it is known to be finished.
+    ///
     /// Calls no CUDA.
     #[inline]
     fn pending_work(&self) -> Option<(&Stream, &EventHandle)> {
-        if !self.pending {
+        if !self.covers_work {
             return None;
         }
         let stream = self.stream.as_ref()?;
-        let event = self.events.of(stream)?;
+        let event = self.events.for_stream(stream)?;
         match self.ticket_cell.ticket() {
             Some(ticket) if stream.tickets().is_complete(ticket) => None,
             _ => Some((stream, event)),
         }
     }
 
-    /// The ticket of the work. Records its event first if the record is open.
-    fn ticket(&self, stream: &Stream, event: &EventHandle) -> Result<u64> {
+    /// Returns the ticket of the work. If the record is open, records its event first.
+    ///
+    /// `stream` and `event` come from [`pending_work`](Self::pending_work).
+    fn close(&self, stream: &Stream, event: &EventHandle) -> Result<u64> {
         self.ticket_cell.resolve(stream.tickets(), || {
             let Some(entered) = stream.enter()? else {
                 return Ok(());
@@ -110,7 +122,9 @@ impl Record {
         self.pending_work().is_none()
     }
 
-    /// Queries the event, if there is one, so that finished work is known to be finished.
+    /// Queries the event and raises the watermark if the work is finished.
+    ///
+    /// Does nothing if the record is open or the work is known to be finished.
     pub(crate) fn poll(&self) -> Result<()> {
         match self.pending_work() {
             Some(_) if self.ticket_cell.ticket().is_some() => self.is_finished().map(drop),
@@ -118,28 +132,32 @@ impl Record {
         }
     }
 
-    /// Returns `true` if the record stands for everything that the stream is given from now on.
+    /// Returns `true` if the record is open: it also covers work that is sent to the stream later.
     #[inline]
     pub(crate) fn is_open(&self) -> bool {
-        self.pending && self.ticket_cell.ticket().is_none()
+        self.covers_work && self.ticket_cell.ticket().is_none()
     }
 
     /// Ends open use by recording an event. If that fails, the record stays open.
+    ///
+    /// The caller checks [`is_open`](Self::is_open) if a failure matters.
     #[inline]
     pub(crate) fn close_with_event(&self) {
         if let Some((stream, event)) = self.pending_work()
             && self.is_open()
         {
-            let _ = self.ticket(stream, event);
+            let _ = self.close(stream, event);
         }
     }
 
-    /// Returns `true` if the work is finished. Queries the event.
+    /// Returns `true` if the work is finished. Does not wait.
+    ///
+    /// If that is not known, queries the event. An open record is closed first.
     pub(crate) fn is_finished(&self) -> Result<bool> {
         let Some((stream, event)) = self.pending_work() else {
             return Ok(true);
         };
-        let ticket = self.ticket(stream, event)?;
+        let ticket = self.close(stream, event)?;
         let finished = event.is_complete()?;
         if finished {
             stream.tickets().complete(ticket);
@@ -152,24 +170,26 @@ impl Record {
     pub(crate) fn wait(&self) -> Result<()> {
         match self.pending_work() {
             None => Ok(()),
-            Some((stream, event)) => self.wait_for(stream, event),
+            Some((stream, event)) => self.wait_for_event(stream, event),
         }
     }
 
     #[cold]
-    fn wait_for(&self, stream: &Stream, event: &EventHandle) -> Result<()> {
-        let ticket = self.ticket(stream, event)?;
+    fn wait_for_event(&self, stream: &Stream, event: &EventHandle) -> Result<()> {
+        let ticket = self.close(stream, event)?;
         event.synchronize()?;
         stream.tickets().complete(ticket);
         Ok(())
     }
 
-    /// Orders everything that the stream is given from now on after the work.
+    /// Makes later work of `entered` wait for the work of this record.
+    ///
+    /// The calling thread does not wait. On the record's own stream the order holds already.
     #[inline]
     pub(crate) fn order_before(&self, entered: &EnteredStream<'_>) -> Result<()> {
         match self.pending_work() {
-            Some((other, event)) if !other.is(entered.stream()) => {
-                self.ticket(other, event)?;
+            Some((stream, event)) if !stream.is(entered.stream()) => {
+                self.close(stream, event)?;
                 entered.wait(event)
             }
             _ => Ok(()),
@@ -203,29 +223,33 @@ impl Record {
                 others.len() - 1
             }
         };
-        // Exchanged last: until then the record may stand for work of the device before.
+        // Exchanged last: until then the record may cover work of the device before.
         others[index].make(entered)?;
         mem::swap(&mut self.events, &mut others[index]);
         Ok(())
     }
 
-    /// Stands for everything that the stream is given from now on, and no longer for earlier work.
-    /// The caller has ordered the stream after that work.
+    /// Opens the record on the stream, so that it covers work that is sent there later.
+    ///
+    /// The caller has ordered the stream after the record's earlier work. So the new event also
+    /// covers that work. On error the record still covers its earlier work.
     pub(crate) fn open_on(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         let stream = entered.stream();
-        // Before anything changes, because it can fail.
+        // This can fail, so it comes before all changes.
         self.make_event(entered)?;
-        self.pending = true;
+        self.covers_work = true;
         self.ticket_cell.set_open();
-        if self.stream.as_ref().is_none_or(|known| !known.is(stream)) {
-            // Dropped last: the last handle of a borrowed stream drops the owner, which may panic.
-            let _before = self.stream.replace(stream.clone());
+        if self.stream.as_ref().is_none_or(|current| !current.is(stream)) {
+            // The old stream is dropped after all changes. If this is the last handle of a borrowed
+            // stream, its owner is dropped, too, and may panic.
+            let _replaced = self.stream.replace(stream.clone());
         }
         Ok(())
     }
 
-    /// Enqueues a copy on the stream, and stands for it. Once the copy was tried, it counts as in
-    /// flight, whatever this returns.
+    /// Opens the record on the stream, enqueues a transfer there, and records the event behind it.
+    ///
+    /// If `enqueue` ran, the record covers the transfer, even if this returns an error.
     #[inline]
     pub(crate) fn submit(
         &mut self,
@@ -236,7 +260,7 @@ impl Record {
         self.submit_open(entered, enqueue)
     }
 
-    /// As [`submit`](Self::submit), for a record that is open on the stream already.
+    /// Like [`submit`](Self::submit), for a record that is open on the stream already.
     #[inline]
     pub(crate) fn submit_open(
         &mut self,
@@ -244,16 +268,18 @@ impl Record {
         enqueue: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         debug_assert!(self.is_open(), "it is not open on this stream");
-        let event = self.events.of(entered.stream()).expect("made by `open_on`");
+        let event = self.events.for_stream(entered.stream()).expect("made by `open_on`");
         let ticket = entered.stream().tickets().submit(enqueue, || entered.record(event))?;
         self.ticket_cell.set(ticket);
         Ok(())
     }
 
-    /// Becomes idle, because another record answers for the work: its own work comes later in
-    /// stream order.
+    /// Makes the record idle.
+    ///
+    /// The caller ensures that nothing needs the record any more. Its work is ordered before work
+    /// of another record, or is finished, or its side is marked as unknown.
     #[inline]
     pub(crate) fn supersede(&mut self) {
-        self.pending = false;
+        self.covers_work = false;
     }
 }
