@@ -1,4 +1,5 @@
-//! The handle of a buffer's storage. Dropping it returns the storage to its origin.
+//! The handle that owns a buffer's storage. Dropping it releases the storage or returns it to its
+//! pool.
 
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
@@ -17,27 +18,28 @@ use crate::slots::Lease;
 #[cfg(feature = "dlpack")]
 use std::any::Any;
 
-/// A buffer's storage, with its origin.
-pub(crate) struct StorageHandle(ManuallyDrop<Origin>);
+/// Owns the storage of a buffer, and returns it to its origin.
+pub(crate) struct StorageHandle(ManuallyDrop<HeldStorage>);
 
-/// The origin of a storage.
-enum Origin {
+/// A storage, by its origin.
+enum HeldStorage {
+    /// The buffer itself allocated the storage, and releases it.
     Own(Box<Storage>),
-    /// A slot of a pool, which gets the storage back as it is.
+    /// The storage lies in a pool slot. Dropping the lease returns it, with its bytes and records.
     Pool(Lease<Storage>),
 }
 
 impl StorageHandle {
-    /// A storage with memory of its own, both sides zeroed.
+    /// Allocates a storage, with both sides zeroed.
     pub(crate) fn own(
         side_layout: SideLayout,
         device: Device,
         options: BufferOptions,
     ) -> Result<StorageHandle> {
         reclaim_before_allocating(side_layout.layout.size(), device);
-        let mut one = Storage::allocate_many(side_layout, 1, device, options, None)?;
-        let storage = one.pop().expect("one storage was asked for");
-        Ok(StorageHandle::of(Origin::Own(Box::new(storage))))
+        let mut storages = Storage::allocate_many(side_layout, 1, device, options, None)?;
+        let storage = storages.pop().expect("one storage was asked for");
+        Ok(StorageHandle::hold(HeldStorage::Own(Box::new(storage))))
     }
 
     /// A storage whose host side is adopted memory.
@@ -55,36 +57,40 @@ impl StorageHandle {
         reclaim_before_allocating(side_layout.layout.size(), device);
         // SAFETY: the caller vouches for the memory.
         let storage = unsafe { Storage::adopt(host, side_layout, device, owner, options) }?;
-        Ok(StorageHandle::of(Origin::Own(Box::new(storage))))
+        Ok(StorageHandle::hold(HeldStorage::Own(Box::new(storage))))
     }
 
-    /// The storage that a pool hands out.
+    /// Takes the storage of a pool slot that was just leased.
     #[inline]
     pub(crate) fn pool(slot: Lease<Storage>) -> StorageHandle {
-        StorageHandle::of(Origin::Pool(slot))
+        StorageHandle::hold(HeldStorage::Pool(slot))
     }
 
     #[inline]
-    fn of(origin: Origin) -> StorageHandle {
-        StorageHandle(ManuallyDrop::new(origin))
+    fn hold(held: HeldStorage) -> StorageHandle {
+        StorageHandle(ManuallyDrop::new(held))
     }
 }
 
 impl Drop for StorageHandle {
-    /// Returns a pool's storage without waiting, after [closing](Storage::close_with_event) its
-    /// records. Exported storage goes to its last owner.
+    /// Releases the storage, or returns it to its pool without waiting.
+    ///
+    /// Storage of a pool first [ends open use](Storage::close_with_event). If the storage was
+    /// exported, its [`Exports`](crate::flight::exports::Exports) decide who releases it.
     #[inline]
     fn drop(&mut self) {
         #[cfg(feature = "dlpack")]
         if let Some(exports) = self.take_exports() {
-            // SAFETY: the value is being dropped, and is not used after this.
-            let origin = unsafe { ManuallyDrop::take(&mut self.0) };
-            return exports.buffer_dropped(Box::new(StorageHandle::of(origin)));
+            // SAFETY: the handle is being dropped. This branch returns, so the storage is neither
+            // used nor dropped again.
+            let held = unsafe { ManuallyDrop::take(&mut self.0) };
+            return exports.buffer_dropped(Box::new(StorageHandle::hold(held)));
         }
-        if let Origin::Pool(storage) = &*self.0 {
-            storage.close_with_event();
+        if let HeldStorage::Pool(lease) = &*self.0 {
+            lease.close_with_event();
         }
-        // SAFETY: the value is being dropped, and this happens once.
+        // SAFETY: the handle is being dropped, and the branch that takes the storage has returned.
+        // So the storage is dropped once and not used after this.
         unsafe { ManuallyDrop::drop(&mut self.0) };
     }
 }
@@ -95,15 +101,18 @@ impl ExportedStorage for StorageHandle {
         Storage::device(self)
     }
 
-    /// A record stays open if, for example, its stream is in capture. Nobody can ask later whether
-    /// that work is finished, because the stream may be gone then.
+    /// Ends open use by recording events. If that fails, leaks memory that no pool owns.
+    ///
+    /// It fails if, for example, a stream is in capture. A record that stays open cannot be waited
+    /// for later, because its stream may be destroyed by then. Memory of a pool is not released
+    /// here, so its records may stay open. [`give_back`](Self::give_back) supersedes them.
     fn close_or_leak(&self) -> bool {
         self.close_with_event();
-        let open = matches!(*self.0, Origin::Own(_)) && self.is_open();
-        if open {
+        let must_leak = matches!(*self.0, HeldStorage::Own(_)) && self.is_open();
+        if must_leak {
             self.leak();
         }
-        !open
+        !must_leak
     }
 
     fn left_behind_count(&self) -> Option<&LeftBehindCount> {
@@ -114,12 +123,15 @@ impl ExportedStorage for StorageHandle {
         let mut handle = ManuallyDrop::new(*self);
         // SAFETY: the handle is not dropped, and is not used after this.
         match unsafe { ManuallyDrop::take(&mut handle.0) } {
-            own @ Origin::Own(_) => Box::new(StorageHandle::of(own)),
-            Origin::Pool(slot) => {
-                let mut slot = ManuallyDrop::new(slot);
-                slot.supersede_open();
+            // The caller drops the storage, which then waits for its records.
+            own @ HeldStorage::Own(_) => Box::new(StorageHandle::hold(own)),
+            HeldStorage::Pool(lease) => {
+                let mut lease = ManuallyDrop::new(lease);
+                // The devices were waited for, so open records have no work left. The next holder
+                // must not wait for their streams.
+                lease.supersede_open();
                 // SAFETY: the lease is not dropped, and is not used after this.
-                Box::new(unsafe { slot.release() })
+                Box::new(unsafe { lease.release() })
             }
         }
     }
@@ -131,8 +143,8 @@ impl Deref for StorageHandle {
     #[inline]
     fn deref(&self) -> &Storage {
         match &*self.0 {
-            Origin::Own(storage) => storage,
-            Origin::Pool(lease) => lease,
+            HeldStorage::Own(storage) => storage,
+            HeldStorage::Pool(lease) => lease,
         }
     }
 }
@@ -141,8 +153,8 @@ impl DerefMut for StorageHandle {
     #[inline]
     fn deref_mut(&mut self) -> &mut Storage {
         match &mut *self.0 {
-            Origin::Own(storage) => storage,
-            Origin::Pool(lease) => lease,
+            HeldStorage::Own(storage) => storage,
+            HeldStorage::Pool(lease) => lease,
         }
     }
 }
