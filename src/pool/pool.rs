@@ -327,7 +327,7 @@ impl<T: Pod> BufferPool<T> {
     #[cold]
     fn busy_buffer(&self, slot: Lease<Storage>) -> CpuGpuBuffer<T> {
         if !slot.is_known_ready() {
-            self.inner.slots.count_not_ready();
+            self.inner.slots.count_busy_claim();
         }
         self.buffer(slot)
     }
@@ -394,7 +394,7 @@ impl<T: Pod> BufferPool<T> {
             pageable: total.saturating_sub(pinned),
             high_water: slots.high_water(),
             growths: slots.growths(),
-            in_flight: slots.not_ready(),
+            in_flight: slots.busy_claims(),
         }
     }
 

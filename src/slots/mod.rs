@@ -1,14 +1,15 @@
-//! Slots that threads claim and release without locks. They are the core of the pool, and know
-//! nothing of the values that they hold.
+//! Slots that threads claim and release without locks.
+//!
+//! They are the core of the pool, and do not depend on the values that they hold.
 //!
 //! The algorithm is a bitmap allocator that is spread over cache lines. A set bit is a free slot.
-//! Each word lies in cache lines of its own, and has few slots. Each thread begins at a word of its
-//! own, its *home*. So threads that claim and release one slot after another touch different cache
-//! lines.
+//! Each word has few slots, and no other word is in its cache lines. Threads are spread over
+//! *lanes* by their numbers. The lane selects the word in which a thread searches first, its
+//! *home*. So threads that claim and release one slot after another touch different cache lines.
 //!
 //! A claim clears a bit by compare-and-swap, and a release sets it again. The word is the whole
-//! state, so there is no ABA problem and no memory to reclaim. Segments of slots are only appended,
-//! to a fixed array of pointers. So a slot never moves.
+//! state of its slots, so there is no ABA problem and no memory to reclaim. Segments of slots are
+//! only appended, to a fixed array of pointers. So a slot never moves.
 //!
 //! A word has three fields, which change together:
 //!
@@ -47,20 +48,20 @@
 //! - `claim` returns `None` only if there was a moment during the call at which no slot was free.
 //!   Each slot was leased then, or another claim was looking at it. A claim looks at one slot at a
 //!   time. So if there are at least as many slots as all threads together hold and want, no thread
-//!   gets `None`. The moment is past when `claim` returns. (More than 2^31 releases of one word
-//!   between two readings could deceive a claim.)
+//!   gets `None`. A slot may be free again when `claim` returns. (A claim may overlook 2^31 or more
+//!   releases of one word between two readings, because their count wraps.)
 //!
 //! Not promised:
 //!
-//! - A thread need not get the slot that was released first. It may get none while other threads
-//!   keep taking the slots that come free.
-//! - `available` and the figures need not be those of one moment while other threads work.
+//! - Slots are not claimed in the order of their releases. A thread may get none while other
+//!   threads keep claiming the slots that become free.
+//! - While other threads work, `available` and the statistics need not be those of one moment.
 
 mod segment;
 mod stats;
 
 use std::ptr;
-// Hints and figures. Nothing rests on them, so the models do not follow them.
+// For hints and statistics. Correctness does not depend on them, so the models do not follow them.
 use std::sync::atomic::AtomicUsize;
 
 use crate::sync::{Arc, AtomicPtr, Mutex, MutexGuard, Ordering, thread_number};
@@ -68,19 +69,23 @@ pub(crate) use segment::{Lease, Segment};
 use segment::{Padded, Word};
 use stats::{LaneStats, Stats};
 
-/// The most segments. Doubling fills few of them, but a segment may have to be smaller.
+/// The maximum number of segments. A pool that doubles each time uses few of them.
 const SEGMENTS: usize = 256;
-/// Slots that a claim looks at, at home and elsewhere, before it takes one that is not ready.
+/// The most slots that a claim looks at in its home before it scans all words.
+///
+/// The scan looks at this many slots, at most, before it takes one that is not ready.
 const PROBES: usize = 4;
 
-/// The state that threads share if their numbers are equal modulo the number of lanes.
+/// The state of one lane.
+///
+/// Threads share a lane if their numbers are equal modulo the number of lanes.
 struct Lane {
-    /// The word from which this lane searches when its home has nothing ready.
+    /// The word at which the next scan of this lane starts.
     scan_start: AtomicUsize,
     stats: LaneStats,
 }
 
-/// A word, by the number of its segment and its number in the segment.
+/// The position of a word: the number of its segment, and its number in the segment.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct WordIndex {
     segment: usize,
@@ -103,22 +108,22 @@ impl WordIndex {
     }
 }
 
-/// A slot that was claimed.
+/// The lease of a slot that was just claimed.
 pub(crate) enum Claim<S> {
-    /// The slot was found ready.
+    /// The slot was ready.
     Ready(Lease<S>),
-    /// The slot was not ready, and none of the few others that were looked at was.
+    /// Neither this slot nor any other that the claim looked at was ready.
     Busy(Lease<S>),
 }
 
 /// A growing set of slots.
 pub(crate) struct Slots<S: Send + Sync> {
-    /// A reference of each segment. The pointers behind the last segment are null.
+    /// One reference to each segment. The pointers after the last segment are null.
     segments: [AtomicPtr<Segment<S>>; SEGMENTS],
-    /// The number of the segment that has the homes. It is the last one, which has most of the
-    /// slots, but any other would do.
+    /// The number of the newest segment, which contains the homes. It often has most of the slots.
+    /// Any other segment would be correct, too.
     newest: AtomicUsize,
-    /// A power of two of them.
+    /// The number of lanes is a power of two.
     lanes: Box<[Padded<Lane>]>,
     /// Held by the thread that appends a segment.
     growing: Mutex<()>,
@@ -126,11 +131,11 @@ pub(crate) struct Slots<S: Send + Sync> {
 }
 
 impl<S: Send + Sync> Slots<S> {
-    /// An empty set, for about `threads` threads at once.
+    /// Makes an empty set, for about `threads` threads at once.
     pub(crate) fn new(threads: usize) -> Slots<S> {
         let lane = |number| {
             Padded(Lane {
-                // Behind its home.
+                // The word after the home.
                 scan_start: AtomicUsize::new(WordIndex { segment: 0, word: number + 1 }.pack()),
                 stats: LaneStats::new(),
             })
@@ -147,8 +152,8 @@ impl<S: Send + Sync> Slots<S> {
     #[inline]
     fn segment(&self, number: usize) -> Option<&Segment<S>> {
         let pointer = self.segments.get(number)?.load(Ordering::Acquire);
-        // SAFETY: the pointer is null, or was stored when the segment was complete. The pool's own
-        // reference keeps the segment.
+        // SAFETY: the pointer is null, or it was stored after the segment was complete. The
+        // reference in `segments` keeps the segment alive while `self` is borrowed.
         unsafe { pointer.as_ref() }
     }
 
@@ -170,8 +175,9 @@ impl<S: Send + Sync> Slots<S> {
         &self.lanes[self.lane_number()].0
     }
 
-    /// The word itself. Behind the last word of a segment it is the first one of the next segment,
-    /// and behind the last of all it is the first of all.
+    /// Returns the position if it has a word, and the position of the next word otherwise.
+    ///
+    /// The first word of all comes after the last one.
     fn wrap(&self, WordIndex { segment, word }: WordIndex) -> WordIndex {
         match self.segment(segment) {
             Some(found) if word < found.word_count() => WordIndex { segment, word },
@@ -182,7 +188,7 @@ impl<S: Send + Sync> Slots<S> {
         }
     }
 
-    /// The lease of a slot that was just claimed to be kept.
+    /// Makes the lease of a slot that was just claimed and is kept.
     #[inline]
     fn lease(&self, segment: usize, slot: usize) -> Lease<S> {
         let pointer = self.segments[segment].load(Ordering::Relaxed);
@@ -192,18 +198,18 @@ impl<S: Send + Sync> Slots<S> {
         unsafe { Lease::new(segment, slot) }
     }
 
-    /// Claims a slot that is `ready`, if there is one among the few that are looked at. Otherwise
-    /// claims the slot whose turn it is. Returns `None` only if there was a moment at which no slot
-    /// was free.
+    /// Claims a slot, and prefers one that is `ready`.
     ///
-    /// A claim holds one slot at a time, however many it looks at. With a second one it could make
-    /// another thread find none.
+    /// Looks at a few slots. If none of them is ready, claims one that is not. Returns `None` only
+    /// if there was a moment during the call at which no slot was free.
+    ///
+    /// A claim holds one slot at a time, because a second one could make another thread find none.
     #[inline]
     pub(crate) fn claim(&self, ready: impl Fn(&S) -> bool) -> Option<Claim<S>> {
         let mut number = self.newest.load(Ordering::Relaxed);
         let segment = match self.segment(number) {
             Some(segment) => segment,
-            // This thread sees the number, and not yet the segment.
+            // The number may become visible to this thread before the segment does.
             None => {
                 number = 0;
                 self.segment(0)?
@@ -216,51 +222,53 @@ impl<S: Send + Sync> Slots<S> {
             // SAFETY: the slot was claimed above, and is released below.
             if ready(unsafe { segment.peek(slot) }) {
                 let word = segment.word(home.word);
-                if word.is_count_due(bits) {
-                    word.set_low();
-                    self.count();
+                if word.is_recount_due(bits) {
+                    word.reset_low_mark();
+                    self.recount();
                 }
                 return Some(Claim::Ready(self.lease(number, slot)));
             }
             segment.release(slot);
             seen = Some(slot);
         }
-        self.claim_elsewhere(home, seen, &ready)
+        self.claim_slow(home, seen, &ready)
     }
 
-    /// The rest of [`claim`](Self::claim), if home has no free slot, or if the first one there was
-    /// `seen` and is not ready.
+    /// Continues [`claim`](Self::claim) if the first look at home found no ready slot.
+    ///
+    /// `seen` is the slot that was looked at, or `None` if home has no free slot.
     #[cold]
-    fn claim_elsewhere(
+    fn claim_slow(
         &self,
         home: WordIndex,
         seen: Option<usize>,
         ready: &dyn Fn(&S) -> bool,
     ) -> Option<Claim<S>> {
-        let mut claimed = self.probe_home(home, seen, ready);
+        let mut claimed = self.probe(home, seen, ready);
         while claimed.is_none() {
             if self.was_empty() {
                 return None;
             }
-            // Takes the first free slot. Two threads that look for better ones could take each
-            // other's choice away for ever.
+            // This takes the first free slot, ready or not. Two threads that choose again could
+            // take each other's choice away forever.
             claimed = self.scan_all(home, None, &|_| true).map(|claim| match claim {
                 Claim::Ready(lease) if !ready(&lease) => Claim::Busy(lease),
                 claim => claim,
             });
         }
-        // Slots elsewhere are taken, too, from now on: the word's mark begins again.
-        self.segment(home.segment)?.word(home.word).set_low();
+        // The mark assumes that all claims were at home, so it starts again.
+        self.segment(home.segment)?.word(home.word).reset_low_mark();
         let words: usize = self.segments().map(Segment::word_count).sum();
-        if self.lane().stats.count_elsewhere(words) {
-            self.count();
+        if self.lane().stats.count_slow_claim(words) {
+            self.recount();
         }
         claimed
     }
 
-    /// Looks at a few more slots at home, and then at some elsewhere. Returns `None` also if other
-    /// threads were quicker.
-    fn probe_home(
+    /// Looks at a few more slots at home, and then scans all words.
+    ///
+    /// Returns `None` if it found no free slot, or if other threads claimed its choice first.
+    fn probe(
         &self,
         home: WordIndex,
         seen: Option<usize>,
@@ -280,8 +288,11 @@ impl<S: Send + Sync> Slots<S> {
         self.scan_all(home, seen, ready)
     }
 
-    /// Looks through all words once, from the word at which the lane stopped the last time. At
-    /// home, the slot `seen` is known not to be ready.
+    /// Scans all words once, from the lane's `scan_start`, and claims a slot.
+    ///
+    /// Claims the first ready slot, or else the first of the few slots that it looked at. `seen` is
+    /// a slot at home that is known not to be ready. Returns `None` if it found no free slot, or if
+    /// another thread claimed its choice first.
     fn scan_all(
         &self,
         home: WordIndex,
@@ -327,8 +338,10 @@ impl<S: Send + Sync> Slots<S> {
         })
     }
 
-    /// Whether there was a moment at which no slot was free. This is a double collect, as in
-    /// "Atomic Snapshots of Shared Memory" by Afek, Attiya, Dolev, Gafni, Merritt and Shavit.
+    /// Returns `true` if there was a moment during the call at which no slot was free.
+    ///
+    /// This is a double collect, as in "Atomic Snapshots of Shared Memory" by Afek, Attiya, Dolev,
+    /// Gafni, Merritt and Shavit.
     ///
     /// The words are read twice, one after the other. Assume that no slot was free either time, and
     /// that none was released in between. Then no word changed from its first reading to its
@@ -343,32 +356,35 @@ impl<S: Send + Sync> Slots<S> {
         round().is_some_and(|first| round() == Some(first))
     }
 
-    /// Makes a segment of at least one slot, to be appended. Returns `None` if there is no memory
-    /// for it.
+    /// Makes a segment of the values, to be appended.
+    ///
+    /// Returns `None` if there are no values, or no memory for the segment.
     pub(crate) fn prepare(&self, slots: Vec<S>) -> Option<Segment<S>> {
         Segment::new(slots, self.lanes.len())
     }
 
-    /// Appends a segment before other threads see the slots.
+    /// Appends a segment to slots that no other thread uses.
     pub(crate) fn append(&mut self, segment: Segment<S>) {
         self.publish(segment);
     }
 
-    /// Takes the lock under which slots are appended. The holder claims again first: another thread
-    /// may have appended some.
+    /// Takes the growth lock.
+    ///
+    /// The holder claims again before it appends, because another thread may have appended slots.
     pub(crate) fn lock_growth(&self) -> Growth<'_, S> {
         let lock = self.growing.lock().unwrap_or_else(|poison| poison.into_inner());
         Growth { slots: self, _lock: lock }
     }
 
-    /// Stores a segment, and returns its number. The caller has the lock of growing, or the slots
-    /// exclusively.
+    /// Stores a segment, and returns its number.
+    ///
+    /// The caller holds the growth lock, or borrows the slots exclusively.
     fn publish(&self, segment: Segment<S>) -> usize {
         let count = segment.len();
         let number = self.segments().count();
         let pointer = Arc::into_raw(Arc::new(segment));
         for _ in 0..count {
-            // SAFETY: the pointer is that of an `Arc` that lives.
+            // SAFETY: the pointer came from `Arc::into_raw`, and that reference still exists.
             unsafe { Arc::increment_strong_count(pointer) };
         }
         self.segments[number].store(pointer.cast_mut(), Ordering::Release);
@@ -376,18 +392,19 @@ impl<S: Send + Sync> Slots<S> {
         number
     }
 
-    /// Whether no more segment can be appended.
+    /// Returns `true` if no more segments can be appended.
     pub(crate) fn is_full(&self) -> bool {
         self.segments().count() == SEGMENTS
     }
 
     /// Counts the slots that are taken, for the high-water mark.
     ///
-    /// Each claim away from home counts, and each claim at home that leaves fewer free slots than
-    /// the ones since. In between, slots are only released. So if one thread claims, no peak is
-    /// missed.
+    /// A slow claim recounts, or one of several if there are many words. A claim at home recounts
+    /// if it leaves fewer free slots than the home's [`LowMark`](stats::LowMark). Between two
+    /// recounts, slots of other words are only released. So if one thread claims and each slow
+    /// claim recounts, no peak is missed.
     #[cold]
-    fn count(&self) {
+    fn recount(&self) {
         self.stats.raise_high_water(self.total().saturating_sub(self.available()));
     }
 
@@ -401,52 +418,54 @@ impl<S: Send + Sync> Slots<S> {
         self.words().map(|word| word.available() as usize).sum()
     }
 
-    /// Counts a claim that returned a slot that was not ready.
-    pub(crate) fn count_not_ready(&self) {
-        self.lane().stats.count_not_ready();
+    /// Adds one to [`busy_claims`](Self::busy_claims).
+    pub(crate) fn count_busy_claim(&self) {
+        self.lane().stats.count_busy_claim();
     }
 
-    /// The claims that returned a slot that was not ready.
-    pub(crate) fn not_ready(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.0.stats.not_ready()).sum()
+    /// The number of claims that returned a slot that was not ready.
+    pub(crate) fn busy_claims(&self) -> usize {
+        self.lanes.iter().map(|lane| lane.0.stats.busy_claims()).sum()
     }
 
-    /// How often slots were appended because none was free.
+    /// The number of times that slots were appended because none was free.
     pub(crate) fn growths(&self) -> usize {
         self.stats.growths()
     }
 
-    /// The most slots that were seen to be taken at once.
+    /// The largest number of taken slots in any recount.
     pub(crate) fn high_water(&self) -> usize {
         self.stats.high_water()
     }
 }
 
-/// The lock of growing. One thread at a time has it.
+/// The growth lock. One thread at a time holds it.
 pub(crate) struct Growth<'s, S: Send + Sync> {
     slots: &'s Slots<S>,
     _lock: MutexGuard<'s, ()>,
 }
 
 impl<S: Send + Sync> Growth<'_, S> {
-    /// As [`Slots::claim`].
+    /// Like [`Slots::claim`].
     pub(crate) fn claim(&self, ready: impl Fn(&S) -> bool) -> Option<Claim<S>> {
         self.slots.claim(ready)
     }
 
     /// Appends a segment, and returns the lease of its first slot.
     pub(crate) fn append(&self, segment: Segment<S>) -> Lease<S> {
-        // Before other threads see it: they could take all slots that were made for this thread.
+        // This comes before other threads see the segment. They could claim all its slots.
         segment.claim_slot(0);
         let number = self.slots.publish(segment);
         self.slots.stats.count_growth();
-        self.slots.count();
+        self.slots.recount();
         self.slots.lease(number, 0)
     }
 }
 
 impl<S: Send + Sync> Drop for Slots<S> {
-    /// Closes every word. Free slots are dropped now, the others with their leases.
+    /// Closes every word, and drops the references of the slots that are free.
+    ///
+    /// A segment's values are dropped with its last reference. A lease drops its own.
     fn drop(&mut self) {
         let mut segments = [const { None }; SEGMENTS];
         for (pointer, kept) in self.segments.iter().zip(&mut segments) {
@@ -454,18 +473,20 @@ impl<S: Send + Sync> Drop for Slots<S> {
             if pointer.is_null() {
                 break;
             }
-            // SAFETY: this is the pool's own reference, which it gives up here.
+            // SAFETY: `publish` stored this reference in `segments`. The slots are being dropped,
+            // and this loop takes each reference once.
             let segment = unsafe { Arc::from_raw(pointer) };
             for word in segment.words() {
                 for _ in 0..word.close() {
-                    // SAFETY: the reference of a slot that was free. No thread can claim it now.
+                    // SAFETY: a free slot owned this reference. The word is closed, so no thread
+                    // can claim the slot and drop the reference, too.
                     unsafe { Arc::decrement_strong_count(pointer) };
                 }
             }
             *kept = Some(segment);
         }
-        // After all are closed: the drop of a value may panic. The other segments are dropped then
-        // all the same.
+        // Dropping a value may panic, so this comes after all words are closed. The other segments
+        // are still dropped then.
         drop(segments);
     }
 }

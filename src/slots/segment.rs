@@ -3,28 +3,29 @@
 use std::cell::UnsafeCell;
 use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
-// A hint about whose turn it is. Nothing rests on it, so the models do not follow it.
+// For the turn, which is a hint. Correctness does not depend on it, so the models do not follow it.
 use std::sync::atomic::AtomicU32;
 
 use super::stats::LowMark;
 use crate::sync::{Arc, AtomicU64, Ordering, load_for_stats};
 
-/// Slots of one word.
+/// The number of slots that a word has room for.
 const WIDTH: usize = 32;
 const CLOSED: u64 = 1 << WIDTH;
-/// One more release. The count wraps, and no bit lies above it.
+/// One release, in the count of releases. The count has the highest bits, so it wraps and changes
+/// no others.
 const RELEASE: u64 = CLOSED << 1;
 
-/// A value in two cache lines of its own: processors fetch lines in pairs.
+/// A value with two cache lines to itself, because processors fetch lines in pairs.
 #[repr(align(128))]
 pub(super) struct Padded<T>(pub(super) T);
 
 /// The state of up to 32 slots. See the [fields](super) of `bits`.
 pub(super) struct Word {
     bits: AtomicU64,
-    /// The slot of the word whose turn it is.
+    /// The bit at which the next claim starts its search.
     turn: AtomicU32,
-    low: LowMark,
+    low_mark: LowMark,
 }
 
 impl Word {
@@ -32,26 +33,27 @@ impl Word {
         Word {
             bits: AtomicU64::new((1 << slots) - 1),
             turn: AtomicU32::new(0),
-            low: LowMark::new(),
+            low_mark: LowMark::new(),
         }
     }
 
-    /// The free slots, for figures.
+    /// The number of free slots, for statistics.
     pub(super) fn available(&self) -> u32 {
         free(load_for_stats(&self.bits)).count_ones()
     }
 
-    /// Whether the claim that left the word as `bits` has to count all slots.
+    /// Returns `true` if a claim at home that left the word as `bits` must recount all slots.
     #[inline]
-    pub(super) fn is_count_due(&self, bits: u64) -> bool {
-        self.low.is_count_due(free(bits).count_ones(), bits / RELEASE)
+    pub(super) fn is_recount_due(&self, bits: u64) -> bool {
+        self.low_mark.is_recount_due(free(bits).count_ones(), bits / RELEASE)
     }
 
-    pub(super) fn set_low(&self) {
-        self.low.set(self.available());
+    /// Sets the low mark to the present number of free slots.
+    pub(super) fn reset_low_mark(&self) {
+        self.low_mark.reset(self.available());
     }
 
-    /// The releases of this word, or `None` if a slot is free.
+    /// The count of releases of this word, or `None` if a slot is free.
     pub(super) fn releases_if_empty(&self) -> Option<u64> {
         let bits = self.bits.load(Ordering::Acquire);
         (free(bits) == 0).then_some(bits / RELEASE)
@@ -59,7 +61,7 @@ impl Word {
 
     /// Closes the word. Returns how many slots were free.
     ///
-    /// `Acquire`: the thread that drops the slots sees what their last holders did.
+    /// `Acquire` makes the writes of the last holders visible to the thread that drops the slots.
     pub(super) fn close(&self) -> u32 {
         free(self.bits.swap(CLOSED, Ordering::AcqRel)).count_ones()
     }
@@ -70,23 +72,29 @@ fn free(bits: u64) -> u32 {
     bits as u32
 }
 
-/// Slots that are appended and dropped together. Slot `i` has bit `i / words` of word `i % words`.
+/// Slots that are appended and dropped together.
+///
+/// Slot `i` has bit `i / words` of word `i % words`, for `words` words.
 pub(crate) struct Segment<S> {
-    /// `1 << shift` words.
     words: Box<[Padded<Word>]>,
+    /// The number of words is `1 << shift`.
     shift: u32,
-    /// Padded: neighbours belong to different words, and so to different threads.
+    /// The values are padded because neighbours are in different words, which different threads
+    /// use.
     slots: Box<[Padded<UnsafeCell<S>>]>,
 }
 
-// SAFETY: only the holder of a slot's lease touches the value in the slot. The thread that drops
-// the segment touches it, too, and no lease exists then.
+// SAFETY: only the holder of a slot touches its value: the claim that looks at it, or its lease. The
+// thread that drops the segment also touches the value. No slot is held then, because each held
+// slot keeps a reference to the segment.
 unsafe impl<S: Send + Sync> Send for Segment<S> {}
 // SAFETY: as for `Send`.
 unsafe impl<S: Send + Sync> Sync for Segment<S> {}
 
 impl<S> Segment<S> {
-    /// A segment with all slots free. Returns `None` if there is no slot, or no memory for it.
+    /// Makes a segment in which all slots are free.
+    ///
+    /// Returns `None` if there are no slots, or no memory for the segment.
     pub(super) fn new(slots: Vec<S>, lanes: usize) -> Option<Segment<S>> {
         let count = slots.len();
         let spread = 1 << count.min(lanes).checked_ilog2()?;
@@ -120,7 +128,7 @@ impl<S> Segment<S> {
         self.words.iter().map(|word| &word.0)
     }
 
-    /// A slot's word, and its bit there.
+    /// The word of a slot, and the number of the slot's bit.
     #[inline]
     fn word_of(&self, slot: usize) -> (&Word, u32) {
         (&self.words[slot & (self.words.len() - 1)].0, (slot >> self.shift) as u32)
@@ -131,8 +139,9 @@ impl<S> Segment<S> {
         1 << self.word_of(slot).1
     }
 
-    /// Claims a free slot of a word: the one whose turn comes first. Passes over the bits of
-    /// `passed`. Returns the slot, and the word's bits after the claim.
+    /// Claims the next free slot of a word, from the word's turn on.
+    ///
+    /// Skips the slots in the mask `passed`. Returns the slot, and the word's bits after the claim.
     #[inline]
     pub(super) fn claim(&self, at: usize, passed: u32) -> Option<(usize, u64)> {
         let word = &self.words[at].0;
@@ -150,7 +159,7 @@ impl<S> Segment<S> {
         None
     }
 
-    /// Claims this very slot, if it is free.
+    /// Claims this slot. Returns `false` if it is not free.
     pub(super) fn claim_slot(&self, slot: usize) -> bool {
         let (word, bit) = self.word_of(slot);
         let bit = 1 << bit;
@@ -164,7 +173,7 @@ impl<S> Segment<S> {
         false
     }
 
-    /// The value in a slot.
+    /// Borrows the value of a claimed slot.
     ///
     /// # Safety
     ///
@@ -176,13 +185,13 @@ impl<S> Segment<S> {
         unsafe { &*self.slots[slot].0.get() }
     }
 
-    /// Releases a slot that was only looked at. The pool is not closed.
+    /// Releases a slot that was only looked at. The caller borrows the pool, so it is not closed.
     pub(super) fn release(&self, slot: usize) {
         let (word, bit) = self.word_of(slot);
         release(&word.bits, bit);
     }
 
-    /// Gives the turn to the slot behind this one, which was claimed to be kept.
+    /// Moves the turn of the word to the bit after this slot, which was claimed and is kept.
     #[inline]
     fn pass_turn(&self, slot: usize) {
         let (word, bit) = self.word_of(slot);
@@ -198,7 +207,7 @@ fn boxed<T>(items: impl ExactSizeIterator<Item = T>) -> Option<Box<[T]>> {
     Some(all.into_boxed_slice())
 }
 
-/// Changes a word from `seen` to `next`. Returns the word's bits if they are others.
+/// Changes a word from `seen` to `next`. If that fails, returns the word's present bits.
 #[inline]
 fn change(word: &AtomicU64, seen: u64, next: u64, order: Ordering) -> Result<(), u64> {
     word.compare_exchange_weak(seen, next, order, Ordering::Relaxed).map(drop)
@@ -209,14 +218,16 @@ fn change(word: &AtomicU64, seen: u64, next: u64, order: Ordering) -> Result<(),
 enum Released {
     /// The slot is free.
     Free,
-    /// The pool is closed. The slot is not free, and its reference is the caller's to drop.
+    /// The pool is closed. The slot is not free, and the caller drops the slot's reference.
     Closed,
-    /// The slot was free already. No lease was behind this release, and it changed nothing.
+    /// The slot was free already. The release changed nothing.
     Twice,
 }
 
-/// Releases a slot. Once its bit is set, another thread may drop the segment. So this borrows the
-/// word alone, and touches nothing after the change.
+/// Releases a slot by its bit.
+///
+/// Once the bit is set, another thread may drop the segment. So this function borrows only the
+/// word, and touches nothing after the change.
 #[inline]
 fn release(word: &AtomicU64, bit: u32) -> Released {
     let bit = 1 << bit;
@@ -236,7 +247,7 @@ fn release(word: &AtomicU64, bit: u32) -> Released {
     }
 }
 
-/// A claimed slot. Dropping the lease releases it.
+/// The exclusive right to one slot. Dropping the lease releases the slot.
 pub(crate) struct Lease<S> {
     /// The slot's reference.
     segment: ManuallyDrop<Arc<Segment<S>>>,
@@ -262,7 +273,7 @@ impl<S> DerefMut for Lease<S> {
 }
 
 impl<S> Lease<S> {
-    /// The lease of a slot that is kept. The next claim in its word takes a later slot.
+    /// Makes the lease of a slot that is kept. The next claim in its word starts after the slot.
     ///
     /// # Safety
     ///
@@ -274,8 +285,9 @@ impl<S> Lease<S> {
         Lease { segment: ManuallyDrop::new(segment), slot: slot as u32 }
     }
 
-    /// Releases the slot. If the pool is closed, returns the slot's reference of the segment, for
-    /// the caller to drop.
+    /// Releases the slot. If the pool is closed, returns the slot's reference to the segment.
+    ///
+    /// The caller drops that reference.
     ///
     /// # Safety
     ///

@@ -1,14 +1,19 @@
-//! Figures about slots. Nothing rests on them, so the loom models do not follow them.
+//! Statistics about slots.
+//!
+//! No claim and no release depends on them, so the loom models do not follow them. A *slow claim*
+//! is one that did not take the first slot that it found at home. [`slots`](super) defines the
+//! words *home* and *lane*.
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
-/// Releases of a word between two claims at home that count all slots.
-const RECOUNT: u64 = 1 << 14;
-/// Up to this number of words, each claim away from home counts all slots. With more words, fewer
-/// claims do.
-const QUICKLY_COUNTED: usize = 128;
+/// A claim at home recounts all slots if its word's count of releases is a multiple of this.
+const RECOUNT_AFTER_RELEASES: u64 = 1 << 14;
+/// The most words that a slow claim reads for a recount, on average.
+///
+/// With this many words or fewer, each slow claim recounts all slots.
+const WORDS_PER_SLOW_CLAIM: usize = 128;
 
-/// The figures of all threads together.
+/// The statistics of all lanes together.
 pub(super) struct Stats {
     growths: AtomicUsize,
     high_water: AtomicUsize,
@@ -27,7 +32,7 @@ impl Stats {
         self.growths.load(Ordering::Relaxed)
     }
 
-    /// Notes that `taken` slots were taken at once.
+    /// Raises the high-water mark to `taken` slots, if it is lower.
     pub(super) fn raise_high_water(&self, taken: usize) {
         self.high_water.fetch_max(taken, Ordering::Relaxed);
     }
@@ -37,38 +42,41 @@ impl Stats {
     }
 }
 
-/// The figures of one lane.
+/// The statistics of one lane.
 pub(super) struct LaneStats {
-    /// Claims away from home.
-    elsewhere: AtomicUsize,
-    /// Claims that returned a slot that was not ready.
-    not_ready: AtomicUsize,
+    /// The number of slow claims.
+    slow_claims: AtomicUsize,
+    /// The number of claims that returned a slot that was not ready.
+    busy_claims: AtomicUsize,
 }
 
 impl LaneStats {
     pub(super) fn new() -> LaneStats {
-        LaneStats { elsewhere: AtomicUsize::new(0), not_ready: AtomicUsize::new(0) }
+        LaneStats { slow_claims: AtomicUsize::new(0), busy_claims: AtomicUsize::new(0) }
     }
 
-    /// Counts a claim away from home. Returns whether it is this claim's turn to count all slots,
-    /// which lie in `words` words.
-    pub(super) fn count_elsewhere(&self, words: usize) -> bool {
-        let elsewhere = self.elsewhere.fetch_add(1, Ordering::Relaxed);
-        elsewhere.is_multiple_of(words.div_ceil(QUICKLY_COUNTED))
+    /// Counts a slow claim. Returns `true` if this claim must recount all slots.
+    ///
+    /// `words` is the number of words of all segments.
+    pub(super) fn count_slow_claim(&self, words: usize) -> bool {
+        let earlier_claims = self.slow_claims.fetch_add(1, Ordering::Relaxed);
+        earlier_claims.is_multiple_of(words.div_ceil(WORDS_PER_SLOW_CLAIM))
     }
 
-    pub(super) fn count_not_ready(&self) {
-        self.not_ready.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn count_busy_claim(&self) {
+        self.busy_claims.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(super) fn not_ready(&self) -> usize {
-        self.not_ready.load(Ordering::Relaxed)
+    pub(super) fn busy_claims(&self) -> usize {
+        self.busy_claims.load(Ordering::Relaxed)
     }
 }
 
-/// The fewest free slots that claims at home left in a word, since the last claim away from it.
+/// The number of free slots of a word at the last recount by a claim at home, or after the last
+/// slow claim.
 ///
-/// As long as a claim leaves no fewer, no more slots are taken at once than before.
+/// Assume that all claims since then were at this home, and left at least this many slots free.
+/// Then no more slots are taken than at that time. A claim that leaves fewer recounts all slots.
 pub(super) struct LowMark(AtomicU32);
 
 impl LowMark {
@@ -76,14 +84,16 @@ impl LowMark {
         LowMark(AtomicU32::new(u32::MAX))
     }
 
-    /// Whether the claim that left `free` slots has to count all slots. `releases` is the word's
-    /// count of releases.
+    /// Returns `true` if a claim at home that left `free` slots free must recount all slots.
+    ///
+    /// `releases` is the word's count of releases.
     #[inline]
-    pub(super) fn is_count_due(&self, free: u32, releases: u64) -> bool {
-        free < self.0.load(Ordering::Relaxed) || releases.is_multiple_of(RECOUNT)
+    pub(super) fn is_recount_due(&self, free: u32, releases: u64) -> bool {
+        free < self.0.load(Ordering::Relaxed) || releases.is_multiple_of(RECOUNT_AFTER_RELEASES)
     }
 
-    pub(super) fn set(&self, free: u32) {
+    /// Sets the mark to the present number of free slots.
+    pub(super) fn reset(&self, free: u32) {
         self.0.store(free, Ordering::Relaxed);
     }
 }
