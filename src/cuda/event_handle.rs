@@ -12,7 +12,7 @@ bitflags! {
     /// Flags of `cudaEventCreateWithFlags`.
     #[derive(Clone, Copy, PartialEq, Eq)]
     pub(crate) struct EventFlags: u32 {
-        /// Waiting for the event yields the thread instead of spinning.
+        /// A thread that waits for the event sleeps instead of spinning.
         const BLOCKING_SYNC = sys::cudaEventBlockingSync;
         /// The event takes no time stamp and is cheaper.
         const DISABLE_TIMING = sys::cudaEventDisableTiming;
@@ -69,13 +69,13 @@ impl Drop for EventHandle {
         if fork::forked() {
             return;
         }
-        // Another context may be broken and refuse to destroy the event. If this context
-        // cannot be entered, the handle alone is enough.
+        // The call is made in the event's own context, because another one that is current may be
+        // broken and make it fail. If entering fails, the call is tried all the same.
         let _current = self.context.ensure_current();
         // SAFETY: this value owns the event, and nothing uses it later. An event may be destroyed
         // before it is complete ("CUDA Runtime API, `cudaEventDestroy`").
         let destroyed = unsafe { calls::event::destroy(self.raw) };
-        // No caller could act on the error, and nothing is left to release.
+        // No caller could act on the error.
         let _ = destroyed;
     }
 }

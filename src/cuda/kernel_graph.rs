@@ -1,11 +1,12 @@
 //! A kernel as a graph of one node, launched repeatedly with new parameters.
 //!
 //! Setting the node's parameters and launching the graph costs the caller 2.4 us. Launching the
-//! kernel costs 3.9 us (H100, driver 580). The gain needs an unchanged grid.
+//! kernel costs 3.9 us (H100, driver 580). If the grid changes, the graph costs about as much as
+//! the kernel.
 //!
-//! An executable graph runs once at a time. Each launch waits for the one before, even on another
-//! stream ("CUDA Driver API, `cuGraphLaunch`"). So each stream handle has its own graph. Launches
-//! on one stream follow each other anyway.
+//! Each launch of an executable graph waits for the launch before it, even on another stream ("CUDA
+//! Driver API, `cuGraphLaunch`"). So each stream has its own graph, which the clones of a `Stream`
+//! share. Work on one stream runs in order anyway.
 
 use std::ffi::c_void;
 use std::mem;
@@ -30,12 +31,13 @@ pub(crate) struct KernelGraph {
 unsafe impl Send for KernelGraph {}
 
 impl KernelGraph {
-    /// Makes a graph of a kernel of `context`, which must be current.
+    /// Makes a graph that launches `kernel`.
     ///
     /// # Safety
     ///
-    /// - `parameters` are those of the kernel.
-    /// - Each is the valid address of a value of its type.
+    /// - `kernel` belongs to `context`, which is current.
+    /// - `parameters` has one entry for each parameter of the kernel, in their order.
+    /// - Each entry is the valid address of a value of the parameter's type.
     pub(crate) unsafe fn new(
         kernel: sys::CUfunction,
         grid: [u32; 2],
@@ -50,21 +52,23 @@ impl KernelGraph {
             exec: ptr::null_mut(),
             context,
         };
-        let node = calls::graph::kernel_node(kernel, grid, threads, parameters);
-        // SAFETY: the graph was just made. The current context is the kernel's. The caller vouches
-        // for the parameters.
-        graph.node = unsafe { calls::graph::add_kernel(graph.graph, &node) }?;
-        // SAFETY: as above.
+        let node_params = calls::graph::kernel_node(kernel, grid, threads, parameters);
+        // SAFETY: the graph was just made, so no other thread has it. The caller vouches that the
+        // kernel belongs to the current context, and for the parameters.
+        graph.node = unsafe { calls::graph::add_kernel(graph.graph, &node_params) }?;
+        // SAFETY: the graph was just made, so no other thread has it.
         graph.exec = unsafe { calls::graph::instantiate(graph.graph) }?;
         Ok(graph)
     }
 
-    /// Sets the kernel, grid and parameters of the next launches.
+    /// Sets the kernel, the grid and the parameters of the graph's node for later launches.
+    ///
+    /// CUDA copies the parameters. Launches that are already queued do not change.
     ///
     /// # Safety
     ///
-    /// - The conditions of [`new`](Self::new) hold.
-    /// - The kernel's context is current.
+    /// - `kernel` belongs to the context of the graph, which is current.
+    /// - The parameters meet the conditions of [`new`](Self::new).
     pub(crate) unsafe fn set(
         &mut self,
         kernel: sys::CUfunction,
@@ -72,51 +76,55 @@ impl KernelGraph {
         threads: u32,
         parameters: &mut [*mut c_void],
     ) -> Result<()> {
-        let node = calls::graph::kernel_node(kernel, grid, threads, parameters);
+        let node_params = calls::graph::kernel_node(kernel, grid, threads, parameters);
         // SAFETY: the exclusive reference keeps other threads out. The graph, its node and its
         // executable form live as long as this value. The caller vouches for the rest.
-        unsafe { calls::graph::set_kernel(self.exec, self.node, &node) }
+        unsafe { calls::graph::set_kernel(self.exec, self.node, &node_params) }
     }
 
     /// Launches the kernel with the parameters that were set last.
     ///
     /// # Safety
     ///
-    /// - The conditions of [`calls::module::launch`] hold for this kernel and these parameters.
-    /// - `stream` is the one that the graph was made for.
+    /// - The kernel and the parameters that were set last meet the conditions of
+    ///   [`calls::module::launch`].
+    /// - `stream` is the stream that the graph was made for.
     pub(crate) unsafe fn launch(&mut self, stream: sys::cudaStream_t) -> Result<()> {
-        // SAFETY: the exclusive reference keeps other threads out. The caller vouches for the work
-        // of the kernel.
+        // SAFETY: the executable graph lives as long as this value. The exclusive reference keeps
+        // other threads out. The caller vouches for the work of the kernel, and for the stream,
+        // which belongs to the graph's context.
         unsafe { calls::graph::launch(self.exec, stream) }
     }
 }
 
-/// The graph of a stream handle, made for its second launch.
+/// The graph of a stream. The second launch makes it.
+///
+/// A stream with one launch gets no graph, because making one costs more than one launch saves.
 #[derive(Default)]
 pub(crate) enum StreamGraph {
-    /// Nothing was launched yet.
+    /// The stream has had no launch.
     #[default]
-    Unused,
-    /// There was one launch. The next one makes a graph.
-    Used,
+    NoLaunch,
+    /// The stream has had one launch. The next one makes the graph.
+    OneLaunch,
     Made(KernelGraph),
-    /// The graph could not be made.
-    Without,
+    /// Making the graph failed. It is not tried again.
+    Failed,
 }
 
 impl StreamGraph {
-    /// Returns the graph for a launch, if there is one.
+    /// Counts a launch, and returns the graph for it. The first launch gets none.
     ///
-    /// The second launch calls `make` for it. If that fails, launches do without. A graph only
-    /// makes them cheaper.
+    /// The second launch makes the graph by `make`. If that fails, this returns `None` from then
+    /// on, and the caller launches the kernel itself.
     pub(crate) fn for_launch(
         &mut self,
         make: impl FnOnce() -> Result<KernelGraph>,
     ) -> Option<&mut KernelGraph> {
         *self = match mem::take(self) {
-            StreamGraph::Unused => StreamGraph::Used,
-            StreamGraph::Used => make().map_or(StreamGraph::Without, StreamGraph::Made),
-            known => known,
+            StreamGraph::NoLaunch => StreamGraph::OneLaunch,
+            StreamGraph::OneLaunch => make().map_or(StreamGraph::Failed, StreamGraph::Made),
+            decided => decided,
         };
         match self {
             StreamGraph::Made(graph) => Some(graph),
@@ -130,15 +138,15 @@ impl Drop for KernelGraph {
         if fork::forked() {
             return;
         }
-        // Another context may be broken and refuse. If this context cannot be entered, the
-        // handles alone are enough.
+        // The calls are made in the graph's own context, because another one that is current may
+        // be broken and make them fail. If entering fails, the calls are tried all the same.
         let _current = self.context.ensure_current();
-        // No caller could act on the errors, and nothing is left to release.
+        // No caller could act on their errors.
         if !self.exec.is_null() {
             // SAFETY: this value owns the executable graph, and nothing uses it later.
             let _ = unsafe { calls::graph::destroy_exec(self.exec) };
         }
-        // SAFETY: this value owns the graph and its node. Nothing uses them later.
+        // SAFETY: this value owns the graph and its node, and nothing uses them later.
         let _ = unsafe { calls::graph::destroy(self.graph) };
     }
 }

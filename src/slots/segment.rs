@@ -84,7 +84,7 @@ pub(crate) struct Segment<S> {
     slots: Box<[Padded<UnsafeCell<S>>]>,
 }
 
-// SAFETY: only the holder of a slot touches its value: the claim that looks at it, or its lease. The
+// SAFETY: only the holder of a slot touches its value: a claim that looks at it, or its lease. The
 // thread that drops the segment also touches the value. No slot is held then, because each held
 // slot keeps a reference to the segment.
 unsafe impl<S: Send + Sync> Send for Segment<S> {}

@@ -102,18 +102,19 @@ unsafe fn enqueue_few(
     let mut stream_graph = entered.gather_graph();
     let graph = stream_graph.as_mut().and_then(|stream_graph| {
         stream_graph.for_launch(|| {
-            // SAFETY: the parameters are those of `cgb_gather_32`.
+            // SAFETY: the parameters are those of `cgb_gather_32`, and `entered` has made its
+            // context current.
             unsafe { KernelGraph::new(kernel, grid, THREADS, parameters, entered.context()) }
         })
     });
     if let Some(graph) = graph
-        // SAFETY: as above. `entered` has made the kernel's context current.
+        // SAFETY: as above.
         && unsafe { graph.set(kernel, grid, THREADS, parameters) }.is_ok()
     {
         // SAFETY: as above. The caller vouches for the ranges. The kernel skips empty entries.
         return unsafe { graph.launch(entered.raw()) };
     }
-    // SAFETY: as above. `entered` has made the kernel's context current.
+    // SAFETY: as above. The caller vouches for the ranges.
     unsafe { calls::module::launch(kernel, grid, THREADS, parameters, entered.raw()) }
 }
 
