@@ -64,7 +64,10 @@ pub enum Error {
         /// Why it could not be pinned.
         reason: String,
     },
-    /// A CUDA device cannot be used: there is no runtime library, no driver, or no such device.
+    /// A CUDA device cannot be used.
+    ///
+    /// The runtime library, the driver or the device is missing, the driver is too old, or the
+    /// device's context cannot be made.
     Unavailable {
         /// The cause, and the libraries that were tried.
         reason: String,

@@ -30,8 +30,10 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`Error::Unavailable`] says why the device is unusable. The library, the driver or the device
-    /// may be missing.
+    /// - [`Error::Unavailable`] if the device cannot be used. Its text gives the reason. The
+    ///   runtime library, the driver or the device may be missing. The driver may be too old, or
+    ///   the context cannot be made.
+    /// - [`Error::Forked`] in the forked child of a process that used CUDA.
     ///
     /// ```
     /// use cpu_gpu_buffer::Device;

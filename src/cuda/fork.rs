@@ -19,13 +19,13 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 use crate::error::{Error, Result};
 
 static FORKED: AtomicBool = AtomicBool::new(false);
-/// Set once the first question to CUDA has found a device.
+/// Set once an [`ask`] has succeeded. It is never cleared.
 static WORKED: AtomicBool = AtomicBool::new(false);
 /// The number of threads inside [`ask`].
 static ASKING: AtomicU32 = AtomicU32::new(0);
-/// Why the first question last failed in this process.
+/// Why the last failed [`ask`] of this process failed. A child inherits its value.
 static FAILED: AtomicPtr<Failure> = AtomicPtr::new(ptr::null_mut());
-/// Why it last failed in the process that this one was forked from.
+/// The parent's `FAILED` at the fork, in a child that is not [`forked`].
 static INHERITED: AtomicPtr<Failure> = AtomicPtr::new(ptr::null_mut());
 
 /// A reason that is never freed, because a child may be reading it.
@@ -35,13 +35,21 @@ struct Failure {
     _before: *mut Failure,
 }
 
-/// Asks CUDA the first question. Its result decides how children behave that are forked later.
+/// Asks CUDA for its devices by `question`, and remembers the result for children.
 ///
-/// `question` must return errors with their whole text. A child makes no call to complete it.
+/// The first use of CUDA in a process asks this before it makes any other call. In a child that
+/// must not use CUDA, this returns the error of [`refuse_heir`] and does not ask. The results
+/// decide how children behave that are forked later:
+///
+/// - If a question has succeeded, a child is [`forked`].
+/// - If none has finished and one is running, a child is [`forked`].
+/// - If all that finished have failed, a child inherits the last error.
+///
+/// An error of `question` must have its whole text, because a child makes no call to complete it.
 pub(crate) fn ask<T>(question: impl FnOnce() -> Result<T>) -> Result<T> {
     refuse_heir()?;
     watch()?;
-    // A child that is forked meanwhile cannot know how far the question got.
+    // A child that is forked during the question cannot know how far it got.
     ASKING.fetch_add(1, Ordering::SeqCst);
     let answer = question();
     match &answer {
@@ -53,11 +61,12 @@ pub(crate) fn ask<T>(question: impl FnOnce() -> Result<T>) -> Result<T> {
     answer
 }
 
+/// Stores the reason of a failed question in `FAILED`.
 fn remember(reason: &str) {
     let before = FAILED.load(Ordering::SeqCst);
     // SAFETY: `before` is null, or a failure that was leaked below.
     if unsafe { before.as_ref() }.is_none_or(|known| known.reason != reason) {
-        // The same reason is not leaked twice in a row.
+        // A failure is leaked only if its reason differs from the last one.
         let failure = Failure { reason: reason.into(), _before: before };
         FAILED.store(Box::leak(Box::new(failure)), Ordering::SeqCst);
     }
@@ -98,7 +107,7 @@ fn watch() -> Result<()> {
     Ok(())
 }
 
-/// Returns `true` in the child of a process that had used CUDA before it forked.
+/// Returns `true` in a child of a process that had used CUDA, or was just asking for its devices.
 #[inline]
 pub(crate) fn forked() -> bool {
     FORKED.load(Ordering::Relaxed)
