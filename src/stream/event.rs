@@ -1,7 +1,8 @@
 //! Events: points in the work of a stream.
 //!
-//! A recorded event takes a ticket of its stream, as a transfer does. Once the event is seen
-//! finished, every buffer knows that its earlier transfers on that stream have finished too.
+//! A recorded event takes a ticket of its stream, as a transfer does. When the event is seen
+//! finished, the stream's watermark rises. Then all buffers know that their earlier transfers on
+//! that stream have finished, too.
 
 use std::fmt;
 use std::sync::Arc;
@@ -86,8 +87,9 @@ impl Stream {
     /// use cpu_gpu_buffer::{Device, Stream};
     ///
     /// let (producer, consumer) = (Stream::new(Device::auto())?, Stream::new(Device::auto())?);
-    /// // ... kernels on `producer`, whose results kernels on `consumer` read:
+    /// // ... launch kernels on `producer` ...
     /// consumer.wait(&producer.record()?)?;
+    /// // ... launch kernels on `consumer` that read their results ...
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     #[doc(alias = "cudaStreamWaitEvent")]
@@ -122,11 +124,11 @@ impl Event {
         }
     }
 
-    /// Whether all work before the event has finished.
+    /// Returns `true` if all work before the event has finished.
     ///
     /// # Errors
     ///
-    /// An error of `cudaEventQuery`, which may be that of earlier work.
+    /// An error of `cudaEventQuery`, which may come from earlier work.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -160,7 +162,7 @@ impl Event {
     ///
     /// # Errors
     ///
-    /// An error of `cudaEventSynchronize`, which may be that of earlier work.
+    /// An error of `cudaEventSynchronize`, which may come from earlier work.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Stream};
@@ -182,7 +184,9 @@ impl Event {
         Ok(())
     }
 
-    /// The device's time between two events, to about half a microsecond. Waits for both.
+    /// Returns the time on the device between two events. Waits for both.
+    ///
+    /// The resolution is about half a microsecond.
     ///
     /// # Errors
     ///
@@ -210,9 +214,8 @@ impl Event {
             (Kind::Cuda { handle: from, .. }, Kind::Cuda { handle: to, .. })
                 if earlier.device() == self.device() =>
             {
-                // The watermark says too little here. An event is recorded after its ticket is
-                // taken, so it may still be unrecorded when a later ticket's event is seen
-                // finished.
+                // The watermark is not enough here. An event is recorded after its ticket is taken.
+                // So it may still be unrecorded when the event of a later ticket is finished.
                 from.synchronize()?;
                 to.synchronize()?;
                 Duration::try_from_secs_f64(f64::from(to.since(from)?) / 1e3)
@@ -225,7 +228,7 @@ impl Event {
 
 impl fmt::Debug for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Makes no call: an event may be printed in a panic or after a fork.
+        // This makes no call, because an event may be printed in a panic or after a fork.
         let known_complete = match &self.0 {
             Kind::Cpu(_) => true,
             Kind::Cuda { stream, ticket, .. } => stream.tickets().is_complete(*ticket),

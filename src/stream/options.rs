@@ -7,7 +7,7 @@ use bitflags::bitflags;
 use crate::sys;
 
 bitflags! {
-    /// Flags of a new stream: `cudaStreamCreateWithPriority`.
+    /// Flags of a new stream, for `cudaStreamCreateWithPriority`.
     ///
     /// ```
     /// use cpu_gpu_buffer::{Device, Stream, StreamFlags, StreamOptions};
@@ -32,7 +32,7 @@ bitflags! {
 /// ```
 /// use cpu_gpu_buffer::{Device, Stream, StreamOptions, WaitPolicy};
 ///
-/// // For one thread among many: it leaves its core to the others while it waits.
+/// // The waiting thread leaves its core to others.
 /// let options = StreamOptions { wait: WaitPolicy::Block, ..Default::default() };
 /// Stream::with_options(Device::auto(), options)?.synchronize()?;
 /// assert_eq!(StreamOptions::default().wait, WaitPolicy::DeviceDefault);
@@ -44,11 +44,12 @@ bitflags! {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum WaitPolicy {
-    /// Waits as the device is set to. A device spins unless that was changed, which notices the end
-    /// soonest.
+    /// Waits as the device's flags say. Unless they were changed, the thread spins.
+    ///
+    /// Spinning notices the end soonest.
     #[default]
     DeviceDefault,
-    /// Sleeps until the driver wakes the thread, which leaves the core to others.
+    /// Sleeps until the driver wakes the thread. Meanwhile other threads can use the core.
     Block,
 }
 
@@ -65,7 +66,8 @@ pub enum WaitPolicy {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default))]
 pub struct StreamOptions {
-    /// The priority, 0 by default. Lower numbers go first. CUDA clamps it to the device's range.
+    /// The priority, 0 by default. Streams with lower numbers go first. CUDA clamps the number to
+    /// the device's range.
     pub priority: i32,
     /// The flags, [`StreamFlags::NON_BLOCKING`] by default.
     pub flags: StreamFlags,

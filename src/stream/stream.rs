@@ -1,11 +1,11 @@
 //! Streams: queues of work on a device, which run in order.
 //!
-//! A [`Stream`] is a handle, cheap to clone. Any number of threads may send work through it. Beside
-//! the CUDA stream it has the two counters of [`ticket`](crate::stream::ticket), which tell buffers
-//! which transfers have finished.
+//! A [`Stream`] is a handle, and a clone is cheap. Any number of threads may send work through it.
+//! All clones share the two counters of [`ticket`](crate::stream::ticket). By these counters,
+//! buffers know which transfers have finished.
 //!
-//! Each buffer keeps handles of the streams that it was last used on. The last handle destroys the
-//! CUDA stream, or drops the owner of a borrowed one.
+//! Each buffer keeps handles of the streams that it was last used on. Dropping the last handle
+//! destroys the CUDA stream, or drops the owner of a borrowed one.
 
 use std::any::Any;
 use std::fmt;
@@ -56,7 +56,7 @@ struct Inner {
 struct CudaStream {
     raw: sys::cudaStream_t,
     context: &'static Context,
-    gather: Mutex<StreamGraph>,
+    gather_graph: Mutex<StreamGraph>,
     ownership: Ownership,
 }
 
@@ -98,18 +98,20 @@ impl Drop for CudaStream {
         }
         match &mut self.ownership {
             Ownership::Owned => {
-                // In its own context: a broken one that is current would refuse to destroy the
-                // stream. If the context cannot be entered, the handle alone may suffice.
+                // The call is made in the stream's own context, because another one that is current
+                // may be broken and make it fail. If entering fails, the call is tried all the
+                // same.
                 let _current = self.context.ensure_current();
                 // SAFETY: the last handle is gone. Destroying a stream does not wait for its work,
                 // and lets the work finish ("CUDA Runtime API, `cudaStreamDestroy`").
                 let destroyed = unsafe { calls::stream::destroy(self.raw) };
-                // Nobody could act on the error, and there is nothing left to free.
+                // No caller could act on the error.
                 let _ = destroyed;
             }
             Ownership::Borrowed(owner) => {
-                // The owner is dropped amid another stream's work, and may make another context
-                // current. That context replaces this entry's, and goes with it.
+                // This may run while another stream is entered, and the owner's drop may make
+                // another context current. That context replaces the one that is entered here, and
+                // is popped with `_current`. If entering fails, the owner is leaked.
                 let owner = owner.take();
                 match self.context.enter() {
                     Ok(_current) => drop(owner),
@@ -165,7 +167,7 @@ impl Stream {
                 Some(CudaStream {
                     raw: calls::stream::create(flags.bits(), options.priority)?,
                     context,
-                    gather: Mutex::default(),
+                    gather_graph: Mutex::default(),
                     ownership: Ownership::Owned,
                 })
             }
@@ -177,9 +179,11 @@ impl Stream {
     ///
     /// The crate keeps `owner` until no buffer, event or handle refers to the stream.
     ///
-    /// The legacy stream (a null pointer, or 1) means that of `device`. The per-thread stream (2)
-    /// is refused, since it is a different stream on each thread. Two handles made from one raw
-    /// stream do not share what they know to have finished. Clone one handle instead.
+    /// A null pointer and 1 mean the legacy stream of `device`. The per-thread stream (2) is
+    /// refused, because it is a different stream on each thread.
+    ///
+    /// Make one handle for each raw stream and clone it. Two handles made from one raw stream do
+    /// not share their knowledge of finished work.
     ///
     /// # Errors
     ///
@@ -205,8 +209,8 @@ impl Stream {
     /// ///
     /// /// # Safety
     /// ///
-    /// /// `raw` is a live stream of `device` and is not being captured. It stays so until the buffer
-    /// /// is dropped or used on another stream.
+    /// /// `raw` is a live stream of `device` and is not being captured. It stays so until the
+    /// /// buffer is dropped or used on another stream.
     /// unsafe fn upload(
     ///     buffer: &mut CpuGpuBuffer<f32>,
     ///     raw: cpu_gpu_buffer::sys::cudaStream_t,
@@ -238,7 +242,7 @@ impl Stream {
         let cuda = CudaStream {
             raw,
             context: context(ordinal)?,
-            gather: Mutex::default(),
+            gather_graph: Mutex::default(),
             ownership: Ownership::Borrowed(owner),
         };
         Ok(Stream::of(device, Some(cuda), WaitPolicy::DeviceDefault))
@@ -250,8 +254,8 @@ impl Stream {
 
     /// The raw CUDA stream, borrowed from this handle. Null on the CPU.
     ///
-    /// The pointer is valid while any handle to the stream lives. Code that uses it must
-    /// see to two things:
+    /// The pointer is valid while any handle to the stream lives. Code that uses it must ensure two
+    /// things:
     ///
     /// - Nobody destroys the stream.
     /// - Nobody begins to capture the stream while another thread uses a buffer, group or ring on
@@ -294,7 +298,7 @@ impl Stream {
     ///
     /// # Errors
     ///
-    /// [`Error::StreamCapturing`], or an error of the driver, which may be that of earlier work.
+    /// [`Error::StreamCapturing`], or an error of the driver, which may come from earlier work.
     ///
     /// ```
     /// use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
@@ -316,7 +320,7 @@ impl Stream {
         if self.0.wait == WaitPolicy::Block {
             return self.synchronize_asleep(entered);
         }
-        // Read before the call, which does not wait for work that is submitted meanwhile.
+        // This is read before the call, because the call may not wait for work that is sent later.
         let submitted = self.tickets().submitted();
         // SAFETY: the handle keeps the stream, and it is entered.
         unsafe { calls::stream::synchronize(entered.raw) }?;
@@ -324,7 +328,9 @@ impl Stream {
         Ok(())
     }
 
-    /// Waits for an event: CUDA lets a thread sleep for an event, but not for a stream.
+    /// Waits for the stream while the thread sleeps.
+    ///
+    /// CUDA lets a thread sleep for an event, but not for a stream. So this records an event.
     fn synchronize_asleep(&self, entered: EnteredStream<'_>) -> Result<()> {
         let event = EventHandle::new(entered.context, self.event_flags())?;
         let ticket = self.tickets().submit(|| Ok(()), || entered.record(&event))?;
@@ -336,7 +342,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Whether all work of the stream has finished.
+    /// Returns `true` if all work of the stream has finished.
     ///
     /// # Errors
     ///
@@ -376,13 +382,13 @@ impl Stream {
         self.0.wait
     }
 
-    /// Whether both are handles of one stream.
+    /// Returns `true` if both are clones of one handle.
     #[inline]
     pub(crate) fn is(&self, other: &Stream) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Flags of an event without time stamp, for waiting by this stream's policy.
+    /// Flags for an event without a time stamp, which is waited for by this stream's policy.
     pub(crate) fn event_flags(&self) -> EventFlags {
         match self.0.wait {
             WaitPolicy::DeviceDefault => EventFlags::DISABLE_TIMING,
@@ -406,7 +412,7 @@ impl Stream {
     }
 }
 
-/// A CUDA stream, entered: this thread's current context is one in which it can be used.
+/// A CUDA stream in a thread that has the stream's context current.
 pub(crate) struct EnteredStream<'a> {
     stream: &'a Stream,
     raw: sys::cudaStream_t,
@@ -427,9 +433,9 @@ impl<'a> EnteredStream<'a> {
         self.raw
     }
 
-    /// The graph that launches this stream's gathers. Returns `None` while another thread uses it.
+    /// Locks the graph for gathers on this stream. Returns `None` while another thread uses it.
     pub(crate) fn gather_graph(&self) -> Option<MutexGuard<'a, StreamGraph>> {
-        match self.stream.0.cuda.as_ref()?.gather.try_lock() {
+        match self.stream.0.cuda.as_ref()?.gather_graph.try_lock() {
             Ok(graph) => Some(graph),
             Err(TryLockError::Poisoned(poison)) => Some(poison.into_inner()),
             Err(TryLockError::WouldBlock) => None,
@@ -446,9 +452,9 @@ impl<'a> EnteredStream<'a> {
     /// Records `event`, which is of this stream's device, behind all earlier work.
     ///
     /// Another thread may have begun a capture since the last check. The event and earlier work
-    /// then went into a graph and did not run, but a later event's ticket would say that they had.
-    /// So the stream is checked once more. A capture that has ended by then goes unnoticed: the
-    /// caller must prevent it.
+    /// then went into a graph and did not run. A later event's ticket would count them as finished.
+    /// So this checks the stream again after recording. It cannot notice a capture that has ended
+    /// by then. The conditions of [`Stream::from_raw`] and [`Stream::as_raw`] exclude that.
     #[inline]
     pub(crate) fn record(&self, event: &EventHandle) -> Result<()> {
         // SAFETY: the handles keep both, they are of one device, and the stream is entered.
@@ -456,7 +462,7 @@ impl<'a> EnteredStream<'a> {
         self.refuse_capture()
     }
 
-    /// Makes later work of the stream wait for `event`.
+    /// Makes later work of the stream wait for `event`. The calling thread does not wait.
     pub(crate) fn wait(&self, event: &EventHandle) -> Result<()> {
         // SAFETY: the handles keep both, and the stream is entered.
         unsafe { calls::stream::wait(self.raw, event.raw()) }

@@ -1,4 +1,4 @@
-//! Tickets of a stream: which transfers have finished, without asking the driver.
+//! Tickets of a stream, which show finished transfers without a call of the driver.
 //!
 //! A stream has two counters. `submitted` counts the tickets taken. `completed` is the watermark:
 //! every transfer with a ticket at or below it has finished. Each transfer takes three steps,
@@ -62,16 +62,20 @@ impl Tickets {
         self.submitted.fetch_add(1, Ordering::AcqRel) + 1
     }
 
-    /// The newest ticket. Read before the stream is synchronised, which covers all tickets up to
-    /// it.
+    /// The newest ticket.
+    ///
+    /// The caller reads it before it synchronizes or queries the stream. If the stream is then
+    /// finished, so is every ticket up to this one.
     pub(crate) fn submitted(&self) -> u64 {
         self.submitted.load(Ordering::Acquire)
     }
 
-    /// Raises the watermark to `ticket`, whose event or stream was seen finished.
+    /// Raises the watermark to `ticket`, if it is lower.
+    ///
+    /// The caller has seen that the ticket's event, or the whole stream, is finished.
     pub(crate) fn complete(&self, ticket: u64) {
-        // Not `fetch_max`: ThreadSanitizer does not see it. Nothing is written if another thread
-        // was ahead.
+        // ThreadSanitizer does not see `fetch_max`, so this is a loop. If another thread was ahead,
+        // it writes nothing.
         let mut seen = self.completed.load(Ordering::Relaxed);
         while seen < ticket {
             let raised = self.completed.compare_exchange_weak(
@@ -87,17 +91,17 @@ impl Tickets {
         }
     }
 
-    /// Whether the transfer of `ticket` is known to have finished.
+    /// Returns `true` if the transfer of `ticket` is known to be finished.
     #[inline]
     pub(crate) fn is_complete(&self, ticket: u64) -> bool {
         self.completed.load(Ordering::Acquire) >= ticket
     }
 }
 
-/// The ticket of one record, or *open*: the stream may still use the memory, and no event is
-/// recorded behind that use yet.
+/// The ticket of one record, if it has one.
 ///
-/// An open cell is never complete. [`resolve`](Self::resolve) gives it a ticket, once.
+/// A cell without a ticket is *open*. The stream may still use the memory, and no event is recorded
+/// behind that use yet. [`resolve`](Self::resolve) gives an open cell a ticket, once.
 #[derive(Debug)]
 pub(crate) struct TicketCell {
     /// 0 while open.
@@ -123,15 +127,16 @@ impl TicketCell {
         self.set(0);
     }
 
+    /// The ticket, or `None` if the cell is open.
     #[inline]
     pub(crate) fn ticket(&self) -> Option<u64> {
         Some(self.ticket.load(Ordering::Acquire)).filter(|ticket| *ticket != 0)
     }
 
-    /// The ticket. An open cell first gets one, with an event recorded now.
+    /// Returns the ticket. If the cell is open, first takes a ticket and records an event.
     ///
-    /// The event covers all work enqueued before this call, hence all that the open cell stood for.
-    /// Concurrent calls record one event.
+    /// The event covers all work that was enqueued before this call. Concurrent calls record one
+    /// event. On error the cell stays open.
     pub(crate) fn resolve<E>(
         &self,
         tickets: &Tickets,
