@@ -75,8 +75,8 @@ impl StorageHandle {
 impl Drop for StorageHandle {
     /// Releases the storage, or returns it to its pool without waiting.
     ///
-    /// Storage of a pool first [ends open use](Storage::close_with_event). If the storage was
-    /// exported, its [`Exports`](crate::flight::exports::Exports) decide who releases it.
+    /// Storage of a pool first [ends open use](Storage::close_with_event). For exported storage,
+    /// `flight/exports` decides who releases it, and when.
     #[inline]
     fn drop(&mut self) {
         #[cfg(feature = "dlpack")]

@@ -1,4 +1,4 @@
-//! How a pool is made, and how it grows.
+//! Options of a pool, and how it grows.
 
 use std::num::NonZeroUsize;
 
@@ -20,21 +20,23 @@ use crate::memory::options::{BufferOptions, HostFlags, Pinning};
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(default))]
 pub struct PoolOptions {
-    /// The most buffers that the pool ever has. Default: `None`, no limit.
+    /// The maximum number of buffers. Default: `None`, no limit.
     ///
     /// `acquire` does not wait for a buffer to come back. The guide shows how to wait ("Pools").
     pub max_buffers: Option<usize>,
-    /// How many buffers the pool adds when all are out. Default: [`PoolGrowth::Double`].
+    /// The number of buffers that the pool adds when all are acquired. Default:
+    /// [`PoolGrowth::Double`].
     pub growth: PoolGrowth,
-    /// Whether the host sides are pinned. Default: [`Pinning::Preferred`].
+    /// The pinning of the host sides. Default: [`Pinning::Preferred`].
     pub pinning: Pinning,
-    /// How the host sides are pinned. Default: `PORTABLE` and `MAPPED`. `READ_ONLY` is refused.
+    /// The flags of pinned host sides. Default: `PORTABLE` and `MAPPED`. `READ_ONLY` is refused.
     pub host_flags: HostFlags,
-    /// Whether both sides of a buffer read as zeroes each time that it is acquired. Default:
-    /// `false`, and a buffer has the contents that its last holder left.
+    /// If `true`, both sides of a buffer read as zeroes each time that it is acquired. Default:
+    /// `false`.
     ///
-    /// A side is zeroed when it is first used. The first use of the host side waits for the
-    /// transfers that the last holder left queued, even if it is a copy.
+    /// Without it, a buffer has the contents that its last holder left. With it, a side is zeroed
+    /// when it is first used. The first use of the host side waits for the transfers that the last
+    /// holder left queued, even if that use is a copy.
     pub zeroed: bool,
 }
 
@@ -51,9 +53,9 @@ impl Default for PoolOptions {
     }
 }
 
-/// How many buffers a pool adds when all are out.
+/// The number of buffers that a pool adds when all are acquired.
 ///
-/// It adds fewer if there is no memory for them, and never exceeds
+/// The pool adds fewer if there is no memory for them, and never exceeds
 /// [`max_buffers`](PoolOptions::max_buffers). A pool that has grown 128 times adds at least an
 /// eighth of its buffers.
 ///
@@ -86,12 +88,12 @@ impl PoolGrowth {
     /// The most bytes that doubling adds to a side, unless an eighth of the pool is more.
     const BOUND: usize = 16 << 20;
 
-    /// The number of steps that may be small. A pool has room for 255 steps.
+    /// The number of steps that may add less than an eighth. A pool has room for 255 steps.
     const SMALL_STEPS: usize = 128;
 
     /// The number of buffers to add to `total` buffers of `bytes` bytes each, after `steps` steps.
     pub(super) fn step(self, total: usize, bytes: usize, steps: usize) -> usize {
-        // With an eighth, no pool ever needs more steps than it has room for.
+        // Steps of an eighth reach any number of buffers before the room for steps ends.
         let least = total / 8;
         match self {
             PoolGrowth::Double => {

@@ -1,12 +1,12 @@
-//! A pool of buffers of one shape, which hands the same memory out again and again.
+//! A pool of buffers of one shape, which reuses their memory.
 //!
 //! All buffers of one segment share a slab of host memory and one of device memory. A pooled buffer
-//! is an ordinary buffer whose storage is a slot of the pool.
+//! is an ordinary buffer. Its storage lies in a slot of the pool.
 //!
 //! The storage keeps its records when it is acquired and when it is returned. So the in-flight rule
-//! of [`storage`](crate::buffer::storage) holds across holders. Returning a buffer waits for
-//! nothing, and a slot may be acquired while its last transfer is still queued. The new holder
-//! waits when the rule says so, and not before.
+//! of [`storage`](crate::buffer::storage) holds across holders. Returning a buffer never waits, and
+//! a slot may be acquired while its last transfer is still queued. The new holder waits only if its
+//! access requires that.
 //!
 //! [`slots`](crate::slots) describes how threads share the slots.
 
@@ -36,15 +36,15 @@ use crate::pool::options::PoolOptions;
 use crate::shape::Shape;
 use crate::slots::{Claim, Lease, Segment, Slots};
 
-/// Figures about a pool, which help to choose its size.
+/// Statistics of a pool, which help to choose its size.
 ///
-/// A pool always counts them. They take about a tenth of the time of acquiring and returning a
+/// A pool always counts them. This takes about a tenth of the time of acquiring and returning a
 /// buffer.
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferPool, Device, PoolStats};
 ///
-/// /// Whether a pool that begins with `buffers` buffers would not have grown.
+/// /// Returns `true` if a pool that begins with `buffers` buffers would not have grown.
 /// fn suffices(stats: PoolStats, buffers: usize) -> bool {
 ///     stats.high_water <= buffers
 /// }
@@ -57,33 +57,32 @@ use crate::slots::{Claim, Lease, Segment, Slots};
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PoolStats {
-    /// The buffers that can be acquired without growing.
+    /// The number of buffers that can be acquired without growing.
     pub available: usize,
-    /// The buffers of the pool, acquired or not.
+    /// The number of buffers of the pool, acquired or not.
     pub total: usize,
-    /// The buffers whose host sides are pinned.
+    /// The number of buffers with pinned host sides.
     pub pinned: usize,
-    /// The buffers whose host sides are pageable: on [`Device::Cpu`], all of them.
+    /// The number of buffers with pageable host sides. On [`Device::Cpu`] all buffers are pageable.
     ///
     /// A pool with [`Pinning::Preferred`](crate::Pinning::Preferred) has both kinds if it grew when
     /// no more memory could be pinned. [`pinning_error`](CpuGpuBuffer::pinning_error) of a buffer
-    /// says why.
+    /// gives the reason.
     pub pageable: usize,
-    /// The most buffers that were seen to be acquired at once.
+    /// The largest number of buffers that was counted as acquired at the same time.
     ///
-    /// It is exact if one thread acquires, from up to 4,096 buffers. If several threads do, it may
-    /// miss a peak that is over within some thousand acquisitions. A buffer that changes hands
-    /// during the count may count twice.
+    /// It is exact if one thread acquires, from up to 4,096 buffers. If several threads acquire, it
+    /// may miss a peak that is over within some thousand acquisitions. A buffer that changes hands
+    /// during the count may be counted twice.
     pub high_water: usize,
-    /// How often the pool grew.
+    /// The number of times that the pool grew.
     pub growths: usize,
-    /// How often a buffer was acquired that was possibly busy.
+    /// The number of times that `acquire` or `try_acquire` returned a possibly busy buffer.
     ///
-    /// This counts calls of [`acquire`](BufferPool::acquire) and
-    /// [`try_acquire`](BufferPool::try_acquire) since the pool was made. It is not the number of
-    /// transfers, or of buffers, in flight now. The pool prefers buffers whose transfers are known
-    /// to be finished. If this number grows with each step, all buffers that it looked at may have
-    /// had transfers queued: a larger pool could save waits.
+    /// It counts since the pool was made. It is not the number of transfers, or of buffers, in
+    /// flight now. The pool prefers buffers with transfers that are known to be finished. If this
+    /// number grows with each step of a program, all buffers that the pool looked at may have had
+    /// queued transfers. A larger pool could then save waits.
     pub in_flight: usize,
 }
 
@@ -91,15 +90,15 @@ pub struct PoolStats {
 ///
 /// [`acquire`](Self::acquire) returns an ordinary [`CpuGpuBuffer`]. Dropping the buffer returns it
 /// to the pool, even after a resize. Neither waits for a transfer. If a transfer of the last holder
-/// is still queued, the buffer knows, and waits when its host side is accessed.
+/// is still queued, the buffer tracks it, and waits when its host side is accessed.
 ///
 /// After [`gpu_on`](CpuGpuBuffer::gpu_on), returning a buffer records an event. So the next holder
 /// does not wait for later work on that stream. During a capture of the stream no event can be
-/// recorded. The pool passes over that buffer as long as it has another one.
+/// recorded. The pool then prefers other buffers.
 ///
 /// A clone of a pool is a handle of the same pool. Pool and buffers may be dropped in any order, on
 /// any thread. The last buffer of an allocation frees it, and waits as the drop of a buffer does. A
-/// forgotten buffer costs its place, and keeps its allocation.
+/// forgotten buffer is lost to the pool, and its allocation is never freed.
 ///
 /// ```
 /// use cpu_gpu_buffer::{BufferPool, Device, Stream};
@@ -119,20 +118,21 @@ pub struct PoolStats {
 ///
 /// # Memory
 ///
-/// The buffers that a pool begins with share one allocation of each side. So do those that it adds
-/// each time that it grows. Each buffer begins at a multiple of 256 bytes, or of the element's
-/// alignment if that is more.
+/// The first buffers of a pool share one allocation for each side. The buffers that one growth adds
+/// share one, too. Each buffer begins at a multiple of 256 bytes, or of the element's alignment if
+/// that is more.
 ///
-/// A returned buffer remembers the streams of its last transfers. A dropped stream, or the owner of
-/// a borrowed one, is released when the buffer has been used elsewhere, or with the memory. So if
-/// an owner keeps the pool, the pool keeps the owner. If two owners panic while a pool is dropped,
-/// the process aborts, as it does for the elements of a `Vec`.
+/// A returned buffer keeps handles of the streams of its last transfers. It releases a handle when
+/// it is used on another stream, or with its memory. The last handle releases the stream or its
+/// owner. So if an owner keeps the pool alive, the pool keeps the owner alive, too. If two owners
+/// panic while a pool is dropped, the process aborts, as it does for the elements of a `Vec`.
 ///
 /// Dropping the pool can leak an allocation. This happens if a buffer in it was returned during a
 /// capture of its [`gpu_on`](CpuGpuBuffer::gpu_on) stream, and was not acquired since.
 pub struct BufferPool<T: Pod> {
     inner: Arc<Inner>,
-    // One thread finds the elements that another left: the pool sends elements between threads.
+    // A holder on one thread reads the elements that a holder on another thread wrote. So the pool
+    // has the bounds of a `Mutex`: it needs `T: Send`.
     elements: PhantomData<Mutex<T>>,
 }
 
@@ -141,7 +141,7 @@ struct Inner {
     side_layout: SideLayout,
     device: Device,
     options: PoolOptions,
-    /// The buffers whose host sides are pinned.
+    /// The number of buffers with pinned host sides.
     pinned: AtomicUsize,
     left_behind_count: LeftBehindCount,
 }
@@ -188,7 +188,7 @@ impl<T: Pod> BufferPool<T> {
     /// ```
     /// use cpu_gpu_buffer::{BufferPool, Device, PoolOptions};
     ///
-    /// // For contents that the next holder must not see.
+    /// // The next holder does not see the contents.
     /// let options = PoolOptions { zeroed: true, ..Default::default() };
     /// let pool = BufferPool::<u8>::with_options(16, Device::auto(), 1, options)?;
     /// pool.acquire()?.cpu_mut()?.fill(7);
@@ -207,7 +207,7 @@ impl<T: Pod> BufferPool<T> {
             return Err(Error::PoolExhausted { max_buffers });
         }
         if let (Device::Cuda(ordinal), 1..) = (device, side_layout.layout.size()) {
-            // Even if nothing is allocated yet.
+            // An unusable device is an error even if nothing is allocated yet.
             Device::cuda(ordinal)?;
         }
         let mut inner = Inner {
@@ -226,31 +226,31 @@ impl<T: Pod> BufferPool<T> {
         Ok(BufferPool { inner: Arc::new(inner), elements: PhantomData })
     }
 
-    /// Acquires a buffer of the pool's shape. If none is left, the pool grows by
-    /// [`PoolGrowth`](crate::PoolGrowth).
+    /// Acquires a buffer of the pool's shape. Grows the pool if none is left.
     ///
-    /// Prefers a buffer whose host side is not in flight. It looks at a few buffers. If all of them
-    /// may be in flight, it asks the driver about one (`cudaEventQuery`) and returns that one, in
-    /// flight or not. It never waits for a transfer.
+    /// This looks at a few buffers, and prefers one with no transfer in flight. If all of them may
+    /// be in flight, it queries an event of one (`cudaEventQuery`) and returns that one, in flight
+    /// or not. It never waits for a transfer. [`PoolGrowth`](crate::PoolGrowth) says by how much
+    /// the pool grows.
     ///
     /// Growing allocates. With [`Pinning::Preferred`](crate::Pinning::Preferred), the new memory is
     /// pageable if no more can be pinned. If one side cannot be allocated, freeing the other waits
     /// for the device.
     ///
-    /// With the feature `dlpack`, it waits for the devices in two cases. Both give back buffers
-    /// that tensors left behind:
+    /// With the feature `dlpack`, this waits for the devices in two cases. The wait gives back
+    /// memory that is left behind: a tensor or its consumer's work outlived the buffer.
     ///
-    /// - No buffer is left, and tensors left buffers of this pool behind.
-    /// - Memory to grow is short, and anything is left behind.
+    /// - No buffer is left, and buffers of this pool are left behind.
+    /// - There is no memory to grow, and anything is left behind.
     ///
     /// # Errors
     ///
-    /// The pool is unchanged.
+    /// On error the pool is unchanged.
     ///
-    /// - [`Error::PoolExhausted`] if all buffers are out, and the pool may not grow.
-    /// - [`Error::OutOfMemory`] or [`Error::PinningUnavailable`] if not one more buffer can be
-    ///   allocated.
-    /// - An error of the driver's.
+    /// - [`Error::PoolExhausted`] if all buffers are acquired, and the pool may not grow.
+    /// - [`Error::OutOfMemory`] or [`Error::PinningUnavailable`] if not even one buffer can be
+    ///   added.
+    /// - An error of the driver.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferPool, Device, Stream};
@@ -278,6 +278,7 @@ impl<T: Pod> BufferPool<T> {
         }
     }
 
+    /// Continues [`acquire`](Self::acquire) without a ready slot: with a busy one, or with none.
     #[cold]
     fn acquire_otherwise(&self, claim: Option<Claim<Storage>>) -> Result<CpuGpuBuffer<T>> {
         let claim = match claim {
@@ -293,16 +294,16 @@ impl<T: Pod> BufferPool<T> {
         }
     }
 
-    /// Acquires a buffer of the pool's shape if one is left. Takes no lock, allocates nothing and
-    /// calls no CUDA.
+    /// Acquires a buffer of the pool's shape if one is left.
     ///
-    /// This is [`acquire`](Self::acquire) without growing and without asking the driver.
+    /// This is [`acquire`](Self::acquire) without growing and without a query of the driver. It
+    /// takes no lock, allocates nothing and calls no CUDA.
     ///
     /// `None` means that there was a moment during the call at which no buffer was free. Each was
-    /// out, or another thread was looking at it. So if the pool has as many buffers as all threads
-    /// together hold and want, the result is never `None`.
+    /// acquired, or another thread was looking at it. So if the pool has as many buffers as all
+    /// threads together hold and want, the result is never `None`.
     ///
-    /// With the feature `dlpack`, a buffer that tensors left behind stays out. `acquire`,
+    /// With the feature `dlpack`, a buffer that is left behind cannot be acquired. `acquire`,
     /// `dlpack::reclaim` and any allocation for a CUDA device give it back.
     ///
     /// In the forked child of a process that used CUDA, the result for a CUDA device is `None`.
@@ -323,7 +324,9 @@ impl<T: Pod> BufferPool<T> {
         }
     }
 
-    /// The buffer in a slot that was not ready when it was claimed. Counts it if it is still not.
+    /// Makes the buffer of a slot that was not ready when it was claimed.
+    ///
+    /// Counts the claim as busy if the slot is still not ready.
     #[cold]
     fn busy_buffer(&self, slot: Lease<Storage>) -> CpuGpuBuffer<T> {
         if !slot.is_known_ready() {
@@ -332,6 +335,7 @@ impl<T: Pod> BufferPool<T> {
         self.buffer(slot)
     }
 
+    /// Makes the buffer of a slot.
     #[inline]
     fn buffer(&self, mut slot: Lease<Storage>) -> CpuGpuBuffer<T> {
         let Inner { side_layout, options, .. } = &*self.inner;
@@ -339,8 +343,9 @@ impl<T: Pod> BufferPool<T> {
         CpuGpuBuffer::stored(StorageHandle::pool(slot))
     }
 
-    /// The number of buffers that can be acquired without growing. While other threads work, this
-    /// is an estimate.
+    /// The number of buffers that can be acquired without growing.
+    ///
+    /// While other threads work, this is an estimate.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferPool, Device};
@@ -348,7 +353,7 @@ impl<T: Pod> BufferPool<T> {
     /// let pool = BufferPool::<u8>::new(10, Device::Cpu, 3)?;
     /// let held = pool.acquire()?;
     /// assert_eq!(pool.available(), 2);
-    /// std::mem::forget(held); // costs its place, and is no race
+    /// std::mem::forget(held); // lost to the pool, and no race
     /// assert_eq!(pool.available(), 2);
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
@@ -363,14 +368,14 @@ impl<T: Pod> BufferPool<T> {
     ///
     /// let pool = BufferPool::<u8>::new(10, Device::Cpu, 4)?;
     /// let held = (0..5).map(|_| pool.acquire()).collect::<Vec<_>>();
-    /// assert_eq!(pool.total(), 8); // it doubled for the fifth
+    /// assert_eq!(pool.total(), 8); // the fifth `acquire` doubled the pool
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn total(&self) -> usize {
         self.inner.slots.total()
     }
 
-    /// Figures about the pool.
+    /// Statistics of the pool.
     ///
     /// ```
     /// use cpu_gpu_buffer::{BufferPool, Device};
@@ -384,7 +389,9 @@ impl<T: Pod> BufferPool<T> {
     /// ```
     pub fn stats(&self) -> PoolStats {
         let Inner { slots, pinned, .. } = &*self.inner;
-        // Before the total: a pool that grows in between has more buffers, and not fewer.
+        // This is read before the total, so that growth in between makes the total larger and not
+        // smaller. Growth counts pinned buffers before it adds them, so `pinned` may still exceed
+        // the total.
         let pinned = pinned.load(Ordering::Relaxed);
         let total = slots.total();
         PoolStats {
@@ -435,7 +442,7 @@ impl Inner {
         let left_behind = Some(&self.left_behind_count);
         let storages =
             Storage::allocate_many(self.side_layout, count, self.device, options, left_behind)?;
-        // They share a slab: all of them are pinned, or none is.
+        // The storages share a slab, so all of them are pinned or none is.
         let are_pinned = storages.first().is_some_and(Storage::is_pinned);
         let segment = self.slots.prepare(storages).ok_or(Error::OutOfMemory {
             side: Side::Host,
@@ -448,15 +455,14 @@ impl Inner {
         Ok(segment)
     }
 
-    /// Claims a slot after none was free. Buffers of this pool that tensors left behind come before
-    /// new ones.
+    /// Claims a slot after a claim found none free. Grows the pool if none comes back.
     ///
-    /// The search goes on as long as the pool has some left behind. Other threads may have taken
-    /// those that came back, and may have left them behind again.
+    /// First takes back buffers of this pool that are left behind. After an error, tries again if
+    /// that took some back: other threads may have claimed them, and left them behind again.
     fn claim_or_grow(&self) -> Result<Claim<Storage>> {
         loop {
-            // Before the slots are looked at. `Acquire`: if none is left behind, this thread finds
-            // the slots of all that were.
+            // This is read before the search for slots. If none is left behind now, `Acquire` makes
+            // the slots of those that came back visible to the search.
             let left_behind = self.left_behind_count.load(Ordering::Acquire) > 0;
             let came_back = left_behind && reclaim().is_ok();
             match self.claim_or_append() {
@@ -472,7 +478,7 @@ impl Inner {
         }
     }
 
-    /// Claims a slot under the lock of growing, and grows if none is free.
+    /// Claims a slot under the growth lock, and grows the pool if none is free.
     fn claim_or_append(&self) -> Result<Claim<Storage>> {
         let growth = self.slots.lock_growth();
         if let Some(claim) = growth.claim(Storage::is_known_ready) {
@@ -482,8 +488,10 @@ impl Inner {
         Ok(Claim::Ready(growth.append(segment)))
     }
 
-    /// Allocates a segment for a pool of `total` buffers: as many buffers as the options say, or as
-    /// many as there is memory for. The caller holds the lock of growing, so this reclaims nothing.
+    /// Allocates the next segment for a pool of `total` buffers.
+    ///
+    /// It has as many buffers as the options say. If they cannot be allocated, it has half as many,
+    /// and so on. The caller holds the growth lock, so this reclaims nothing.
     fn grow(&self, total: usize) -> Result<Segment<Storage>> {
         let room = self.options.max_buffers.map_or(usize::MAX, |most| most.saturating_sub(total));
         if room == 0 || self.slots.is_full() {
@@ -527,7 +535,7 @@ fn reclaim() -> Result<()> {
 /// The number of threads to expect. With more threads, a pool is slower and still correct.
 fn threads() -> usize {
     const AT_LEAST: usize = 16;
-    // Asked once: the standard library reads files for it.
+    // The number is kept, because the standard library reads files for it.
     static THREADS: OnceLock<usize> = OnceLock::new();
     *THREADS.get_or_init(|| thread::available_parallelism().map_or(1, usize::from).max(AT_LEAST))
 }
