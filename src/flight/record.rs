@@ -6,8 +6,8 @@
 //!
 //! A record that covers work and has no ticket is *open*. Its event is not recorded yet, so the
 //! record also covers work that is sent to the stream later. The record is [closed](Record::close)
-//! when its event is first needed: by a query, by a wait, or by another stream. If recording the
-//! event fails, the record stays open, because the work may be queued.
+//! when its event is first needed by a query, a wait or another stream, or when its owner ends the
+//! use. If recording the event fails, the record stays open, because the work may be queued.
 
 use std::{mem, ptr};
 

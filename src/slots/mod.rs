@@ -400,9 +400,10 @@ impl<S: Send + Sync> Slots<S> {
     /// Counts the slots that are taken, for the high-water mark.
     ///
     /// A slow claim recounts, or one of several if there are many words. A claim at home recounts
-    /// if it leaves fewer free slots than the home's [`LowMark`](stats::LowMark). Between two
-    /// recounts, slots of other words are only released. So if one thread claims and each slow
-    /// claim recounts, no peak is missed.
+    /// if it leaves fewer free slots than the home's [`LowMark`](stats::LowMark). In between, slots
+    /// of other words are only released. So if one thread claims and each slow claim recounts, no
+    /// peak is missed. With several threads, marks can hide a peak. So claims at home also recount
+    /// after a fixed number of releases.
     #[cold]
     fn recount(&self) {
         self.stats.raise_high_water(self.total().saturating_sub(self.available()));

@@ -1,13 +1,15 @@
 //! Statistics about slots.
 //!
-//! No claim and no release depends on them, so the loom models do not follow them. A *slow claim*
-//! is one that did not take the first slot that it found at home. [`slots`](super) defines the
-//! words *home* and *lane*.
+//! No claim and no release depends on them, so the loom models do not follow them. The size of a
+//! growth depends on the number of growths, which changes under the growth lock.
+//!
+//! A *slow claim* is one that did not take the first slot that it found at home. [`slots`](super)
+//! defines the words *home* and *lane*.
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 /// A claim at home recounts all slots if its word's count of releases is a multiple of this.
-const RECOUNT_AFTER_RELEASES: u64 = 1 << 14;
+const RELEASES_PER_RECOUNT: u64 = 1 << 14;
 /// The most words that a slow claim reads for a recount, on average.
 ///
 /// With this many words or fewer, each slow claim recounts all slots.
@@ -73,7 +75,7 @@ impl LaneStats {
 }
 
 /// The number of free slots of a word at the last recount by a claim at home, or after the last
-/// slow claim.
+/// slow claim if that is later.
 ///
 /// Assume that all claims since then were at this home, and left at least this many slots free.
 /// Then no more slots are taken than at that time. A claim that leaves fewer recounts all slots.
@@ -89,7 +91,7 @@ impl LowMark {
     /// `releases` is the word's count of releases.
     #[inline]
     pub(super) fn is_recount_due(&self, free: u32, releases: u64) -> bool {
-        free < self.0.load(Ordering::Relaxed) || releases.is_multiple_of(RECOUNT_AFTER_RELEASES)
+        free < self.0.load(Ordering::Relaxed) || releases.is_multiple_of(RELEASES_PER_RECOUNT)
     }
 
     /// Sets the mark to the present number of free slots.

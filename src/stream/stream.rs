@@ -195,9 +195,9 @@ impl Stream {
     /// - `raw` is a stream of `device`'s primary context.
     /// - It stays live while `owner` is kept. Without an owner, it stays live while any handle to
     ///   it, any event recorded on it, or any buffer, group or ring last used on it lives.
-    /// - Without an owner, it also outlives a pool to which such a buffer was given back, and a
-    ///   tensor that was made of such a buffer, if at that time the stream was being captured or
-    ///   the driver returned errors.
+    /// - Assume that a buffer last used on it was returned to a pool or exported as a tensor, and
+    ///   that the stream was being captured or the driver returned errors at that time. Without an
+    ///   owner, the stream then also outlives that pool or tensor.
     /// - Nobody captures it, or makes it join a capture by waiting for an event of that capture,
     ///   while a buffer, group or ring last used on it is in use by any call, or is given back to
     ///   its pool. See [`as_raw`](Self::as_raw).
