@@ -165,8 +165,14 @@ pub struct DLManagedTensorVersioned {
     pub dl_tensor: DLTensor,
 }
 
-/// The first version with the versioned struct. Nothing newer is used.
-pub(super) const VERSION: DLPackVersion = DLPackVersion { major: 1, minor: 0 };
+/// The first version that has the versioned struct and the code of `dtype`. Nothing newer is used.
+pub(super) fn version(dtype: DType) -> DLPackVersion {
+    let minor = match dtype {
+        DType::F8E4M3 | DType::F8E5M2 => 1,
+        _ => 0,
+    };
+    DLPackVersion { major: 1, minor }
+}
 
 impl From<DType> for DLDataType {
     fn from(dtype: DType) -> DLDataType {

@@ -5,7 +5,7 @@ use std::ptr;
 
 use super::abi::{
     DLDataType, DLDevice, DLDeviceType, DLManagedTensor, DLManagedTensorVersioned, DLTensor,
-    VERSION,
+    version,
 };
 use crate::element::DType;
 use crate::error::{Error, Result};
@@ -131,8 +131,9 @@ impl Tensor {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn into_raw(self) -> *mut DLManagedTensorVersioned {
+        let version = version(self.dtype);
         self.managed(|dl_tensor| DLManagedTensorVersioned {
-            version: VERSION,
+            version,
             manager_ctx: ptr::null_mut(),
             deleter: Some(delete),
             flags: 0,
