@@ -560,16 +560,19 @@ impl<'g> MembersMut<'g> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn cpu_mut<T: Pod>(&mut self, key: MemberKey<T>) -> Result<&'g mut [T]> {
-        let (address, len) = self.0.wait_and_name(key)?;
+        let (address, len) = self.0.wait_to_write_and_name(key)?;
         // SAFETY: the elements are there, aligned and initialized, as in `host_back`. No copy uses
         // the member after the wait, and none can be enqueued while the group is borrowed for `'g`.
-        // Members do not overlap, and `wait_and_name` checked that this one was not taken before.
+        // Members do not overlap, and `wait_to_write_and_name` checked that this one was not taken
+        // before.
         Ok(unsafe { slice::from_raw_parts_mut(address.cast(), len) })
     }
 
     /// A member in the host slot of a ring that was current `steps` advances ago, to read, beside
-    /// writes of the current slot. Waits for copies into that slot. With 0 steps it is the current
-    /// slot, and the member counts as taken.
+    /// writes of the current slot. Waits for downloads of that member into that slot.
+    ///
+    /// An older slot can be read any number of times. With 0 steps it is the current slot, and the
+    /// member counts as taken.
     ///
     /// # Errors
     ///
@@ -592,13 +595,14 @@ impl<'g> MembersMut<'g> {
     /// # Ok::<(), cpu_gpu_buffer::Error>(())
     /// ```
     pub fn cpu_back<T: Pod>(&mut self, steps: usize, key: MemberKey<T>) -> Result<&'g [T]> {
-        if steps == 0 {
-            return self.cpu_mut(key).map(|member| &*member);
-        }
-        let (address, len) = self.0.wait_to_read(steps, key)?;
+        let (address, len) = match steps {
+            0 => self.0.wait_to_read_and_name(key)?,
+            _ => self.0.wait_to_read(steps, key)?,
+        };
         // SAFETY: the elements are there, aligned and initialized, as in `host_back`. No copy
         // writes them after the wait, and none can be enqueued while the group is borrowed for
-        // `'g`. `cpu_mut` gives members of the current slot alone, and this is another one.
+        // `'g`. `cpu_mut` gives members of the current slot alone. This is another slot, or a
+        // member that counts as taken, which `cpu_mut` has not given and will not give.
         Ok(unsafe { slice::from_raw_parts(address.cast(), len) })
     }
 }

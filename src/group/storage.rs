@@ -14,10 +14,22 @@
 //! therefore ordered after all earlier ones, and a submission that no member refers to is covered
 //! by a newer one.
 //!
-//! There is one device side. There may be several host slots. Uploads and downloads use the current
-//! slot, and the other slots keep their tables.
-
-use std::mem;
+//! There is one device side. There may be several host slots. A copy in either direction uses the
+//! current slot, and the other slots keep their tables. Neither the order nor the cover depends on
+//! slots:
+//!
+//! - Each submission touches the device side of its members. `latest` is one table for all slots
+//!   and both directions, so the submissions of one member form one sequence.
+//! - A copy replaces entries of its direction in the current slot, and of `latest`. The submission
+//!   in each of these entries moved the same member, so the new one comes after it. An older slot
+//!   refers to its own newest copies, however many copies other slots make.
+//! - A host slot is written by its downloads and by the program. A reader of any slot waits for the
+//!   `download` of that slot. A writer has the current slot, and waits for both tables of it.
+//! - [`advance`](GroupStorage::advance) takes a slot when nothing that its tables refer to is in
+//!   flight. The tables keep finished submissions, which costs no driver call.
+//! - Bytes that a copy moves beside the named ones are padding, which no one reads, or rows that an
+//!   upload carries. A download carries nothing, and a ring of several slots carries nothing, since
+//!   its current slot may hold older rows than the device side.
 
 use bytemuck::Pod;
 
@@ -192,28 +204,48 @@ impl GroupStorage {
         self.named.fill(false);
     }
 
-    /// Names a member. A named member is refused.
-    pub(crate) fn name(&mut self, index: usize) -> Result<()> {
-        match mem::replace(&mut self.named[index], true) {
+    fn refuse_named(&self, index: usize) -> Result<()> {
+        match self.named[index] {
             false => Ok(()),
             true => Err(Error::DuplicateMember { index }),
         }
     }
 
+    /// Names a member. A named member is refused.
+    pub(crate) fn name(&mut self, index: usize) -> Result<()> {
+        self.refuse_named(index)?;
+        self.named[index] = true;
+        Ok(())
+    }
+
     /// Waits as [`wait_to_write`](Self::wait_to_write), and names the member. A named member is
     /// refused.
-    pub(crate) fn wait_and_name<T: Pod>(&mut self, key: MemberKey<T>) -> Result<(*mut u8, usize)> {
+    pub(crate) fn wait_to_write_and_name<T: Pod>(
+        &mut self,
+        key: MemberKey<T>,
+    ) -> Result<(*mut u8, usize)> {
         let (index, member) = self.layout.find(key)?;
-        if self.named[index] {
-            return Err(Error::DuplicateMember { index });
-        }
+        self.refuse_named(index)?;
         self.wait_for_transfers(index)?;
         let host = self.host_of(member);
         self.named[index] = true;
         Ok(host)
     }
 
-    /// Switches to the next host slot. Returns `false`, and switches not, if a copy of that slot is
+    /// Waits as [`wait_to_read`](Self::wait_to_read) in the current host slot, and names the
+    /// member. A named member is refused.
+    pub(crate) fn wait_to_read_and_name<T: Pod>(
+        &mut self,
+        key: MemberKey<T>,
+    ) -> Result<(*mut u8, usize)> {
+        let (index, _) = self.layout.find(key)?;
+        self.refuse_named(index)?;
+        let host = self.wait_to_read(0, key)?;
+        self.named[index] = true;
+        Ok(host)
+    }
+
+    /// Switches to the next host slot. Returns `false` and does not switch if a copy of that slot is
     /// in flight.
     pub(crate) fn try_advance(&mut self) -> Result<bool> {
         self.device_side.refuse_child()?;

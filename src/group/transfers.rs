@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::ptr;
 
 use crate::cuda::calls::copy::Direction;
+use crate::device::Device;
 use crate::error::{Result, reserve};
 use crate::group::layout::MemberRows;
 use crate::group::storage::GroupStorage;
@@ -85,7 +86,9 @@ impl GroupStorage {
         // A download would write rows that the host did not ask for. In a ring another slot may
         // hold older rows than the device side.
         let carries = direction == Direction::Up && self.host_slots.depth() == 1;
-        plan::join(&mut self.ranges, |range, next| {
+        // On the CPU as on a GPU whose kernels reach the host side.
+        let by_kernel = self.mapped || self.device_side.device() == Device::Cpu;
+        plan::join(&mut self.ranges, by_kernel, |range, next| {
             let gap = range.bytes.end..next.bytes.start;
             let mut carried = 0;
             // The end of the last member, the members between, and the start of the next one. They
