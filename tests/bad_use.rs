@@ -396,6 +396,10 @@ fn a_key_of_another_layout_names_no_member() {
         assert_eq!(group.copy_to_cpu(&[foreign.rows(..0)], &stream), refused);
         let mut view = group.gpu_on(&stream).unwrap();
         assert_eq!(view.member(foreign).map(drop), refused);
+        let mut members = group.members_mut();
+        assert_eq!(members.cpu_mut(foreign).map(drop), refused);
+        assert_eq!(members.cpu_back(0, foreign).map(drop), refused);
+        assert_eq!(members.cpu_back(1, foreign).map(drop), refused);
         unchanged(group, one, two, &stream);
 
         let mut builder = GroupLayoutBuilder::new();
@@ -404,7 +408,13 @@ fn a_key_of_another_layout_names_no_member() {
         assert_eq!(ring.cpu(foreign).map(drop), refused);
         assert_eq!(ring.cpu_mut(foreign).map(drop), refused);
         assert_eq!(ring.members_mut().cpu_mut(foreign).map(drop), refused);
+        assert_eq!(ring.try_cpu(foreign).map(drop), refused);
+        assert_eq!(ring.try_cpu_mut(foreign).map(drop), refused);
+        assert_eq!(ring.cpu_back(0, foreign).map(drop), refused);
+        assert_eq!(ring.shape(foreign).map(drop), refused);
+        assert_eq!(ring.device_ptr(foreign).map(drop), refused);
         assert_eq!(ring.copy_to_gpu(&[foreign.rows(..)], &stream), refused);
+        assert_eq!(ring.copy_to_cpu(&[foreign.into()], &stream), refused);
         assert_eq!(ring.gpu_on(&stream).unwrap().member(foreign).map(drop), refused);
     });
 }
@@ -489,6 +499,24 @@ fn a_member_is_taken_once_from_a_value_that_gives_several() {
         // The next value gives them again.
         assert_eq!(group.members_mut().cpu_mut(two).unwrap().len(), 5);
         assert_eq!(group.gpu_on(&stream).unwrap().member(two).unwrap().len(), 5);
+        unchanged(group, one, two, &stream);
+    });
+}
+
+#[test]
+fn a_member_that_is_read_in_the_current_slot_is_not_written_beside() {
+    each(|device, stream| {
+        let (mut group, one, two, _) = group(device, &stream);
+        let mut members = group.members_mut();
+        let (read, written) = (members.cpu_back(0, two).unwrap(), members.cpu_mut(one).unwrap());
+        let twice = Err(Error::DuplicateMember { index: 1 });
+        assert_eq!(members.cpu_mut(two).map(drop), twice);
+        assert_eq!(members.cpu_back(0, two).map(drop), twice);
+        assert_eq!(members.cpu_back(0, one).err(), Some(Error::DuplicateMember { index: 0 }));
+        // A group has one slot.
+        let older = Error::OutOfRange { start: 1, end: 2, rows: 1, member: None };
+        assert_eq!(members.cpu_back(1, two).err(), Some(older));
+        assert_eq!((read.len(), written.len()), (5, 8));
         unchanged(group, one, two, &stream);
     });
 }

@@ -62,6 +62,15 @@ impl Members {
         members.iter().map(|member| self.keys[*member].rows(1..WORDS - 1)).collect()
     }
 
+    /// Every second row of members, in more places than one kernel takes.
+    fn scattered(&self) -> Vec<MemberRows> {
+        let rows = |key: &MemberKey<u32>| {
+            let key = *key;
+            (0..WORDS).step_by(2).map(move |row| key.rows(row..row + 1))
+        };
+        self.keys[..2].iter().flat_map(rows).collect()
+    }
+
     /// Rows go to the device and back in every member.
     fn verify_group(&self, group: &mut BufferGroup, stream: &Stream, value: u32) {
         let rows = self.rows(&[0, 1, 2, 3, 4, 5, 6]);
@@ -95,6 +104,12 @@ impl Members {
             let rows = view.member(key).unwrap().rows(1..WORDS - 1).unwrap();
             common::all(&common::device_words(DEVICE, rows.as_ptr(), WORDS - 2), value + 2);
         }
+        self.keys.iter().for_each(|key| ring.cpu_mut(*key).unwrap().fill(0));
+        ring.copy_to_cpu(&rows, stream).unwrap();
+        ring.advance().unwrap();
+        for key in self.keys {
+            common::all(&ring.cpu_back(1, key).unwrap()[1..WORDS - 1], value + 2);
+        }
     }
 }
 
@@ -107,6 +122,10 @@ fn verify_slots(slots: &mut BufferRing<u32>, stream: &Stream, value: u32) {
     slots.synchronize().unwrap();
     assert!(slots.is_idle().unwrap());
     common::all(&common::device_words(DEVICE, slots.device_ptr(), WORDS), value + 2);
+    slots.cpu_mut().unwrap().fill(0);
+    slots.copy_to_cpu(.., stream).unwrap();
+    slots.advance().unwrap();
+    common::all(slots.cpu_back(1).unwrap(), value + 2);
 }
 
 impl Bench {
@@ -502,6 +521,10 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let (group, members, stream) = bench.group();
         group.copy_to_cpu(&members.rows(&[3, 1, 3, 1]), stream)
     }),
+    ("BufferGroup::copy_to_cpu/many", |bench| {
+        let (group, members, stream) = bench.group();
+        group.copy_to_cpu(&members.scattered(), stream)
+    }),
     ("BufferGroup::is_idle", |bench| bench.group().0.is_idle().map(drop)),
     ("BufferGroup::synchronize", |bench| bench.group().0.synchronize()),
     ("BufferGroup::gpu_on", |bench| {
@@ -546,6 +569,10 @@ const OPERATIONS: &[(&str, Operation)] = &[
         let (ring, members, _) = bench.ring();
         ring.advance()?;
         ring.members_mut().cpu_back(1, members.keys[3]).map(drop)
+    }),
+    ("MembersMut::cpu_back/current", |bench| {
+        let (ring, members, _) = bench.ring();
+        ring.members_mut().cpu_back(0, members.keys[3]).map(drop)
     }),
     ("MembersMut::cpu_mut/of a ring", |bench| {
         let (ring, members, _) = bench.ring();
@@ -595,6 +622,12 @@ const OPERATIONS: &[(&str, Operation)] = &[
     ("BufferRing::try_cpu", |bench| bench.slots().0.try_cpu().map(drop)),
     ("BufferRing::try_cpu_mut", |bench| bench.slots().0.try_cpu_mut().map(drop)),
     ("BufferRing::cpu_back", |bench| bench.slots().0.cpu_back(0).map(drop)),
+    ("BufferRing::cpu_back/older", |bench| {
+        let (slots, stream) = bench.slots();
+        slots.copy_to_cpu(.., stream)?;
+        slots.advance()?;
+        slots.cpu_back(1).map(drop)
+    }),
     ("BufferRing::copy_to_cpu", |bench| {
         let (slots, stream) = bench.slots();
         slots.copy_to_cpu(1..9, stream)

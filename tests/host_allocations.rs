@@ -180,6 +180,40 @@ fn a_copy_of_many_members_is_an_error_where_memory_for_it_runs_out() {
 }
 
 #[test]
+fn steps_of_a_group_and_of_a_ring_allocate_nothing_once_they_were_all_taken() {
+    devices(|device, stream| {
+        let mut builder = GroupLayoutBuilder::new();
+        let (table, sampled) = (builder.add::<u32>([4000, 2]), builder.add::<u32>(8));
+        let layout = builder.build().unwrap();
+        let mut group = BufferGroup::new(&layout, device).unwrap();
+        let mut ring = GroupRing::new(&layout, device, 3).unwrap();
+        let other = Stream::new(device).unwrap();
+        // Rows in many places, in no order, and some of them often.
+        let rows = (0..1000).map(|at| table.rows(at * 7 % 1000 * 4..at * 7 % 1000 * 4 + 1));
+        let mut rows: Vec<MemberRows> = rows.collect();
+        rows.extend_from_within(..100);
+        let mut step = |step: u32| -> Result<()> {
+            let stream = if step.is_multiple_of(2) { stream } else { &other };
+            group.cpu_mut(table)?.fill(step);
+            group.copy_to_gpu(&rows, stream)?;
+            group.copy_to_cpu(&rows, stream)?;
+            ring.advance()?;
+            let mut members = ring.members_mut();
+            let before = members.cpu_back(1, sampled)?[0];
+            members.cpu_mut(table)?.fill(before);
+            ring.copy_to_gpu(&rows, stream)?;
+            ring.gpu_on(stream)?.member(sampled)?;
+            ring.copy_to_cpu(&[sampled.into()], stream)?;
+            ring.cpu_back(1, sampled).map(drop)
+        };
+        (2..20).try_for_each(&mut step).unwrap();
+        let left = LEFT.get();
+        let done = (20..60).try_for_each(&mut step);
+        assert_eq!((done, LEFT.get()), (Ok(()), left));
+    });
+}
+
+#[test]
 fn many_buffers_of_a_pool_are_an_error_where_memory_for_them_runs_out() {
     devices(|device, _| {
         limited(FEW, || is_out_of_memory(BufferPool::<u8>::new(0, device, MANY), device));

@@ -115,16 +115,11 @@ impl Modelled {
             }
             Operation::Kernel(value, on) => {
                 let stream = &streams[*on];
-                let view = buffer.gpu_on(stream).unwrap();
-                match view.device() {
-                    _ if view.is_empty() => {}
-                    Device::Cuda(_) => common::store(view.as_mut_ptr(), view.len(), *value, stream),
-                    Device::Cpu => {
-                        for at in 0..view.len() {
-                            // SAFETY: within the view, which this thread alone has.
-                            unsafe { view.as_mut_ptr().wrapping_add(at).write(*value) };
-                        }
-                    }
+                let mut view = buffer.gpu_on(stream).unwrap();
+                if let Some(words) = view.as_host_slice_mut() {
+                    words.fill(*value);
+                } else if !view.is_empty() {
+                    common::store(view.as_mut_ptr(), view.len(), *value, stream);
                 }
                 self.gpu.fill(*value);
             }

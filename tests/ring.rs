@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::ops::Range;
 use std::time::Duration;
 
 use common::{Gate, all, device_words, test_name};
@@ -236,6 +237,283 @@ fn an_older_slot_beside_writes_waits_for_the_download_into_it() {
         ring.advance().unwrap();
         let seen = gate.waits(|| ring.members_mut().cpu_back(1, keys[0]).unwrap().to_vec());
         all(&seen, 3);
+    });
+}
+
+#[test]
+fn an_older_slot_beside_writes_does_not_wait_for_copies_of_the_current_one() {
+    each(test_name!(), |words, device| {
+        let stream = Stream::new(device).unwrap();
+        let (keys, layout) = members(words, false);
+        let mut ring = GroupRing::new(&layout, device, 2).unwrap();
+        ring.cpu_mut(keys[0]).unwrap().fill(3);
+        ring.copy_to_gpu(&[keys[0].into()], &stream).unwrap();
+        ring.copy_to_cpu(&[keys[0].into()], &stream).unwrap();
+        ring.synchronize().unwrap();
+        ring.advance().unwrap();
+        let gate = Gate::close(&stream);
+        ring.copy_to_cpu(&[keys[0].into(), keys[2].into()], &stream).unwrap();
+        gate.passes(|| {
+            let mut members = ring.members_mut();
+            all(members.cpu_back(1, keys[0]).unwrap(), 3);
+            members.cpu_mut(keys[1]).unwrap().fill(4);
+        });
+    });
+}
+
+#[test]
+fn the_current_slot_beside_writes_waits_for_its_download_and_not_for_its_upload() {
+    each(test_name!(), |words, device| {
+        let stream = Stream::new(device).unwrap();
+        let (keys, layout) = members(words, false);
+        let mut ring = GroupRing::new(&layout, device, 2).unwrap();
+        let gate = Gate::close(&stream);
+        ring.cpu_mut(keys[0]).unwrap().fill(3);
+        ring.copy_to_gpu(&[keys[0].into()], &stream).unwrap();
+        gate.passes(|| all(ring.members_mut().cpu_back(0, keys[0]).unwrap(), 3));
+        ring.cpu_mut(keys[0]).unwrap().fill(0);
+        let gate = Gate::close(&stream);
+        ring.copy_to_cpu(&[keys[0].into()], &stream).unwrap();
+        let seen = gate.waits(|| ring.members_mut().cpu_back(0, keys[0]).unwrap().to_vec());
+        all(&seen, 3);
+    });
+}
+
+#[test]
+fn an_older_slot_waits_neither_for_its_upload_nor_for_a_download_of_another_member() {
+    each(test_name!(), |words, device| {
+        let stream = Stream::new(device).unwrap();
+        let (keys, layout) = members(words, false);
+        let mut ring = GroupRing::new(&layout, device, 3).unwrap();
+        ring.gpu_on(&stream).unwrap();
+        ring.synchronize().unwrap();
+        let gate = Gate::close(&stream);
+        ring.cpu_mut(keys[0]).unwrap().fill(3);
+        ring.copy_to_gpu(&[keys[0].into()], &stream).unwrap();
+        ring.copy_to_cpu(&[keys[2].into()], &stream).unwrap();
+        ring.advance().unwrap();
+        ring.advance().unwrap();
+        gate.passes(|| {
+            all(ring.cpu_back(2, keys[0]).unwrap(), 3);
+            all(ring.members_mut().cpu_back(2, keys[0]).unwrap(), 3);
+        });
+    });
+}
+
+#[test]
+fn each_of_several_downloads_in_flight_is_waited_for_alone() {
+    each(test_name!(), |words, device| {
+        let (mut ring, stream) = downloading(words, device, 3, 1);
+        // A kernel and a download in each slot, with a gate before each.
+        let mut gates = Vec::new();
+        for step in 2..5 {
+            gates.push(Gate::close(&stream));
+            ring.advance().unwrap();
+            let view = ring.gpu_on(&stream).unwrap();
+            common::store(view.as_mut_ptr(), view.len(), step, &stream);
+            ring.copy_to_cpu(.., &stream).unwrap();
+        }
+        for (steps, gate) in (0..3).rev().zip(&gates) {
+            let seen = gate.waits(|| ring.cpu_back(steps).unwrap().to_vec());
+            all(&seen, 4 - steps as u32);
+        }
+    });
+}
+
+#[test]
+fn a_slot_that_was_not_taken_is_no_advance() {
+    each(test_name!(), |words, device| {
+        let (mut ring, stream) = downloading(words, device, 3, 7);
+        let gate = Gate::close(&stream);
+        ring.advance().unwrap();
+        send(&mut ring, 8, &stream);
+        ring.advance().unwrap();
+        ring.advance().unwrap();
+        let mut ring_of_one = BufferRing::<u32>::new(words, device, 1).unwrap();
+        ring_of_one.copy_to_cpu(.., &stream).unwrap();
+        gate.passes(|| {
+            all(ring.cpu_back(2).unwrap(), 8);
+            assert!(ring.try_advance().unwrap().is_none());
+            all(ring.cpu_back(2).unwrap(), 8);
+            assert!(ring_of_one.try_advance().unwrap().is_none());
+            let error = Error::OutOfRange { start: 1, end: 2, rows: 1, member: None };
+            assert_eq!(ring_of_one.cpu_back(1), Err(error));
+        });
+    });
+}
+
+// ---- any operations ----
+
+/// A small generator: xorshift64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self, below: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        ((self.0 >> 32) as usize) % below
+    }
+
+    /// Up to `most` rows of members, in any order, which may repeat and overlap.
+    fn rows(&mut self, most: usize, rows: usize) -> Vec<(usize, Range<usize>)> {
+        let range = |_| {
+            let (one, other) = (self.next(rows + 1), self.next(rows + 1));
+            (self.next(5), one.min(other)..one.max(other))
+        };
+        (0..most).map(range).collect()
+    }
+}
+
+/// A ring, and what each of its slots and its device side must hold.
+struct Model {
+    ring: GroupRing,
+    keys: [MemberKey<u32>; 5],
+    slots: Vec<[Vec<u32>; 5]>,
+    gpu: [Vec<u32>; 5],
+    current: usize,
+    advances: usize,
+}
+
+impl Model {
+    fn new(words: usize, device: Device, depth: usize, mirrored: bool) -> Model {
+        let (keys, layout) = members(words, mirrored);
+        let ring = GroupRing::new(&layout, device, depth).unwrap();
+        let zeroes = [(); 5].map(|()| vec![0; words]);
+        Model {
+            ring,
+            keys,
+            slots: vec![zeroes.clone(); depth],
+            gpu: zeroes,
+            current: 0,
+            advances: 0,
+        }
+    }
+
+    fn copy(&mut self, up: bool, rows: &[(usize, Range<usize>)], stream: &Stream) {
+        let named = rows.iter().map(|(member, rows)| self.keys[*member].rows(rows.clone()));
+        let named: Vec<_> = named.collect();
+        match up {
+            true => self.ring.copy_to_gpu(&named, stream).unwrap(),
+            false => self.ring.copy_to_cpu(&named, stream).unwrap(),
+        }
+        for (member, rows) in rows {
+            let host = &mut self.slots[self.current][*member][rows.clone()];
+            let gpu = &mut self.gpu[*member][rows.clone()];
+            match up {
+                true => gpu.copy_from_slice(host),
+                false => host.copy_from_slice(gpu),
+            }
+        }
+    }
+
+    fn advance(&mut self, trying: bool) {
+        let advanced = match trying {
+            true => self.ring.try_advance().unwrap(),
+            false => self.ring.advance().map(|()| true).unwrap(),
+        };
+        if advanced {
+            self.current = (self.current + 1) % self.slots.len();
+            self.advances += 1;
+        }
+    }
+
+    /// The steps back that can be read.
+    fn readable(&self) -> usize {
+        self.slots.len().min(self.advances + 1)
+    }
+
+    fn slot(&self, steps: usize) -> &[Vec<u32>; 5] {
+        &self.slots[(self.current + self.slots.len() - steps) % self.slots.len()]
+    }
+
+    fn store(&mut self, member: usize, value: u32, stream: &Stream) {
+        let mut view = self.ring.gpu_on(stream).unwrap().member(self.keys[member]).unwrap();
+        match view.as_host_slice_mut() {
+            Some(words) => words.fill(value),
+            None => common::store(view.as_mut_ptr(), view.len(), value, stream),
+        }
+        self.gpu[member].fill(value);
+    }
+
+    fn step(&mut self, random: &mut Random, streams: &[Stream]) {
+        let stream = &streams[random.next(streams.len())];
+        let (member, value) = (random.next(5), random.next(1 << 20) as u32);
+        let words = self.gpu[0].len();
+        match random.next(12) {
+            0 | 1 => {
+                self.ring.cpu_mut(self.keys[member]).unwrap().fill(value);
+                self.slots[self.current][member].fill(value);
+            }
+            2 | 3 => {
+                let rows = random.rows(8, words);
+                self.copy(true, &rows, stream);
+            }
+            4 | 5 => {
+                let rows = random.rows(8, words);
+                self.copy(false, &rows, stream);
+            }
+            6 => self.advance(false),
+            7 => self.advance(true),
+            8 => self.store(member, value, stream),
+            9 => {
+                // An older slot is read beside a write of the current one.
+                let steps = random.next(self.readable());
+                let other = (member + 1) % 5;
+                let expected = self.slot(steps)[member].clone();
+                let mut members = self.ring.members_mut();
+                let before = members.cpu_back(steps, self.keys[member]).unwrap();
+                let now = members.cpu_mut(self.keys[other]).unwrap();
+                assert!(before == expected, "{steps} steps ago, beside writes");
+                now.copy_from_slice(before);
+                self.slots[self.current][other] = expected;
+            }
+            10 => {
+                if let Some(seen) = self.ring.try_cpu(self.keys[member]).unwrap() {
+                    assert!(seen == self.slot(0)[member], "tried");
+                }
+                let tried = self.ring.try_cpu_mut(self.keys[member]).unwrap();
+                if let Some(now) = tried {
+                    now[0] = value;
+                    self.slots[self.current][member][0] = value;
+                }
+            }
+            _ => {
+                let steps = random.next(self.readable());
+                let seen = self.ring.cpu_back(steps, self.keys[member]).unwrap();
+                assert!(seen == self.slot(steps)[member], "{steps} steps ago");
+            }
+        }
+    }
+
+    fn look(&mut self) {
+        for steps in 0..self.readable() {
+            for (key, expected) in self.keys.into_iter().zip(self.slot(steps)) {
+                assert!(self.ring.cpu_back(steps, key).unwrap() == expected, "{steps} steps ago");
+            }
+        }
+        for member in 0..5 {
+            let seen = words_of(&mut self.ring, self.keys[member]);
+            assert!(seen == self.gpu[member], "the device side of member {member}");
+        }
+    }
+}
+
+#[test]
+fn any_operations_do_what_they_would_do_one_by_one() {
+    devices(|device, _| {
+        for seed in 1..=80 {
+            let mut random = Random(0x9e37_79b9_7f4a_7c15u64.wrapping_mul(seed));
+            let streams = [(); 3].map(|()| Stream::new(device).unwrap());
+            let (depth, words) = (1 + random.next(4), [7, 1001, 70_000][random.next(3)]);
+            // A ring of one slot carries rows of mirrored members.
+            let mut model = Model::new(words, device, depth, depth > 1 && random.next(2) == 0);
+            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                (0..60).for_each(|_| model.step(&mut random, &streams));
+                model.look();
+            }));
+            assert!(outcome.is_ok(), "{device}, seed {seed}, {depth} slots of {words} words");
+        }
     });
 }
 
