@@ -217,8 +217,9 @@ impl BufferGroup {
     /// nothing. A member may occur any number of times, with any rows in any order.
     ///
     /// Ranges that touch or overlap are joined, and so are neighbours if nothing lies between their
-    /// rows. One kernel that reads the pinned slab copies the remaining ranges. Long ranges are
-    /// copied one by one. The kernel waits for free multiprocessors as any kernel does.
+    /// rows. One kernel that reads the pinned slab copies the remaining ranges, with a launch for
+    /// each 224 of them. Long ranges are copied one by one. The kernel waits for free
+    /// multiprocessors as any kernel does.
     ///
     /// # Errors
     ///

@@ -121,12 +121,14 @@ impl GroupLayoutBuilder {
     /// several. It may include a mirrored member that the call does not name, if the member lies
     /// between two named ones. The rows are copied from the host side as it is then.
     ///
+    /// - At most 96 KB are included between two ranges. Between ranges of one member it is 96 KB in
+    ///   all, if a kernel can copy the ranges at the cost of one copy.
     /// - Included rows count as being uploaded: [`cpu_mut`](crate::BufferGroup::cpu_mut) of the
     ///   member waits for the copy.
     /// - Rows of other members are never included.
     /// - A ring of several host slots includes nothing, because another slot may hold older rows.
-    /// - [`Device::Cpu`] includes the same rows as a GPU. A member that the device does write shows
-    ///   there, too.
+    /// - [`Device::Cpu`] includes the same rows as a GPU with pinned, mapped host memory. A member
+    ///   that the device does write shows there, too.
     ///
     /// # Panics
     ///
