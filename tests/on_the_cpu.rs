@@ -224,6 +224,38 @@ fn members_of_a_group_do_not_touch_each_other() {
 }
 
 #[test]
+fn older_slots_are_read_beside_writes_of_the_current_one() {
+    let stream = stream();
+    let mut builder = GroupLayoutBuilder::new();
+    let (ids, flags) = (builder.add::<i32>([4, 2]), builder.add::<u8>(3));
+    let mut ring = GroupRing::new(&builder.build().unwrap(), Device::Cpu, 3).unwrap();
+    for step in 0..6 {
+        ring.advance().unwrap();
+        let mut members = ring.members_mut();
+        let now = members.cpu_mut(ids).unwrap();
+        let before = members.cpu_back(1, ids).unwrap();
+        let own = members.cpu_back(0, flags).unwrap();
+        let again = members.cpu_back(1, ids).unwrap();
+        now.copy_from_slice(before);
+        now[7] += i32::from(own[0]) + 1;
+        assert_eq!((before[7], again[7], now[7]), (step, step, step + 1));
+        // Rows in many places, in no order, and some of them often.
+        let rows = [ids.rows(3..), ids.rows(..1), ids.rows(2..), ids.rows(3..), ids.rows(..0)];
+        ring.copy_to_gpu(&rows, &stream).unwrap();
+        let mut view = ring.gpu_on(&stream).unwrap();
+        let (mut first, mut second) = (view.member(ids).unwrap(), view.member(flags).unwrap());
+        let (from, to) = (first.as_host_slice_mut().unwrap(), second.as_host_slice_mut().unwrap());
+        to[2] = from[7] as u8;
+        from[0] = 5;
+        ring.copy_to_cpu(&[flags.rows(2..), ids.rows(..1), ids.rows(0..1)], &stream).unwrap();
+        assert_eq!(ring.cpu(flags).unwrap(), [0, 0, step as u8 + 1]);
+        assert_eq!(ring.cpu_back(0, ids).unwrap()[..2], [5, 0]);
+    }
+    let view = ring.gpu_on(&stream).unwrap().member(ids).unwrap().rows(1..).unwrap();
+    assert_eq!(view.into_host_slice().unwrap(), [0, 0, 0, 0, 0, 6]);
+}
+
+#[test]
 fn slots_of_a_ring_are_written_in_turn() {
     let stream = stream();
     let mut builder = GroupLayoutBuilder::new();
