@@ -324,12 +324,15 @@ fn each_of_several_downloads_in_flight_is_waited_for_alone() {
 fn a_slot_that_was_not_taken_is_no_advance() {
     each(test_name!(), |words, device| {
         let (mut ring, stream) = downloading(words, device, 3, 7);
+        // Made here, since an allocation may wait for the gate.
+        let mut ring_of_one = BufferRing::<u32>::new(words, device, 1).unwrap();
+        ring_of_one.gpu_on(&stream).unwrap();
+        ring_of_one.synchronize().unwrap();
         let gate = Gate::close(&stream);
         ring.advance().unwrap();
         send(&mut ring, 8, &stream);
         ring.advance().unwrap();
         ring.advance().unwrap();
-        let mut ring_of_one = BufferRing::<u32>::new(words, device, 1).unwrap();
         ring_of_one.copy_to_cpu(.., &stream).unwrap();
         gate.passes(|| {
             all(ring.cpu_back(2).unwrap(), 8);
