@@ -245,8 +245,8 @@ impl GroupStorage {
         Ok(host)
     }
 
-    /// Switches to the next host slot. Returns `false` and does not switch if a copy of that slot is
-    /// in flight.
+    /// Switches to the next host slot. Returns `false` and does not switch if a copy of that slot
+    /// is in flight.
     pub(crate) fn try_advance(&mut self) -> Result<bool> {
         self.device_side.refuse_child()?;
         for number in self.host_slots.next().all() {
