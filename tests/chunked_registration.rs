@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::ptr;
 
 use common::sim::{self, Limits};
-use common::{Foreign, Gate, all, device_bytes, test_name};
+use common::{Foreign, Gate, all, device_bytes, is_all, test_name};
 use cpu_gpu_buffer::{
     BufferGroup, BufferOptions, BufferPool, CpuGpuBuffer, Device, Error, GroupLayoutBuilder,
     HostFlags, MemberKey, Pinning, Result, Stream, sys,
@@ -56,15 +56,14 @@ fn mapped() -> usize {
     sum
 }
 
-/// So many bytes from this place on: different at neighbouring places, at the same place of other pieces, and for each
-/// seed. Eight at a time, since a sanitizer looks at every access.
+/// Bytes from this place on. They differ at neighbouring places, at the same place of other
+/// registrations, and for each seed.
 fn pattern(from: usize, bytes: usize, seed: usize) -> Vec<u8> {
-    let word = |at: usize| {
-        let mixed = (at ^ seed << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (mixed ^ mixed >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93)
-    };
-    let words: Vec<_> = (from / 8..(from + bytes).div_ceil(8)).map(word).collect();
-    bytemuck::cast_slice(&words)[from % 8..][..bytes].to_vec()
+    let mut pattern = vec![0; bytes];
+    let mut stream = blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof();
+    stream.set_position(from as u64);
+    stream.fill(&mut pattern);
+    pattern
 }
 
 /// At most so many of them are there at a time.
@@ -116,7 +115,7 @@ fn rows_arrive_across_the_bounds_of_registrations_in_both_directions() {
     let Some((device, limits)) = Limits::of(test) else { return };
     let stream = Stream::new(device).unwrap();
     let mut buffer = in_registrations(&limits, device);
-    assert!(buffer.cpu().unwrap().iter().all(|byte| *byte == 0));
+    assert!(is_all(buffer.cpu().unwrap(), 0));
     for (seed, (range, registrations)) in RANGES.into_iter().enumerate() {
         // With some bytes on either side, which stay as they are in the side that is written.
         let (begin, end) = (range.start.saturating_sub(9), BYTES.min(range.end + 9));
@@ -137,7 +136,7 @@ fn rows_arrive_across_the_bounds_of_registrations_in_both_directions() {
         transfer(registrations, || buffer.copy_to_cpu(range.clone(), &stream));
         let host = buffer.cpu().unwrap();
         painted(&host[range.clone()], range.start, seed);
-        assert!(sides.iter().all(|side| host[side.clone()].iter().all(|byte| *byte == 0xee)));
+        assert!(sides.iter().all(|side| is_all(&host[side.clone()], 0xee)));
     }
 }
 
@@ -197,7 +196,7 @@ fn a_transfer_in_registrations_is_in_flight_until_the_last_has_arrived() {
         assert!(gate.is_open() || buffer.try_cpu().unwrap().is_none());
         buffer.cpu().unwrap()[ACROSS].to_vec()
     });
-    assert!(seen.iter().all(|byte| *byte == OLD));
+    assert!(is_all(&seen, OLD));
 }
 
 #[test]
@@ -314,7 +313,7 @@ fn members_of_a_group_may_lie_across_the_bounds_of_registrations() {
                 let host = group.cpu(keys[*member]).unwrap();
                 painted(&host[rows(member)], *member, seed);
                 let sides = [&host[..inset], &host[sizes[*member] - inset..]].concat();
-                assert!(sides.iter().all(|byte| *byte == 0xee), "{members:?}");
+                assert!(is_all(&sides, 0xee), "{members:?}");
             }
         }
     }

@@ -10,7 +10,7 @@ mod common;
 use std::thread;
 
 use common::sim::{self, Held, Limits};
-use common::{in_child, in_subprocess, is_subprocess, test_name};
+use common::{in_child, in_subprocess, is_all, is_subprocess, test_name};
 use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, HostFlags, Pinning, Stream};
 
 const LARGEST: usize = 1 << 20;
@@ -104,7 +104,7 @@ fn small_host_sides_never_overlap_and_begin_as_zeroes_whatever_the_piece_held() 
         for step in 0..600 {
             if held.len() > 40 || next(3) == 0 && !held.is_empty() {
                 let (value, old) = held.swap_remove(next(held.len()));
-                assert!(old.cpu().unwrap().iter().all(|byte| *byte == value), "{device}");
+                assert!(is_all(old.cpu().unwrap(), value), "{device}");
                 continue;
             }
             let bytes = match next(4) {
@@ -112,7 +112,7 @@ fn small_host_sides_never_overlap_and_begin_as_zeroes_whatever_the_piece_held() 
                 _ => 1 + next(5000),
             };
             let mut new = CpuGpuBuffer::<u8>::new(bytes, device).unwrap();
-            assert!(new.cpu().unwrap().iter().all(|byte| *byte == 0), "{device}: {bytes} bytes");
+            assert!(is_all(new.cpu().unwrap(), 0), "{device}: {bytes} bytes");
             assert_eq!(new.cpu().unwrap().as_ptr().addr() % 256, 0);
             let value = (1 + step % 255) as u8;
             new.fill_cpu(value).unwrap();
@@ -133,9 +133,9 @@ fn threads_that_make_and_drop_small_buffers_at_once_never_share_a_byte() {
                     let mut second = CpuGpuBuffer::<u8>::new(200_000, device).unwrap();
                     first.fill_cpu(number).unwrap();
                     second.fill_cpu(number + 100).unwrap();
-                    assert!(first.cpu().unwrap().iter().all(|byte| *byte == number));
+                    assert!(is_all(first.cpu().unwrap(), number));
                     drop(first);
-                    assert!(second.cpu().unwrap().iter().all(|byte| *byte == number + 100));
+                    assert!(is_all(second.cpu().unwrap(), number + 100));
                 }
             });
         }
@@ -214,22 +214,23 @@ fn a_slice_that_lives_across_fork_reads_zeroes_in_the_child_and_aliases_nothing(
                 let inherited = if buffer.is_pinned() { 0 } else { 5 };
                 let host = buffer.cpu_mut().unwrap();
                 in_child(|| {
-                    let all = |bytes: &[u8], value| bytes.iter().all(|byte| *byte == value);
-                    assert!(all(host, inherited), "{what}");
-                    let mut heap: Vec<Vec<u8>> = (0..100).map(|_| vec![7; 1 << 20]).collect();
+                    assert!(is_all(host, inherited), "{what}");
+                    // As much as the slice, and some more.
+                    let mut heap: Vec<Vec<u8>> =
+                        (0..5 + (bytes >> 20)).map(|_| vec![7; 1 << 20]).collect();
                     host.fill(9);
-                    assert!(heap.iter().all(|some| all(some, 7)), "{what}: the heap was changed");
+                    assert!(
+                        heap.iter().all(|some| is_all(some, 7)),
+                        "{what}: the heap was changed"
+                    );
                     heap.iter_mut().for_each(|some| some.fill(8));
-                    assert!(all(host, 9), "{what}: the slice was changed");
+                    assert!(is_all(host, 9), "{what}: the slice was changed");
                 });
-                assert!(
-                    host.iter().all(|byte| *byte == 5),
-                    "{what}: the child changed the parent's"
-                );
+                assert!(is_all(host, 5), "{what}: the child changed the parent's");
                 buffer.copy_to_gpu(.., &stream).unwrap();
                 buffer.fill_cpu(0).unwrap();
                 buffer.copy_to_cpu(.., &stream).unwrap();
-                let arrived = buffer.cpu().unwrap().iter().all(|byte| *byte == 5);
+                let arrived = is_all(buffer.cpu().unwrap(), 5);
                 assert!(arrived, "{what}: the device read the child's bytes");
             }
         }

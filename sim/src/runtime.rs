@@ -221,7 +221,10 @@ export! {
         create_stream(place, flags, priority)
     }
     fn cudaStreamDestroy(on: cudaStream_t) {
-        context::bind().inspect_err(|_| stream::give_up(on.addr()))?;
+        if let Err(broken) = context::bind() {
+            stream::give_up(on.addr());
+            return Err(broken);
+        }
         stream::destroy(on.addr())
     }
     fn cudaStreamGetFlags(on: cudaStream_t, place: *mut c_uint) {

@@ -16,7 +16,7 @@ use crate::{context, settings};
 
 struct Handles {
     streams: BTreeMap<usize, Arc<Stream>>,
-    /// Those that were destroyed and may still have work.
+    /// Those that were destroyed or given up, and may still have work.
     ending: Vec<Arc<Stream>>,
     legacy: BTreeMap<usize, Arc<Stream>>,
 }
@@ -43,22 +43,20 @@ pub(crate) fn create(device: usize, non_blocking: bool, priority: i32) -> usize 
 
 /// Destroys a stream. Its work still runs, and the caller does not wait.
 pub(crate) fn destroy(handle: usize) -> Result {
-    let mut handles = handles();
-    let stream = handles.streams.remove(&handle);
-    let stream = stream.ok_or(Status::cudaErrorInvalidResourceHandle)?;
-    stream.close();
-    handles.ending.retain(|stream| !stream.end().is_reached());
-    handles.ending.push(stream);
-    drop(handles);
+    give_up(handle).ok_or(Status::cudaErrorInvalidResourceHandle)?;
     live::died(Kind::Stream);
     Ok(())
 }
 
-/// Closes a stream that a broken context refuses to destroy. Its thread ends.
-pub(crate) fn give_up(handle: usize) {
-    if let Some(stream) = handles().streams.get(&handle) {
-        stream.close();
-    }
+/// Ends a stream that a broken context refuses to destroy, and that still counts as live. Its
+/// thread ends after its work. `None` if there is no such stream.
+pub(crate) fn give_up(handle: usize) -> Option<()> {
+    let mut handles = handles();
+    let stream = handles.streams.remove(&handle)?;
+    stream.close();
+    handles.ending.retain(|stream| !stream.end().is_reached());
+    handles.ending.push(stream);
+    Some(())
 }
 
 /// The stream of a handle. The handles 0 and 1 are the legacy stream of the current device.

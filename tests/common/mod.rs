@@ -13,6 +13,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use bytemuck::Pod;
 use cpu_gpu_buffer::{Device, Stream, sys};
 pub use runtime::*;
 
@@ -375,12 +376,21 @@ pub fn forget<T: 'static>(value: T) {
     FORGOTTEN.lock().unwrap_or_else(|poison| poison.into_inner()).push(kept.expose_provenance());
 }
 
+/// True if all elements are `value`.
+///
+/// One call compares all neighbours. Without optimization a loop over millions of elements is slow,
+/// and sanitizers would check each.
+pub fn is_all<T: Pod + PartialEq>(elements: &[T], value: T) -> bool {
+    let bytes: &[u8] = bytemuck::cast_slice(elements);
+    elements.first().is_none_or(|first| {
+        *first == value && bytes[size_of::<T>()..] == bytes[..bytes.len() - size_of::<T>()]
+    })
+}
+
 /// Asserts that all words are `value`, without printing millions of them.
 #[track_caller]
 pub fn all(words: &[u32], value: u32) {
-    let Some(first) = words.first() else { return };
-    // One call compares all neighbours. Sanitizers would check a loop word by word.
-    if *first != value || words[1..] != words[..words.len() - 1] {
+    if !is_all(words, value) {
         let at = words.iter().position(|word| *word != value).unwrap();
         panic!("word {at} of {} is {:#x}, not {value:#x}", words.len(), words[at]);
     }

@@ -257,6 +257,20 @@ fn growth() {
     assert_eq!(pool.growths(), 1);
 }
 
+/// One thread grows the pool while another claims and releases.
+fn growth_beside_a_claim() {
+    let pool = pool(0, 1);
+    let taking = {
+        let pool = Arc::clone(&pool);
+        thread::spawn(move || visit(&pool))
+    };
+    let lease = claim_or_grow(&pool, |_| vec![Held::new()]);
+    lease.touch();
+    drop(lease);
+    taking.join().unwrap();
+    at_rest(&pool, pool.growths());
+}
+
 /// One thread grows the pool while a second claims and releases, and a third releases.
 fn growth_beside_others() {
     let pool = pool(1, 1);
@@ -325,9 +339,17 @@ fn published_before_it_is_made() {
 fn run(broken: u8, model: fn()) -> Result<(), String> {
     sync::BROKEN.set(broken);
     let mut builder = loom::model::Builder::new();
-    // The search for a moment without free slots is short. It takes many changes of thread to fail.
-    let search = std::ptr::fn_addr_eq(model, never_empty as fn());
-    builder.preemption_bound = if search { None } else { Some(3) };
+    let is = |other: fn()| std::ptr::fn_addr_eq(model, other);
+    builder.preemption_bound = if is(never_empty) {
+        // The search for a moment without free slots is short. It takes many changes of thread to
+        // fail.
+        None
+    } else if is(growth_beside_others) {
+        // Three threads take long. The two models of growth with two threads go further.
+        Some(2)
+    } else {
+        Some(3)
+    };
     let result = catch_unwind(AssertUnwindSafe(|| builder.check(model)));
     sync::BROKEN.set(sync::NOTHING);
     result.map_err(|panic| match panic.downcast::<String>() {
@@ -354,6 +376,7 @@ fn threads_that_find_no_slots_at_once_grow_once() {
 
 #[test]
 fn growing_beside_claims_and_releases_loses_nothing() {
+    run(sync::NOTHING, growth_beside_a_claim).unwrap();
     run(sync::NOTHING, growth_beside_others).unwrap();
 }
 
