@@ -519,7 +519,7 @@ fn a_stream_that_was_adopted_may_go_when_the_last_buffer_used_on_it_was_given_ba
 }
 
 #[test]
-fn a_buffer_that_is_known_idle_is_preferred() {
+fn a_buffer_that_is_known_ready_is_preferred() {
     cuda(test_name!(), |device, stream| {
         for buffers in [2, 4, 64, 100] {
             for upload in [true, false] {

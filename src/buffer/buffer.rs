@@ -141,7 +141,11 @@ impl<T: Pod> CpuGpuBuffer<T> {
         device: Device,
         options: BufferOptions,
     ) -> Result<Self> {
-        Ok(Self::stored(StorageHandle::own(SideLayout::of::<T>(shape.into())?, device, options)?))
+        Ok(Self::stored(StorageHandle::allocate(
+            SideLayout::of::<T>(shape.into())?,
+            device,
+            options,
+        )?))
     }
 
     /// A buffer whose host side holds `values`, on the stream's device. Its upload is enqueued on
@@ -170,7 +174,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
             });
         }
         let options = BufferOptions::default();
-        let storage = StorageHandle::own(side_layout, stream.device(), options)?;
+        let storage = StorageHandle::allocate(side_layout, stream.device(), options)?;
         let mut buffer = Self::stored(storage);
         buffer.storage.write(0, bytemuck::cast_slice(values), stream)?;
         Ok(buffer)
@@ -699,7 +703,7 @@ impl<T: Pod> CpuGpuBuffer<T> {
         }
         self.storage.wait_for_consumers(&BOTH)?;
         // This refuses the options of a read-only host side.
-        let larger = StorageHandle::own(side_layout, self.device(), self.storage.options())?;
+        let larger = StorageHandle::allocate(side_layout, self.device(), self.storage.options())?;
         self.storage.wait_for_all()?;
         // With it may go the owner of a foreign stream, which may panic.
         drop(mem::replace(&mut self.storage, larger));

@@ -18,20 +18,20 @@ use crate::slots::Lease;
 #[cfg(feature = "dlpack")]
 use std::any::Any;
 
-/// Owns the storage of a buffer, and returns it to its origin.
+/// Owns the storage of a buffer. Dropping it releases the storage or returns it to its pool.
 pub(crate) struct StorageHandle(ManuallyDrop<HeldStorage>);
 
-/// A storage, by its origin.
+/// A storage, with or without a pool.
 enum HeldStorage {
-    /// The buffer itself allocated the storage, and releases it.
+    /// The storage belongs to no pool. Dropping it releases the memory that it allocated.
     Own(Box<Storage>),
     /// The storage lies in a pool slot. Dropping the lease returns it, with its bytes and records.
     Pool(Lease<Storage>),
 }
 
 impl StorageHandle {
-    /// Allocates a storage, with both sides zeroed.
-    pub(crate) fn own(
+    /// Allocates a storage. Its first use of either side finds zeroes.
+    pub(crate) fn allocate(
         side_layout: SideLayout,
         device: Device,
         options: BufferOptions,
@@ -62,8 +62,8 @@ impl StorageHandle {
 
     /// Takes the storage of a pool slot that was just leased.
     #[inline]
-    pub(crate) fn pool(slot: Lease<Storage>) -> StorageHandle {
-        StorageHandle::hold(HeldStorage::Pool(slot))
+    pub(crate) fn from_pool(lease: Lease<Storage>) -> StorageHandle {
+        StorageHandle::hold(HeldStorage::Pool(lease))
     }
 
     #[inline]
@@ -73,24 +73,25 @@ impl StorageHandle {
 }
 
 impl Drop for StorageHandle {
-    /// Releases the storage, or returns it to its pool without waiting.
+    /// Releases the storage, or returns it to its pool.
     ///
-    /// Storage of a pool first [ends open use](Storage::close_with_event). For exported storage,
-    /// `flight/exports` decides who releases it, and when.
+    /// Releasing waits for the storage's records. Returning does not wait, but first closes the open
+    /// records. For exported storage, `flight/exports` decides who releases it, and when.
     #[inline]
     fn drop(&mut self) {
         #[cfg(feature = "dlpack")]
         if let Some(exports) = self.take_exports() {
-            // SAFETY: the handle is being dropped. This branch returns, so the storage is neither
-            // used nor dropped again.
+            // SAFETY: the handle is being dropped, and this branch returns. So `self.0` is not used
+            // again. The new handle owns the storage. It has no exports any more, so dropping it
+            // does not come here.
             let held = unsafe { ManuallyDrop::take(&mut self.0) };
             return exports.buffer_dropped(Box::new(StorageHandle::hold(held)));
         }
         if let HeldStorage::Pool(lease) = &*self.0 {
-            lease.close_with_event();
+            lease.close_if_open();
         }
-        // SAFETY: the handle is being dropped, and the branch that takes the storage has returned.
-        // So the storage is dropped once and not used after this.
+        // SAFETY: the handle is being dropped, and `self.0` was not taken, since the branch that
+        // takes it returns. So the storage is dropped once and not used after this.
         unsafe { ManuallyDrop::drop(&mut self.0) };
     }
 }
@@ -101,13 +102,15 @@ impl ExportedStorage for StorageHandle {
         Storage::device(self)
     }
 
-    /// Ends open use by recording events. If that fails, leaks memory that no pool owns.
+    /// Closes the open records. If one stays open, leaks memory that no pool owns, and returns
+    /// `false`.
     ///
-    /// It fails if, for example, a stream is in capture. A record that stays open cannot be waited
-    /// for later, because its stream may be destroyed by then. Memory of a pool is not released
-    /// here, so its records may stay open. [`give_back`](Self::give_back) supersedes them.
+    /// Recording fails if, for example, the stream is in capture. Nobody can wait for an open record
+    /// later: its stream may be borrowed without an owner, and destroyed by then. Memory of a pool
+    /// is not released here, so its records may stay open. [`give_back`](Self::give_back) supersedes
+    /// them.
     fn close_or_leak(&self) -> bool {
-        self.close_with_event();
+        self.close_if_open();
         let must_leak = matches!(*self.0, HeldStorage::Own(_)) && self.is_open();
         if must_leak {
             self.leak();
@@ -127,9 +130,11 @@ impl ExportedStorage for StorageHandle {
             own @ HeldStorage::Own(_) => Box::new(StorageHandle::hold(own)),
             HeldStorage::Pool(lease) => {
                 let mut lease = ManuallyDrop::new(lease);
-                // The devices were waited for, so open records have no work left. The next holder
-                // must not wait for their streams.
+                // All devices were waited for, so everything that was sent is finished. The stream
+                // of an open record may be destroyed by now, so the next holder must not touch it.
                 lease.supersede_open();
+                // If the pool is gone, the value is the slot's reference to its segment. Dropping it
+                // may free memory, so the caller does that.
                 // SAFETY: the lease is not dropped, and is not used after this.
                 Box::new(unsafe { lease.release() })
             }

@@ -31,7 +31,7 @@ impl Storage {
             self.order(entered)?;
             let initialized = self.device_side.initialize(entered);
             // The stream may be destroyed before anybody asks for the record.
-            self.device_side.device_use().close_with_event();
+            self.device_side.device_use().close_if_open();
             if self.device_side.device_use().is_open() {
                 // The next use of the device side waits for the devices instead of the record.
                 self.exports().mark_unknown(Side::Device);
@@ -105,7 +105,7 @@ impl Storage {
         self.slab.abandon();
     }
 
-    /// Ends open use that could not be [closed](Self::close_with_event), after a wait for the
+    /// Supersedes records that could not be [closed](Self::close_if_open), after a wait for the
     /// devices. If that use was captured, no launch of the graph may use this memory: it belonged
     /// to a view that is gone.
     pub(super) fn supersede_open(&mut self) {

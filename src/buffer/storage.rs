@@ -418,8 +418,8 @@ impl Storage {
     /// Ends open use. Later work of these streams belongs to other holders, and the streams may be
     /// captured or destroyed.
     #[inline]
-    pub(crate) fn close_with_event(&self) {
-        self.records().for_each(Record::close_with_event);
+    pub(crate) fn close_if_open(&self) {
+        self.records().for_each(Record::close_if_open);
     }
 }
 

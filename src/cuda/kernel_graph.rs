@@ -1,12 +1,12 @@
 //! A kernel as a graph of one node, launched repeatedly with new parameters.
 //!
-//! Setting the node's parameters and launching the graph costs the caller 2.4 us. Launching the
-//! kernel costs 3.9 us (H100, driver 580). If the grid changes, the graph costs about as much as
-//! the kernel.
+//! `transfer/gather` launches the gather kernel this way. Setting the parameters and launching the
+//! graph costs the calling thread 2.4 us, and launching the kernel without a graph 3.9 us (H100,
+//! driver 580). If the grid changes, too, the graph saves almost nothing.
 //!
-//! Each launch of an executable graph waits for the launch before it, even on another stream ("CUDA
-//! Driver API, `cuGraphLaunch`"). So each stream has its own graph, which the clones of a `Stream`
-//! share. Work on one stream runs in order anyway.
+//! The device runs the launches of one executable graph one after another, even on different streams
+//! ("CUDA Driver API, `cuGraphLaunch`"). So each stream has its own graph, which the clones of a
+//! `Stream` share. Work on one stream runs in order anyway.
 
 use std::ffi::c_void;
 use std::mem;
@@ -26,8 +26,8 @@ pub(crate) struct KernelGraph {
     context: &'static Context,
 }
 
-// SAFETY: any thread may use a graph, one at a time ("CUDA Driver API, Graph object thread
-// safety"). Every use needs an exclusive reference.
+// SAFETY: any thread may use a graph, but two threads must not use it at once ("CUDA Driver API,
+// Graph object thread safety"). Every use needs an exclusive reference.
 unsafe impl Send for KernelGraph {}
 
 impl KernelGraph {
@@ -61,7 +61,7 @@ impl KernelGraph {
         Ok(graph)
     }
 
-    /// Sets the kernel, the grid and the parameters of the graph's node for later launches.
+    /// Changes the executable graph: later launches use this kernel, grid and these parameters.
     ///
     /// CUDA copies the parameters. Launches that are already queued do not change.
     ///
@@ -86,9 +86,9 @@ impl KernelGraph {
     ///
     /// # Safety
     ///
-    /// - The kernel and the parameters that were set last meet the conditions of
-    ///   [`calls::module::launch`].
-    /// - `stream` is the stream that the graph was made for.
+    /// - The work of the kernel, with the parameters that [`new`](Self::new) or [`set`](Self::set)
+    ///   copied last, meets the conditions of [`calls::copy::memcpy`].
+    /// - `stream` belongs to the context of the graph.
     pub(crate) unsafe fn launch(&mut self, stream: sys::cudaStream_t) -> Result<()> {
         // SAFETY: the executable graph lives as long as this value. The exclusive reference keeps
         // other threads out. The caller vouches for the work of the kernel, and for the stream,
@@ -97,15 +97,17 @@ impl KernelGraph {
     }
 }
 
-/// The graph of a stream. The second launch makes it.
+/// A kernel's graph for one stream, made at the second launch through [`for_launch`].
 ///
-/// A stream with one launch gets no graph, because making one costs more than one launch saves.
+/// The first launch makes none, because making one costs more than one launch saves.
+///
+/// [`for_launch`]: Self::for_launch
 #[derive(Default)]
 pub(crate) enum StreamGraph {
-    /// The stream has had no launch.
+    /// `for_launch` was not called yet.
     #[default]
     NoLaunch,
-    /// The stream has had one launch. The next one makes the graph.
+    /// `for_launch` was called once. The next call makes the graph.
     OneLaunch,
     Made(KernelGraph),
     /// Making the graph failed. It is not tried again.

@@ -1,13 +1,14 @@
 //! The record of one kind of work: its stream, its ticket and its event.
 //!
-//! An idle record covers no work. Any other record covers work on one stream. The work is finished
-//! once the stream's watermark reaches the record's ticket. Reading the watermark is one load. If
-//! it is lower, the record queries its event or waits for it.
+//! An idle record covers no work. Any other record covers work on one stream. The work is known to
+//! be finished once the stream's watermark reaches the record's ticket. Reading the watermark is one
+//! load. If it is lower, the record queries its event or waits for it.
 //!
 //! A record that covers work and has no ticket is *open*. Its event is not recorded yet, so the
-//! record also covers work that is sent to the stream later. The record is [closed](Record::close)
-//! when its event is first needed by a query, a wait or another stream, or when its owner ends the
-//! use. If recording the event fails, the record stays open, because the work may be queued.
+//! record also covers work that is sent to the stream later. [`Record::submit`] opens the record,
+//! enqueues a transfer and closes the record. A record that was opened by [`Record::open_on`] alone
+//! stays open until `is_finished`, `wait`, `order_before` or `close_if_open` closes it. If recording
+//! the event fails, the record stays open, because the work may be queued.
 
 use std::{mem, ptr};
 
@@ -28,7 +29,8 @@ pub(crate) struct Record {
     stream: Option<Stream>,
     /// The events of that stream's device.
     events: Events,
-    /// The events of other devices, which streams of these devices used before.
+    /// The events of other devices. Pinned memory is portable, so streams of several devices may use
+    /// one host side (`buffer/between`).
     other_events: Vec<Events>,
     ticket_cell: TicketCell,
 }
@@ -39,7 +41,7 @@ pub(crate) struct Record {
 /// different policies alternate.
 #[derive(Default)]
 struct Events {
-    /// The device's context. `None` until there is an event.
+    /// The device's context. `None` until the first event was asked for.
     context: Option<&'static Context>,
     device_default: Option<EventHandle>,
     blocking: Option<EventHandle>,
@@ -55,6 +57,7 @@ impl Events {
         }
     }
 
+    /// Returns `true` if these are the context's events, or nobody's yet.
     #[inline]
     fn are_of(&self, context: &'static Context) -> bool {
         self.context.is_none_or(|known| ptr::eq(known, context))
@@ -108,6 +111,7 @@ impl Record {
     /// `stream` and `event` come from [`pending_work`](Self::pending_work).
     fn close(&self, stream: &Stream, event: &EventHandle) -> Result<u64> {
         self.ticket_cell.resolve(stream.tickets(), || {
+            // Records are opened on streams of CUDA alone. The CPU's have nothing to record.
             let Some(entered) = stream.enter()? else {
                 return Ok(());
             };
@@ -138,11 +142,11 @@ impl Record {
         self.covers_work && self.ticket_cell.ticket().is_none()
     }
 
-    /// Ends open use by recording an event. If that fails, the record stays open.
+    /// Closes the record if it is open. If recording the event fails, the record stays open.
     ///
     /// The caller checks [`is_open`](Self::is_open) if a failure matters.
     #[inline]
-    pub(crate) fn close_with_event(&self) {
+    pub(crate) fn close_if_open(&self) {
         if let Some((stream, event)) = self.pending_work()
             && self.is_open()
         {
@@ -209,8 +213,9 @@ impl Record {
         self.make_event_of_other_device(entered)
     }
 
-    /// The events of the device before are kept. A device's event cannot be recorded on a stream of
-    /// another one ("CUDA Runtime API, `cudaEventRecord`").
+    /// Makes the event on a device that the present events are not of. The present ones move to
+    /// `other_events`, since a device's event cannot be recorded on a stream of another device
+    /// ("CUDA Runtime API, `cudaEventRecord`").
     #[cold]
     fn make_event_of_other_device(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         let others = &mut self.other_events;
@@ -223,7 +228,8 @@ impl Record {
                 others.len() - 1
             }
         };
-        // Exchanged last: until then the record may cover work of the device before.
+        // The exchange comes last. If making the event fails, the record still covers the work of
+        // the present events.
         others[index].make(entered)?;
         mem::swap(&mut self.events, &mut others[index]);
         Ok(())
@@ -276,8 +282,9 @@ impl Record {
 
     /// Makes the record idle.
     ///
-    /// The caller ensures that nothing needs the record any more. Its work is ordered before work
-    /// of another record, or is finished, or its side is marked as unknown.
+    /// The caller ensures that nothing needs the record any more. One of these holds: another record
+    /// covers later work, which is ordered after this work; this work is finished; or the side is
+    /// marked as unknown, so that its next use waits for the devices (`flight/exports`).
     #[inline]
     pub(crate) fn supersede(&mut self) {
         self.covers_work = false;

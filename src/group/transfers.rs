@@ -40,7 +40,7 @@ impl GroupStorage {
         self.order(entered)?;
         self.device_side.initialize(entered)?;
         // Later work of the stream of `gpu_on` does not belong to this group.
-        self.device_side.device_use().close_with_event();
+        self.device_side.device_use().close_if_open();
         let submission = self.begin(direction, entered)?;
         self.enqueue(submission, direction, entered)
     }

@@ -340,7 +340,7 @@ impl<T: Pod> BufferPool<T> {
     fn buffer(&self, mut slot: Lease<Storage>) -> CpuGpuBuffer<T> {
         let Inner { side_layout, options, .. } = &*self.inner;
         slot.reset_for_reuse(side_layout, options.zeroed);
-        CpuGpuBuffer::stored(StorageHandle::pool(slot))
+        CpuGpuBuffer::stored(StorageHandle::from_pool(slot))
     }
 
     /// The number of buffers that can be acquired without growing.

@@ -223,7 +223,7 @@ impl<S: Send + Sync> Slots<S> {
             if ready(unsafe { segment.peek(slot) }) {
                 let word = segment.word(home.word);
                 if word.is_recount_due(bits) {
-                    word.reset_low_mark();
+                    word.set_low_mark();
                     self.recount();
                 }
                 return Some(Claim::Ready(self.lease(number, slot)));
@@ -257,7 +257,7 @@ impl<S: Send + Sync> Slots<S> {
             });
         }
         // The mark assumes that all claims were at home, so it starts again.
-        self.segment(home.segment)?.word(home.word).reset_low_mark();
+        self.segment(home.segment)?.word(home.word).set_low_mark();
         let words: usize = self.segments().map(Segment::word_count).sum();
         if self.lane().stats.count_slow_claim(words) {
             self.recount();

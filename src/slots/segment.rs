@@ -49,8 +49,8 @@ impl Word {
     }
 
     /// Sets the low mark to the present number of free slots.
-    pub(super) fn reset_low_mark(&self) {
-        self.low_mark.reset(self.available());
+    pub(super) fn set_low_mark(&self) {
+        self.low_mark.set(self.available());
     }
 
     /// The count of releases of this word, or `None` if a slot is free.

@@ -1,18 +1,20 @@
 //! Statistics about slots.
 //!
-//! No claim and no release depends on them, so the loom models do not follow them. The size of a
-//! growth depends on the number of growths, which changes under the growth lock.
+//! They do not change which slot a claim returns, so the loom models do not follow them. One decision
+//! uses them: the pool computes the size of its next segment from the number of growths, which
+//! changes only under the growth lock.
 //!
-//! A *slow claim* is one that did not take the first slot that it found at home. [`slots`](super)
-//! defines the words *home* and *lane*.
+//! A *quick* claim takes the first slot that it finds at home. Any other claim is *slow*. A *recount*
+//! counts the taken slots of all words and raises the high-water mark. [`slots`](super) defines the
+//! words *home* and *lane*.
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
-/// A claim at home recounts all slots if its word's count of releases is a multiple of this.
+/// A quick claim recounts all slots if its word's count of releases is a multiple of this.
 const RELEASES_PER_RECOUNT: u64 = 1 << 14;
-/// The most words that a slow claim reads for a recount, on average.
+/// Of each `words / WORDS_PER_SLOW_CLAIM` slow claims of a lane, rounded up, one recounts all slots.
 ///
-/// With this many words or fewer, each slow claim recounts all slots.
+/// A recount reads all words. So a slow claim reads at most this many words on average.
 const WORDS_PER_SLOW_CLAIM: usize = 128;
 
 /// The statistics of all lanes together.
@@ -46,9 +48,9 @@ impl Stats {
 
 /// The statistics of one lane.
 pub(super) struct LaneStats {
-    /// The number of slow claims.
+    /// The number of slow claims that returned a slot.
     slow_claims: AtomicUsize,
-    /// The number of claims that returned a slot that was not ready.
+    /// The number of claims whose slot was not ready when the pool handed it out.
     busy_claims: AtomicUsize,
 }
 
@@ -74,11 +76,12 @@ impl LaneStats {
     }
 }
 
-/// The number of free slots of a word at the last recount by a claim at home, or after the last
-/// slow claim if that is later.
+/// A number of free slots of one word, set by each recount of a quick claim and at the end of each
+/// slow claim whose home the word is.
 ///
-/// Assume that all claims since then were at this home, and left at least this many slots free.
-/// Then no more slots are taken than at that time. A claim that leaves fewer recounts all slots.
+/// As long as claims are quick claims of this word that leave at least this many slots free, no more
+/// slots are taken in all than when the mark was set. A claim that leaves fewer recounts. The mark
+/// begins above every number, so that the first claim recounts.
 pub(super) struct LowMark(AtomicU32);
 
 impl LowMark {
@@ -86,7 +89,7 @@ impl LowMark {
         LowMark(AtomicU32::new(u32::MAX))
     }
 
-    /// Returns `true` if a claim at home that left `free` slots free must recount all slots.
+    /// Returns `true` if a quick claim that left `free` slots free must recount all slots.
     ///
     /// `releases` is the word's count of releases.
     #[inline]
@@ -95,7 +98,7 @@ impl LowMark {
     }
 
     /// Sets the mark to the present number of free slots.
-    pub(super) fn reset(&self, free: u32) {
+    pub(super) fn set(&self, free: u32) {
         self.0.store(free, Ordering::Relaxed);
     }
 }
