@@ -1063,3 +1063,33 @@ fn a_tensor_keeps_the_owner_until_it_is_gone() {
         buffer.copy_to_gpu(.., &stream).unwrap();
     }
 }
+
+#[cfg(feature = "dlpack")]
+#[test]
+fn the_owner_outlives_what_a_consumer_of_its_tensor_queued() {
+    use cpu_gpu_buffer::dlpack;
+
+    let Some((device, _turn)) = common::cuda(test_name!()) else { return };
+    let theirs = Stream::new(device).unwrap();
+    let seen = Foreign::new(PAGE / 4, 0);
+    let pages = Arc::new(Pages::painted(PAGE));
+    let mut buffer = adopt(&pages, 0, PAGE, device, Default::default()).unwrap();
+    assert!(buffer.is_pinned());
+    let tensor = buffer.export_cpu().unwrap();
+    let gate = Gate::close(&theirs);
+    let (to, from) = (seen.as_ptr().cast(), pages.at(0).as_ptr().cast());
+    let kind = sys::cudaMemcpyKind::cudaMemcpyHostToDevice;
+    // SAFETY: both have a page. The owner keeps the pages until the copy has arrived, which the
+    // test is about.
+    let status = unsafe { sys::cudaMemcpyAsync(to, from, PAGE, kind, theirs.as_raw()) };
+    assert_eq!(status, sys::cudaError::cudaSuccess);
+    gate.waits(|| {
+        drop(tensor);
+        drop(buffer);
+        assert_eq!(Arc::strong_count(&pages), 2, "the consumer's copy has not arrived");
+        dlpack::reclaim().unwrap();
+    });
+    assert_eq!(Arc::strong_count(&pages), 1);
+    theirs.synchronize().unwrap();
+    assert_eq!(bytemuck::cast_slice::<_, u8>(&seen.words()), pattern(0, PAGE));
+}
