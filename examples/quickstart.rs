@@ -1,192 +1,149 @@
 //! Streams a file through a GPU and back.
 //!
-//! The file goes from disk to pinned memory, to the device, and back to pinned memory. Several
-//! pieces are in flight, so that reading, upload and download overlap. A digest then shows that
-//! every byte is unchanged.
+//! Several readers take pieces of the file. Each reads a piece into pinned memory, uploads it, and
+//! downloads it into another buffer, while the others do the same. Digests then show that every
+//! byte is unchanged. Without a file, the example moves its own executable.
 //!
-//! ```text
-//! cargo run --release --example quickstart [FILE] [--device cpu|cuda:N] [--serial]
-//! ```
-//!
-//! Without a file, the example moves its own executable. `--serial` waits for each step before the
-//! next.
+//!     cargo run --release --example quickstart [FILE] [--device cpu|cuda:N] [--readers N]
 
-use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{Read, Seek, SeekFrom};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+use std::{iter, thread};
 
-use cpu_gpu_buffer::{BufferPool, CpuGpuBuffer, Device, Stream};
+use blake3::Hash;
+use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
+use lexopt::prelude::*;
 
-type Failure = Box<dyn std::error::Error>;
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// The bytes of a piece, and the most pieces in flight.
-const PIECE: usize = 4 << 20;
-const IN_FLIGHT: usize = 4;
+const PIECE: u64 = 4 << 20;
 
-/// A piece of the file that is copied back into the host side of a buffer.
-struct Piece {
+/// How far pieces go. `Serial` is a round trip in which each step waits for the one before it.
+#[derive(Clone, Copy, PartialEq)]
+enum Way {
+    Read,
+    Upload,
+    RoundTrip,
+    Serial,
+}
+
+/// A thread's own file, stream and buffers.
+struct Reader {
+    file: File,
+    stream: Stream,
+    up: [CpuGpuBuffer<u8>; 2],
     down: CpuGpuBuffer<u8>,
-    bytes: usize,
 }
 
-/// Enqueues the copies of the next piece to the device and back. `None` after the last piece.
-fn send(
-    file: &mut File,
-    pool: &BufferPool<u8>,
-    stream: &Stream,
-    serial: bool,
-) -> Result<Option<Piece>, Failure> {
-    // An earlier upload of this buffer may still be queued. `cpu_mut` waits for it.
-    let mut up = pool.acquire()?;
-    let bytes = read_piece(file, up.cpu_mut()?)?;
-    if bytes == 0 {
-        return Ok(None);
+impl Reader {
+    fn new(path: &Path, device: Device) -> Result<Reader> {
+        let buffer = || CpuGpuBuffer::new(PIECE as usize, device);
+        let (up, down) = ([buffer()?, buffer()?], buffer()?);
+        Ok(Reader { file: File::open(path)?, stream: Stream::new(device)?, up, down })
     }
-    up.copy_to_gpu(..bytes, stream)?;
-    if serial {
-        stream.synchronize()?;
-    }
-    let mut down = pool.acquire()?;
-    down.copy_to_cpu_from(0, &mut up, ..bytes, stream)?;
-    if serial {
-        stream.synchronize()?;
-    }
-    // `up` returns to the pool with both copies queued. Its next user waits for them if it must.
-    Ok(Some(Piece { down, bytes }))
-}
 
-/// Reads the next bytes of the file into `piece`. Returns their number.
-fn read_piece(file: &mut File, piece: &mut [u8]) -> io::Result<usize> {
-    let mut filled = 0;
-    while filled < piece.len() {
-        match file.read(&mut piece[filled..]) {
-            Ok(0) => break,
-            Ok(bytes) => filled += bytes,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+    /// Moves pieces as long as there are any. Returns where they begin, and their digests.
+    fn run(&mut self, way: Way, bytes: u64, next: &AtomicU64) -> Result<Vec<(u64, Hash)>> {
+        let (mut digests, mut under_way) = (Vec::new(), None);
+        let starts = iter::repeat_with(|| next.fetch_add(PIECE, Ordering::Relaxed));
+        for start in starts.take_while(|start| *start < bytes) {
+            let len = PIECE.min(bytes - start) as usize;
+            self.up.swap(0, 1);
+            let up = &mut self.up[0];
+            // An earlier upload may still read this host side. `cpu_mut` waits for it.
+            let host = &mut up.cpu_mut()?[..len];
+            self.file.seek(SeekFrom::Start(start))?;
+            self.file.read_exact(host)?;
+            if way == Way::Read {
+                digests.push((start, blake3::hash(host)));
+                continue;
+            }
+            up.copy_to_gpu(..len, &self.stream)?;
+            match way {
+                Way::Upload => continue,
+                Way::Serial => self.stream.synchronize()?,
+                _ => {}
+            }
+            // The piece before this one has come back, or `cpu_rows` waits for it.
+            if let Some((before, len)) = under_way.replace((start, len)) {
+                digests.push((before, blake3::hash(self.down.cpu_rows(..len)?)));
+            }
+            self.down.copy_to_cpu_from(0, up, ..len, &self.stream)?;
+            if way == Way::Serial {
+                self.stream.synchronize()?;
+            }
         }
-    }
-    Ok(filled)
-}
-
-/// Moves the whole file, and calls `back` for every piece that came back, in order.
-fn stream_file(
-    path: &Path,
-    pool: &BufferPool<u8>,
-    streams: &[Stream],
-    serial: bool,
-    mut back: impl FnMut(&[u8]),
-) -> Result<(u64, Duration), Failure> {
-    let mut file = File::open(path).map_err(|error| describe(path, error))?;
-    let start = Instant::now();
-    let mut total = 0;
-    let mut under_way = VecDeque::new();
-    let most = if serial { 1 } else { streams.len() };
-    for stream in streams.iter().cycle() {
-        let sent = send(&mut file, pool, stream, serial);
-        let Some(piece) = sent.map_err(|error| describe(path, error))? else { break };
-        total += piece.bytes as u64;
-        under_way.push_back(piece);
-        if under_way.len() == most {
-            under_way.pop_front().map(|piece| received(&piece, &mut back)).transpose()?;
+        if let Some((last, len)) = under_way {
+            digests.push((last, blake3::hash(self.down.cpu_rows(..len)?)));
         }
+        self.stream.synchronize()?;
+        Ok(digests)
     }
-    for piece in under_way {
-        received(&piece, &mut back)?;
-    }
-    Ok((total, start.elapsed()))
 }
 
-/// Waits for a piece and passes it to `back`.
-fn received(piece: &Piece, back: &mut impl FnMut(&[u8])) -> cpu_gpu_buffer::Result<()> {
-    back(piece.down.cpu_rows(..piece.bytes)?);
+/// Moves the whole file. Returns the digest of the pieces' digests, and the rate.
+fn stream_file(way: Way, bytes: u64, readers: &mut [Reader]) -> Result<(Hash, String)> {
+    let (start, next) = (Instant::now(), AtomicU64::new(0));
+    let mut digests = thread::scope(|scope| {
+        let run = |reader| scope.spawn(|| Reader::run(reader, way, bytes, &next));
+        let running: Vec<_> = readers.iter_mut().map(run).collect();
+        let digests = running.into_iter().map(|thread| thread.join().expect("no panic"));
+        digests.collect::<Result<Vec<_>>>().map(|digests| digests.concat())
+    })?;
+    let rate = bytes as f64 / start.elapsed().as_secs_f64().max(1e-9) / 1e9;
+    digests.sort_unstable_by_key(|(start, _)| *start);
+    let digests: Vec<u8> = digests.iter().flat_map(|(_, digest)| *digest.as_bytes()).collect();
+    Ok((blake3::hash(&digests), format!("{rate:.2} GB/s")))
+}
+
+fn move_file(path: &Path, device: Device, readers: usize) -> Result<()> {
+    let bytes = match std::fs::metadata(path)? {
+        file if file.is_file() => file.len(),
+        _ => return Err("it is not a regular file".into()),
+    };
+    let readers = readers.min(bytes.div_ceil(PIECE) as usize).max(1);
+    let readers: Result<Vec<_>> = (0..readers).map(|_| Reader::new(path, device)).collect();
+    let readers = &mut readers?[..];
+    // Digests of the file itself. Reading it also fills the page cache.
+    let (expected, _) = stream_file(Way::Read, bytes, readers)?;
+    let (seen, round_trip) = stream_file(Way::RoundTrip, bytes, readers)?;
+    if seen != expected {
+        return Err("other bytes came back, or the file changed".into());
+    }
+    let (_, upload) = stream_file(Way::Upload, bytes, readers)?;
+    let (_, serial) = stream_file(Way::Serial, bytes, &mut readers[..1])?;
+    println!("{}, {bytes} bytes, digest {seen}", path.display());
+    println!("device  {device}, host memory pinned: {}", readers[0].down.is_pinned());
+    println!("upload  {upload} with {} readers", readers.len());
+    println!("back    {round_trip} each way, with digests; {serial} with one reader, serial");
+    println!("every byte came back");
     Ok(())
 }
 
-fn describe(path: &Path, error: impl std::fmt::Display) -> Failure {
-    format!("{}: {error}", path.display()).into()
-}
-
-struct Arguments {
-    file: PathBuf,
-    device: Device,
-    serial: bool,
-}
-
-fn arguments() -> Result<Arguments, Failure> {
-    let (mut file, mut device, mut serial) = (None, None, false);
+fn run() -> Result<()> {
+    let (mut path, mut device, mut readers) = (None, None, None);
     let mut parser = lexopt::Parser::from_env();
     while let Some(argument) = parser.next()? {
         match argument {
-            lexopt::Arg::Long("serial") => serial = true,
-            lexopt::Arg::Long("device") => {
-                let value = parser.value()?;
-                device = Some(value.to_string_lossy().parse::<Device>()?);
-            }
-            lexopt::Arg::Value(value) if file.is_none() => file = Some(PathBuf::from(value)),
+            Long("device") => device = Some(parser.value()?.parse::<Device>()?),
+            Long("readers") => readers = Some(parser.value()?.parse::<NonZeroUsize>()?.get()),
+            Value(value) if path.is_none() => path = Some(PathBuf::from(value)),
             other => return Err(other.unexpected().into()),
         }
     }
-    let device = match device {
-        None => Device::auto(),
-        Some(Device::Cuda(ordinal)) => Device::cuda(ordinal)?,
-        Some(Device::Cpu) => Device::Cpu,
-    };
-    let file = file.map_or_else(std::env::current_exe, Ok)?;
-    Ok(Arguments { file, device, serial })
-}
-
-fn run() -> Result<(), Failure> {
-    let Arguments { file, device, serial } = arguments()?;
-    // Each piece in flight needs two buffers.
-    let pool = BufferPool::new(PIECE, device, 2 * IN_FLIGHT)?;
-    let mut streams = Vec::new();
-    for _ in 0..IN_FLIGHT {
-        streams.push(Stream::new(device)?);
-    }
-
-    // The digest of the file itself. Reading it also fills the page cache, so that the rates below
-    // are those of the transfers.
-    let mut expected = blake3::Hasher::new();
-    let opened = File::open(&file).map_err(|error| describe(&file, error))?;
-    expected.update_reader(opened).map_err(|error| describe(&file, error))?;
-    let expected = expected.finalize();
-
-    let mut seen = blake3::Hasher::new();
-    let (bytes, _) = stream_file(&file, &pool, &streams, serial, |piece| {
-        seen.update(piece);
-    })?;
-    let seen = seen.finalize();
-
-    let mut out = io::stdout();
-    let memory = if pool.acquire()?.is_pinned() { "pinned" } else { "pageable" };
-    writeln!(out, "device  {device}, host memory {memory}")?;
-    writeln!(out, "file    {}, {bytes} bytes", file.display())?;
-    writeln!(out, "digest  {seen} (blake3)")?;
-    // The rates are measured in further runs, without the digest. A GPU runs both ways.
-    let ways = if device == Device::Cpu { vec![serial] } else { vec![true, false] };
-    for serial in ways {
-        let (bytes, time) = stream_file(&file, &pool, &streams, serial, |_| {})?;
-        let rate = bytes as f64 / time.as_secs_f64().max(1e-9) / 1e9;
-        let way = if serial { "serial" } else { "overlapped" };
-        writeln!(out, "rate    {rate:.2} GB/s each way, {way}")?;
-    }
-    if seen != expected {
-        return Err(format!("the bytes on disk have the digest {expected}").into());
-    }
-    writeln!(out, "every byte came back")?;
-    Ok(())
+    let path = path.map_or_else(std::env::current_exe, Ok)?;
+    let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let (device, readers) = (device.unwrap_or_else(Device::auto), readers.unwrap_or(cores.min(8)));
+    move_file(&path, device, readers).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("quickstart: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    let Err(error) = run() else { return ExitCode::SUCCESS };
+    eprintln!("quickstart: {error}");
+    ExitCode::FAILURE
 }

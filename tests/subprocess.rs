@@ -668,28 +668,34 @@ fn quickstart(arguments: &[&str]) -> Output {
 }
 
 #[test]
-fn the_example_moves_a_file_and_proves_it() {
+fn the_example_moves_files_of_any_length_with_any_number_of_readers() {
+    const PIECE: usize = 4 << 20;
     let file = std::env::temp_dir().join(format!("cgb-example-{}", std::process::id()));
-    let bytes: Vec<u8> =
-        (0..9_000_001u32).map(|at| (at.wrapping_mul(2654435761) >> 24) as u8).collect();
-    std::fs::write(&file, &bytes).unwrap();
-    let digest = blake3::hash(&bytes).to_hex();
     let name = file.to_str().unwrap();
-    for arguments in [vec![name], vec![name, "--serial"], vec!["--device", "cpu", name]] {
-        let output = quickstart(&arguments);
-        let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
-        assert!(text.contains(digest.as_str()), "{text}");
-        assert!(text.contains("9000001 bytes"), "{text}");
-        let device = if arguments.contains(&"cpu") { Device::Cpu } else { Device::auto() };
-        assert!(text.contains(&device.to_string()), "{text}");
-        assert!(text.contains("GB/s"), "{text}");
+    let mut whole = vec![0; 3 * PIECE - 1];
+    blake3::Hasher::new().finalize_xof().fill(&mut whole);
+    for len in [0, 1, 4095, whole.len()] {
+        let bytes = &whole[..len];
+        std::fs::write(&file, bytes).unwrap();
+        let digests = bytes.chunks(PIECE).map(|piece| *blake3::hash(piece).as_bytes());
+        let digest = blake3::hash(&digests.collect::<Vec<_>>().concat()).to_hex();
+        for arguments in [
+            vec![name],
+            vec![name, "--readers", "1"],
+            vec![name, "--readers", "2"],
+            vec![name, "--readers", "16"],
+            vec!["--device", "cpu", name],
+        ] {
+            let output = quickstart(&arguments);
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+            let expected = format!("{name}, {len} bytes, digest {digest}");
+            assert!(text.contains(&expected), "{expected}:\n{text}");
+            let device = if arguments.contains(&"cpu") { Device::Cpu } else { Device::auto() };
+            assert!(text.contains(&device.to_string()) && text.contains("GB/s"), "{text}");
+            assert!(text.contains("every byte came back"), "{text}");
+        }
     }
-    std::fs::write(&file, b"").unwrap();
-    let output = quickstart(&[name]);
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success() && text.contains("0 bytes"), "{text}");
-    assert!(text.contains(blake3::hash(b"").to_hex().as_str()), "{text}");
     std::fs::remove_file(file).unwrap();
     // Its own executable.
     assert!(quickstart(&[]).status.success());
@@ -705,6 +711,8 @@ fn the_example_says_what_is_wrong() {
         (vec!["--device", "cuda:77"], "CUDA cannot be used"),
         (vec!["--device"], "--device"),
         (vec!["--sideways"], "--sideways"),
+        (vec!["--readers", "0"], "\"0\""),
+        (vec!["--readers", "all"], "\"all\""),
         (vec!["a", "b"], "\"b\""),
     ] {
         let output = quickstart(&arguments);
@@ -712,6 +720,42 @@ fn the_example_says_what_is_wrong() {
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
         assert!(text.contains(expected) && !text.contains("panicked"), "{arguments:?}: {text}");
     }
+}
+
+#[test]
+fn a_range_of_a_file_is_loaded_without_a_progress_bar_in_a_pipe() {
+    let file = std::env::temp_dir().join(format!("cgb-load-example-{}", std::process::id()));
+    let name = file.to_str().unwrap();
+    let mut bytes = vec![0; 5 << 20];
+    blake3::Hasher::new().finalize_xof().fill(&mut bytes);
+    std::fs::write(&file, &bytes).unwrap();
+    for (arguments, bytes) in [
+        (vec![name], &bytes[..]),
+        (vec![name, "--range", "5..4194309", "--readers", "3"], &bytes[5..4194309]),
+        (vec![name, "--range", "7..7", "--device", "cpu"], &[]),
+    ] {
+        let output = example("load_file", &arguments);
+        let (text, error) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success() && error.is_empty(), "{text}{error}");
+        let expected = format!("{} bytes, digest {}", bytes.len(), blake3::hash(bytes).to_hex());
+        assert!(text.contains(&expected), "{expected}:\n{text}");
+    }
+    for (arguments, expected) in [
+        (vec![], "path"),
+        (vec![name, "--range", "0..5242881"], "it has 5242880 bytes"),
+        (vec![name, "--range", "9..5"], "no range 9..5"),
+        (vec![name, "--range", "9"], "BEGIN..END"),
+        (vec![name, "--readers", "0"], "\"0\""),
+        (vec!["/no/such/file"], "/no/such/file"),
+        (vec!["/dev/null"], "not a regular file"),
+    ] {
+        let output = example("load_file", &arguments);
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
+        assert!(text.contains(expected) && !text.contains("panicked"), "{arguments:?}: {text}");
+    }
+    std::fs::remove_file(file).unwrap();
 }
 
 #[test]
