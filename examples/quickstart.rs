@@ -6,24 +6,19 @@
 //!
 //!     cargo run --release --example quickstart [FILE] [--device cpu|cuda:N] [--readers N]
 
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
-use std::{iter, thread};
+use std::{fs::File, iter, num::NonZeroUsize, process::ExitCode, thread, time::Instant};
 
 use blake3::Hash;
 use cpu_gpu_buffer::{CpuGpuBuffer, Device, Stream};
 use lexopt::prelude::*;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
-
 const PIECE: u64 = 4 << 20;
 
-/// How far pieces go. `Serial` is a round trip in which each step waits for the one before it.
+/// How far pieces go. In `Serial`, a piece has come back before the next one is read.
 #[derive(Clone, Copy, PartialEq)]
 enum Way {
     Read,
@@ -36,15 +31,14 @@ enum Way {
 struct Reader {
     file: File,
     stream: Stream,
-    up: [CpuGpuBuffer<u8>; 2],
-    down: CpuGpuBuffer<u8>,
+    buffers: [CpuGpuBuffer<u8>; 3],
 }
 
 impl Reader {
     fn new(path: &Path, device: Device) -> Result<Reader> {
         let buffer = || CpuGpuBuffer::new(PIECE as usize, device);
-        let (up, down) = ([buffer()?, buffer()?], buffer()?);
-        Ok(Reader { file: File::open(path)?, stream: Stream::new(device)?, up, down })
+        let buffers = [buffer()?, buffer()?, buffer()?];
+        Ok(Reader { file: File::open(path)?, stream: Stream::new(device)?, buffers })
     }
 
     /// Moves pieces as long as there are any. Returns where they begin, and their digests.
@@ -53,37 +47,46 @@ impl Reader {
         let starts = iter::repeat_with(|| next.fetch_add(PIECE, Ordering::Relaxed));
         for start in starts.take_while(|start| *start < bytes) {
             let len = PIECE.min(bytes - start) as usize;
-            self.up.swap(0, 1);
-            let up = &mut self.up[0];
-            // An earlier upload may still read this host side. `cpu_mut` waits for it.
+            // The last buffer takes the pieces that come back.
+            self.buffers[..if way == Way::Upload { 3 } else { 2 }].rotate_left(1);
+            let [up, _, down] = &mut self.buffers;
+            // Waits for an earlier upload that may still read this host side.
             let host = &mut up.cpu_mut()?[..len];
             self.file.seek(SeekFrom::Start(start))?;
             self.file.read_exact(host)?;
             if way == Way::Read {
-                digests.push((start, blake3::hash(host)));
+                digests.push((start, digest(host)));
                 continue;
             }
             up.copy_to_gpu(..len, &self.stream)?;
-            match way {
-                Way::Upload => continue,
-                Way::Serial => self.stream.synchronize()?,
-                _ => {}
+            if way == Way::Upload {
+                continue;
             }
             // The piece before this one has come back, or `cpu_rows` waits for it.
             if let Some((before, len)) = under_way.replace((start, len)) {
-                digests.push((before, blake3::hash(self.down.cpu_rows(..len)?)));
+                digests.push((before, digest(down.cpu_rows(..len)?)));
             }
-            self.down.copy_to_cpu_from(0, up, ..len, &self.stream)?;
+            down.copy_to_cpu_from(0, up, ..len, &self.stream)?;
             if way == Way::Serial {
                 self.stream.synchronize()?;
             }
         }
         if let Some((last, len)) = under_way {
-            digests.push((last, blake3::hash(self.down.cpu_rows(..len)?)));
+            digests.push((last, digest(self.buffers[2].cpu_rows(..len)?)));
         }
         self.stream.synchronize()?;
         Ok(digests)
     }
+}
+
+/// The digest of the digests of a piece's halves. Two threads compute it.
+fn digest(piece: &[u8]) -> Hash {
+    let (first, second) = piece.split_at(piece.len() / 2);
+    thread::scope(|scope| {
+        let second = scope.spawn(|| blake3::hash(second));
+        let halves = [blake3::hash(first), second.join().expect("no panic")];
+        blake3::hash(&halves.map(|half| *half.as_bytes()).concat())
+    })
 }
 
 /// Moves the whole file. Returns the digest of the pieces' digests, and the rate.
@@ -102,10 +105,8 @@ fn stream_file(way: Way, bytes: u64, readers: &mut [Reader]) -> Result<(Hash, St
 }
 
 fn move_file(path: &Path, device: Device, readers: usize) -> Result<()> {
-    let bytes = match std::fs::metadata(path)? {
-        file if file.is_file() => file.len(),
-        _ => return Err("it is not a regular file".into()),
-    };
+    let file = Some(std::fs::metadata(path)?).filter(|file| file.is_file());
+    let bytes = file.ok_or("it is not a regular file")?.len();
     let readers = readers.min(bytes.div_ceil(PIECE) as usize).max(1);
     let readers: Result<Vec<_>> = (0..readers).map(|_| Reader::new(path, device)).collect();
     let readers = &mut readers?[..];
@@ -117,11 +118,10 @@ fn move_file(path: &Path, device: Device, readers: usize) -> Result<()> {
     }
     let (_, upload) = stream_file(Way::Upload, bytes, readers)?;
     let (_, serial) = stream_file(Way::Serial, bytes, &mut readers[..1])?;
-    println!("{}, {bytes} bytes, digest {seen}", path.display());
-    println!("device  {device}, host memory pinned: {}", readers[0].down.is_pinned());
-    println!("upload  {upload} with {} readers", readers.len());
-    println!("back    {round_trip} each way, with digests; {serial} with one reader, serial");
-    println!("every byte came back");
+    let (readers, pinned) = (readers.len(), readers[0].buffers[0].is_pinned());
+    println!("{}, {bytes} bytes, digest {seen}: every byte came back", path.display());
+    println!("{device}, host memory pinned: {pinned}; upload {upload} with {readers} readers");
+    println!("round trip {round_trip} each way, with digests; serial, with one reader, {serial}");
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime};
 
 use common::{device_bytes, is_all};
 use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Pinning, Stream};
-use loader::{Failure, Part, load};
+use loader::{Failure, Loader, Part};
 use source::Source;
 
 const PIECE: usize = 4 << 20;
@@ -91,7 +91,7 @@ fn loaded(
         read.fetch_add(bytes, Ordering::Relaxed);
     };
     // SAFETY: the parts are those of targets, which the test uses after this alone.
-    unsafe { load(sources, parts, stream, readers, progress) }?;
+    unsafe { Loader::new(stream, readers)?.load(sources, parts, progress) }?;
     Ok(read.into_inner())
 }
 

@@ -22,7 +22,7 @@ use cpu_gpu_buffer::{BufferOptions, CpuGpuBuffer, Device, Pinning, Stream};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lexopt::prelude::*;
 
-use loader::{Failure, Part, load};
+use loader::{Failure, Loader, Part};
 use source::Source;
 
 struct Arguments {
@@ -69,13 +69,14 @@ fn run() -> Result<(), Failure> {
     let mut target = CpuGpuBuffer::<u8>::with_options(bytes, device, options)?;
     let to = target.gpu_on(&stream)?.as_mut_ptr();
 
+    let loader = Loader::new(&stream, arguments.readers)?;
     let bar = progress_bar(bytes as u64);
     let start = Instant::now();
     let sources = [source];
     let parts = vec![Part { source: 0, bytes: range, to }];
     // SAFETY: the device side has the bytes of the range. It is used by this alone from the view,
     // which is of this stream, until the bytes are there.
-    let loaded = unsafe { load(&sources, parts, &stream, arguments.readers, |read| bar.inc(read)) };
+    let loaded = unsafe { loader.load(&sources, parts, |read| bar.inc(read)) };
     bar.finish_and_clear();
     loaded?;
     let seconds = start.elapsed().as_secs_f64().max(1e-9);

@@ -344,7 +344,10 @@ impl Storage {
     /// open. Calls no CUDA.
     #[inline]
     pub(crate) fn is_known_ready(&self) -> bool {
-        self.host_records().all(Record::is_known_finished)
+        // Taking a buffer from a pool comes here. Loops over arrays and slices are inlined, chains
+        // are not.
+        self.own_host_records().into_iter().all(Record::is_known_finished)
+            && self.other_host_records().iter().all(Record::is_known_finished)
             && !self.device_side.device_use().is_open()
     }
 
@@ -406,8 +409,17 @@ impl Storage {
     /// The records of work that reads or writes the host side.
     #[inline]
     fn host_records(&self) -> impl Iterator<Item = &Record> {
-        let uses = self.host_uses.as_deref().into_iter().flat_map(HostUses::records);
-        [&self.download, &self.upload].into_iter().chain(uses)
+        self.own_host_records().into_iter().chain(self.other_host_records())
+    }
+
+    #[inline]
+    fn own_host_records(&self) -> [&Record; 2] {
+        [&self.download, &self.upload]
+    }
+
+    #[inline]
+    fn other_host_records(&self) -> &[Record] {
+        self.host_uses.as_deref().map_or(&[], HostUses::records)
     }
 
     #[inline]
@@ -419,7 +431,10 @@ impl Storage {
     /// captured or destroyed.
     #[inline]
     pub(crate) fn close_if_open(&self) {
-        self.records().for_each(Record::close_if_open);
+        // Giving a buffer back to its pool comes here, as in `is_known_ready`.
+        self.own_host_records().into_iter().for_each(Record::close_if_open);
+        self.other_host_records().iter().for_each(Record::close_if_open);
+        self.device_side.device_use().close_if_open();
     }
 }
 

@@ -237,7 +237,7 @@ impl Storage {
         if direction == Direction::Down
             && let Some(uses) = &mut self.host_uses
         {
-            uses.records_mut().for_each(Record::supersede);
+            uses.records_mut().iter_mut().for_each(Record::supersede);
         }
         Ok(())
     }

@@ -2,8 +2,6 @@
 //!
 //! Most host sides have no such use, so a buffer makes this value at its first one.
 
-use std::slice;
-
 use crate::error::{Result, reserve};
 use crate::flight::record::Record;
 use crate::stream::stream::{EnteredStream, Stream};
@@ -12,58 +10,59 @@ use crate::stream::stream::{EnteredStream, Stream};
 pub(crate) struct HostUses {
     /// Kernels are known to reach the host side.
     pub(crate) is_mapped: bool,
-    /// Kernels that read or write the host side in place. Open.
-    kernels: Record,
-    /// Uploads to device sides of other buffers, one record for each stream. They only read, so
-    /// they need no order among each other.
-    uploads: Vec<Record>,
+    /// First the record of kernels that read or write the host side in place, which is open. Then the
+    /// uploads to device sides of other buffers, one record for each stream. They only read, so they
+    /// need no order among each other.
+    records: Vec<Record>,
 }
+
+/// The index of the first record of an upload.
+const UPLOADS: usize = 1;
 
 impl Default for HostUses {
     fn default() -> HostUses {
-        HostUses { is_mapped: false, kernels: Record::idle(), uploads: Vec::new() }
+        HostUses { is_mapped: false, records: vec![Record::idle()] }
     }
 }
 
 impl HostUses {
     #[inline]
     pub(crate) fn kernels(&self) -> &Record {
-        &self.kernels
+        &self.records[0]
     }
 
     pub(crate) fn kernels_mut(&mut self) -> &mut Record {
-        &mut self.kernels
+        &mut self.records[0]
     }
 
     /// The record for an upload on `stream` to another buffer. Its own work, if some is pending, is
     /// on the same stream.
     pub(crate) fn upload_mut(&mut self, stream: &Stream) -> Result<&mut Record> {
-        let uploads = &mut self.uploads;
-        let index = match uploads.iter().position(|upload| upload.is_on(stream)) {
-            Some(index) => index,
-            None => match uploads.iter().position(Record::is_known_finished) {
-                Some(index) => index,
-                None => {
-                    reserve(uploads, 1, stream.device())?;
-                    uploads.push(Record::idle());
-                    uploads.len() - 1
-                }
-            },
+        let uploads = &self.records[UPLOADS..];
+        let same_stream = uploads.iter().position(|upload| upload.is_on(stream));
+        let reusable = || uploads.iter().position(Record::is_known_finished);
+        let index = match same_stream.or_else(reusable) {
+            Some(index) => UPLOADS + index,
+            None => {
+                reserve(&mut self.records, 1, stream.device())?;
+                self.records.push(Record::idle());
+                self.records.len() - 1
+            }
         };
-        Ok(&mut uploads[index])
+        Ok(&mut self.records[index])
     }
 
-    /// All records: that of kernels first.
-    pub(crate) fn records(&self) -> impl Iterator<Item = &Record> {
-        slice::from_ref(&self.kernels).iter().chain(&self.uploads)
+    #[inline]
+    pub(crate) fn records(&self) -> &[Record] {
+        &self.records
     }
 
-    pub(crate) fn records_mut(&mut self) -> impl Iterator<Item = &mut Record> {
-        slice::from_mut(&mut self.kernels).iter_mut().chain(&mut self.uploads)
+    pub(crate) fn records_mut(&mut self) -> &mut [Record] {
+        &mut self.records
     }
 
     /// Orders everything that the stream is given from now on after all these uses.
     pub(crate) fn order_before(&self, entered: &EnteredStream<'_>) -> Result<()> {
-        self.records().try_for_each(|record| record.order_before(entered))
+        self.records().iter().try_for_each(|record| record.order_before(entered))
     }
 }
