@@ -758,6 +758,11 @@ fn a_range_of_a_file_is_loaded_without_a_progress_bar_in_a_pipe() {
         assert_eq!(output.status.code(), Some(1), "{arguments:?}: {text}");
         assert!(text.contains(expected) && !text.contains("panicked"), "{arguments:?}: {text}");
     }
+    // More than any device has. The file itself takes no room.
+    std::fs::File::create(&file).unwrap().set_len(1 << 42).unwrap();
+    let output = example("load_file", &[name]);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && text.contains("4398046511104 bytes"), "{text}");
     std::fs::remove_file(file).unwrap();
 }
 
