@@ -211,30 +211,18 @@ impl Ring {
         Ok(Ring { inputs: Some(ManuallyDrop::new(inputs)), ring, words, numbers, rows })
     }
 
-    /// Uploads the inputs of step `number` in one copy.
-    ///
-    /// The current slot holds the inputs of `DEPTH` steps ago. So only later changes are written.
-    fn upload(&mut self, number: usize, step: &Step, stream: &Stream) -> cgb::Result<()> {
+    /// Uploads the inputs of a step in one copy.
+    fn upload(&mut self, step: &Step, stream: &Stream) -> cgb::Result<()> {
         self.ring.advance()?;
         let mut members = self.ring.members_mut();
         let words = [&step.ids, &step.positions, &step.last, &step.newest];
         let numbers = [&step.mask, &step.temperature, &step.penalty, &step.bias];
-        if number < DEPTH {
-            for (key, from) in self.words.into_iter().zip(words) {
-                members.cpu_mut(key)?.copy_from_slice(from);
-            }
-            for (key, from) in self.numbers.into_iter().zip(numbers) {
-                members.cpu_mut(key)?.copy_from_slice(from);
-            }
-            return self.ring.copy_to_gpu(&self.rows, stream);
+        for (key, from) in self.words.into_iter().zip(words) {
+            members.cpu_mut(key)?.copy_from_slice(from);
         }
-        let changed = |number: usize| (number + 1 - DEPTH..=number).map(|step| step % WINDOW);
-        for (key, from) in self.words[..2].iter().zip(words) {
-            copy_columns(members.cpu_mut(*key)?, from, changed(number));
+        for (key, from) in self.numbers.into_iter().zip(numbers) {
+            members.cpu_mut(key)?.copy_from_slice(from);
         }
-        copy_columns(members.cpu_mut(self.numbers[0])?, numbers[0], changed(number));
-        members.cpu_mut(self.words[2])?.copy_from_slice(words[2]);
-        members.cpu_mut(self.words[3])?.copy_from_slice(words[3]);
         self.ring.copy_to_gpu(&self.rows, stream)
     }
 
@@ -264,13 +252,6 @@ impl Ring {
     }
 }
 
-/// Copies some columns of all windows.
-fn copy_columns<T: Copy>(to: &mut [T], from: &[T], columns: impl Iterator<Item = usize> + Clone) {
-    for (to, from) in to.chunks_exact_mut(WINDOW).zip(from.chunks_exact(WINDOW)) {
-        columns.clone().for_each(|column| to[column] = from[column]);
-    }
-}
-
 /// What a way took.
 #[derive(Default)]
 struct Times {
@@ -294,7 +275,7 @@ impl Times {
 /// Runs the loop. Returns the logits of the last step, and a sum over the tokens of all steps.
 fn run(
     options: &Options,
-    mut logits: impl FnMut(usize, &Step, &mut Vec<Duration>) -> Result<Tensor, Failure>,
+    mut logits: impl FnMut(&Step, &mut Vec<Duration>) -> Result<Tensor, Failure>,
 ) -> Result<(Times, Vec<Vec<f32>>, u64), Failure> {
     let mut step = Step::new(options.requests);
     let mut sampled: Vec<u32> = (0..options.requests as u32).collect();
@@ -302,7 +283,7 @@ fn run(
     let start = Instant::now();
     for number in 0..options.steps {
         step.advance(number, &sampled);
-        let logits = logits(number, &step, &mut times.inputs)?;
+        let logits = logits(&step, &mut times.inputs)?;
         sampled = logits.argmax(D::Minus1)?.to_vec1()?;
         for token in &sampled {
             sum = sum.wrapping_mul(31).wrapping_add(u64::from(*token));
@@ -316,16 +297,16 @@ fn run(
 /// Runs the loop in both ways, compares the logits, and prints the times.
 pub fn compare(device: &Device, options: &Options) -> Result<(), Failure> {
     let (model, stream) = (Model::new(device)?, ours::stream(device)?);
-    let candle = |_: usize, step: &Step, times: &mut Vec<Duration>| {
+    let candle = |step: &Step, times: &mut Vec<Duration>| {
         let start = Instant::now();
         let inputs = Inputs::new(step, device)?;
         times.push(start.elapsed());
         Ok(model.logits(&inputs)?)
     };
     let mut ring = Ring::new(options.requests, device, &stream)?;
-    let mut by_ring = |number: usize, step: &Step, times: &mut Vec<Duration>| {
+    let mut by_ring = |step: &Step, times: &mut Vec<Duration>| {
         let start = Instant::now();
-        ring.upload(number, step, &stream)?;
+        ring.upload(step, &stream)?;
         let inputs = ring.inputs(&stream)?;
         times.push(start.elapsed());
         Ok(model.logits(&inputs)?)
