@@ -45,8 +45,8 @@
 //!
 //! - [`cpu`](CpuGpuBuffer::cpu) waits for downloads.
 //! - [`cpu_mut`](CpuGpuBuffer::cpu_mut) waits for uploads and downloads.
-//! - Neither waits for kernels of `gpu_on` or for other buffers. If nothing is in flight, each costs
-//!   one atomic load.
+//! - Neither waits for kernels of `gpu_on` or for other buffers. If nothing is in flight, each
+//!   costs one atomic load.
 //! - If the next operation uses another stream, that stream waits for the earlier work. The thread
 //!   does not wait.
 //!

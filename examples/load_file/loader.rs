@@ -1,7 +1,7 @@
 //! Loads parts of files into device memory, by several readers.
 //!
-//! A reader takes pieces of a file. It reads each into pinned memory and enqueues the uploads of the
-//! parts that lie in it. While they run, it reads the next piece into another buffer.
+//! A reader takes pieces of a file. It reads each into pinned memory and enqueues the uploads of
+//! the parts that lie in it. While they run, it reads the next piece into another buffer.
 
 use std::error::Error;
 use std::iter;
@@ -117,8 +117,8 @@ impl Loader {
     ///
     /// Until this returns, for each part:
     ///
-    /// - `to` is valid for writes of its bytes. It is memory of the stream's device, or of the program
-    ///   on `Device::Cpu`.
+    /// - `to` is valid for writes of its bytes. It is memory of the stream's device, or of the
+    ///   program on `Device::Cpu`.
     /// - Nobody else uses it, except work that the stream was sent before.
     pub unsafe fn load(
         &self,
@@ -194,8 +194,8 @@ impl Loader {
                 // The buffer's row 0 would be here.
                 let to = part.to.wrapping_add((start - part.bytes.start) as usize);
                 let to = to.wrapping_sub(rows.start);
-                // SAFETY: the rows are those of the part in this piece. The caller vouches for their
-                // place on the device, until the uploads have finished.
+                // SAFETY: the rows are those of the part in this piece. The caller vouches for
+                // their place on the device, until the uploads have finished.
                 unsafe { staging.copy_to_device_ptr(rows, to, &self.stream) }?;
             }
             progress(len as u64);

@@ -5,8 +5,8 @@
 //!     [--readers N] [--direct]
 //! ```
 //!
-//! `--direct` reads past the page cache. A terminal shows a progress bar. `loader.rs` and `source.rs`
-//! are for other programs, too.
+//! `--direct` reads past the page cache. A terminal shows a progress bar. `loader.rs` and
+//! `source.rs` are for other programs, too.
 
 mod loader;
 mod source;

@@ -75,8 +75,8 @@ impl StorageHandle {
 impl Drop for StorageHandle {
     /// Releases the storage, or returns it to its pool.
     ///
-    /// Releasing waits for the storage's records. Returning does not wait, but first closes the open
-    /// records. For exported storage, `flight/exports` decides who releases it, and when.
+    /// Releasing waits for the storage's records. Returning does not wait, but first closes the
+    /// open records. For exported storage, `flight/exports` decides who releases it, and when.
     #[inline]
     fn drop(&mut self) {
         #[cfg(feature = "dlpack")]
@@ -105,10 +105,10 @@ impl ExportedStorage for StorageHandle {
     /// Closes the open records. If one stays open, leaks memory that no pool owns, and returns
     /// `false`.
     ///
-    /// Recording fails if, for example, the stream is in capture. Nobody can wait for an open record
-    /// later: its stream may be borrowed without an owner, and destroyed by then. Memory of a pool
-    /// is not released here, so its records may stay open. [`give_back`](Self::give_back) supersedes
-    /// them.
+    /// Recording fails if, for example, the stream is in capture. Nobody can wait for an open
+    /// record later: its stream may be borrowed without an owner, and destroyed by then. Memory of
+    /// a pool is not released here, so its records may stay open. [`give_back`](Self::give_back)
+    /// supersedes them.
     fn close_or_leak(&self) -> bool {
         self.close_if_open();
         let must_leak = matches!(*self.0, HeldStorage::Own(_)) && self.is_open();
@@ -133,9 +133,9 @@ impl ExportedStorage for StorageHandle {
                 // All devices were waited for, so everything that was sent is finished. The stream
                 // of an open record may be destroyed by now, so the next holder must not touch it.
                 lease.supersede_open();
-                // If the pool is gone, the value is the slot's reference to its segment. Dropping it
-                // may free memory, so the caller does that.
-                // SAFETY: the lease is not dropped, and is not used after this.
+                // If the pool is gone, the value is the slot's reference to its segment. Dropping
+                // it may free memory, so the caller does that. SAFETY: the lease is not dropped,
+                // and is not used after this.
                 Box::new(unsafe { lease.release() })
             }
         }

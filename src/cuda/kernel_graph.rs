@@ -4,9 +4,9 @@
 //! graph costs the calling thread 2.4 us, and launching the kernel without a graph 3.9 us (H100,
 //! driver 580). If the grid changes, too, the graph saves almost nothing.
 //!
-//! The device runs the launches of one executable graph one after another, even on different streams
-//! ("CUDA Driver API, `cuGraphLaunch`"). So each stream has its own graph, which the clones of a
-//! `Stream` share. Work on one stream runs in order anyway.
+//! The device runs the launches of one executable graph one after another, even on different
+//! streams ("CUDA Driver API, `cuGraphLaunch`"). So each stream has its own graph, which the clones
+//! of a `Stream` share. Work on one stream runs in order anyway.
 
 use std::ffi::c_void;
 use std::mem;

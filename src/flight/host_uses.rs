@@ -10,9 +10,9 @@ use crate::stream::stream::{EnteredStream, Stream};
 pub(crate) struct HostUses {
     /// Kernels are known to reach the host side.
     pub(crate) is_mapped: bool,
-    /// First the record of kernels that read or write the host side in place, which is open. Then the
-    /// uploads to device sides of other buffers, one record for each stream. They only read, so they
-    /// need no order among each other.
+    /// First the record of kernels that read or write the host side in place, which is open. Then
+    /// the uploads to device sides of other buffers, one record for each stream. They only read, so
+    /// they need no order among each other.
     records: Vec<Record>,
 }
 

@@ -1,14 +1,14 @@
 //! The record of one kind of work: its stream, its ticket and its event.
 //!
 //! An idle record covers no work. Any other record covers work on one stream. The work is known to
-//! be finished once the stream's watermark reaches the record's ticket. Reading the watermark is one
-//! load. If it is lower, the record queries its event or waits for it.
+//! be finished once the stream's watermark reaches the record's ticket. Reading the watermark is
+//! one load. If it is lower, the record queries its event or waits for it.
 //!
 //! A record that covers work and has no ticket is *open*. Its event is not recorded yet, so the
 //! record also covers work that is sent to the stream later. [`Record::submit`] opens the record,
 //! enqueues a transfer and closes the record. A record that was opened by [`Record::open_on`] alone
-//! stays open until `is_finished`, `wait`, `order_before` or `close_if_open` closes it. If recording
-//! the event fails, the record stays open, because the work may be queued.
+//! stays open until `is_finished`, `wait`, `order_before` or `close_if_open` closes it. If
+//! recording the event fails, the record stays open, because the work may be queued.
 
 use std::{mem, ptr};
 
@@ -29,8 +29,8 @@ pub(crate) struct Record {
     stream: Option<Stream>,
     /// The events of that stream's device.
     events: Events,
-    /// The events of other devices. Pinned memory is portable, so streams of several devices may use
-    /// one host side (`buffer/between`).
+    /// The events of other devices. Pinned memory is portable, so streams of several devices may
+    /// use one host side (`buffer/between`).
     other_events: Vec<Events>,
     ticket_cell: TicketCell,
 }
@@ -63,8 +63,8 @@ impl Events {
         self.context.is_none_or(|known| ptr::eq(known, context))
     }
 
-    /// Makes the event for the stream's wait policy, if there is none. The stream is of these events'
-    /// device.
+    /// Makes the event for the stream's wait policy, if there is none. The stream is of these
+    /// events' device.
     fn make(&mut self, entered: &EnteredStream<'_>) -> Result<()> {
         let stream = entered.stream();
         self.context = Some(entered.context());
@@ -282,9 +282,9 @@ impl Record {
 
     /// Makes the record idle.
     ///
-    /// The caller ensures that nothing needs the record any more. One of these holds: another record
-    /// covers later work, which is ordered after this work; this work is finished; or the side is
-    /// marked as unknown, so that its next use waits for the devices (`flight/exports`).
+    /// The caller ensures that nothing needs the record any more. One of these holds: another
+    /// record covers later work, which is ordered after this work; this work is finished; or the
+    /// side is marked as unknown, so that its next use waits for the devices (`flight/exports`).
     #[inline]
     pub(crate) fn supersede(&mut self) {
         self.covers_work = false;

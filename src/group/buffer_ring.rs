@@ -280,8 +280,8 @@ impl<T: Pod> BufferRing<T> {
 
     /// Copies rows of the device side to the same rows of the current host slot on `stream`.
     ///
-    /// The copy comes after all pending work of the ring on any stream. [`cpu`](Self::cpu) waits for
-    /// it, and so does [`cpu_back`](Self::cpu_back) after an advance.
+    /// The copy comes after all pending work of the ring on any stream. [`cpu`](Self::cpu) waits
+    /// for it, and so does [`cpu_back`](Self::cpu_back) after an advance.
     ///
     /// # Errors
     ///

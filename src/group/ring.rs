@@ -223,8 +223,8 @@ impl GroupRing {
     ///
     /// # Errors
     ///
-    /// - [`Error::OutOfRange`](crate::Error::OutOfRange) if `steps` is not below the depth, or above
-    ///   the number of advances. `rows` is then the number of slots that can be read.
+    /// - [`Error::OutOfRange`](crate::Error::OutOfRange) if `steps` is not below the depth, or
+    ///   above the number of advances. `rows` is then the number of slots that can be read.
     /// - Otherwise as for [`BufferGroup::cpu`](crate::BufferGroup::cpu).
     ///
     /// ```

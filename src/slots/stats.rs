@@ -1,18 +1,19 @@
 //! Statistics about slots.
 //!
-//! They do not change which slot a claim returns, so the loom models do not follow them. One decision
-//! uses them: the pool computes the size of its next segment from the number of growths, which
-//! changes only under the growth lock.
+//! They do not change which slot a claim returns, so the loom models do not follow them. One
+//! decision uses them: the pool computes the size of its next segment from the number of growths,
+//! which changes only under the growth lock.
 //!
-//! A *quick* claim takes the first slot that it finds at home. Any other claim is *slow*. A *recount*
-//! counts the taken slots of all words and raises the high-water mark. [`slots`](super) defines the
-//! words *home* and *lane*.
+//! A *quick* claim takes the first slot that it finds at home. Any other claim is *slow*. A
+//! *recount* counts the taken slots of all words and raises the high-water mark. [`slots`](super)
+//! defines the words *home* and *lane*.
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 /// A quick claim recounts all slots if its word's count of releases is a multiple of this.
 const RELEASES_PER_RECOUNT: u64 = 1 << 14;
-/// Of each `words / WORDS_PER_SLOW_CLAIM` slow claims of a lane, rounded up, one recounts all slots.
+/// Of each `words / WORDS_PER_SLOW_CLAIM` slow claims of a lane, rounded up, one recounts all
+/// slots.
 ///
 /// A recount reads all words. So a slow claim reads at most this many words on average.
 const WORDS_PER_SLOW_CLAIM: usize = 128;
@@ -79,9 +80,9 @@ impl LaneStats {
 /// A number of free slots of one word, set by each recount of a quick claim and at the end of each
 /// slow claim whose home the word is.
 ///
-/// As long as claims are quick claims of this word that leave at least this many slots free, no more
-/// slots are taken in all than when the mark was set. A claim that leaves fewer recounts. The mark
-/// begins above every number, so that the first claim recounts.
+/// As long as claims are quick claims of this word that leave at least this many slots free, no
+/// more slots are taken in all than when the mark was set. A claim that leaves fewer recounts. The
+/// mark begins above every number, so that the first claim recounts.
 pub(super) struct LowMark(AtomicU32);
 
 impl LowMark {

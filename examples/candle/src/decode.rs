@@ -169,8 +169,8 @@ impl Model {
 
 /// The inputs in a ring.
 struct Ring {
-    /// Tensors in the ring's device side, whose address never changes. They must not free it. `None`
-    /// on the CPU, where candle borrows no memory.
+    /// Tensors in the ring's device side, whose address never changes. They must not free it.
+    /// `None` on the CPU, where candle borrows no memory.
     inputs: Option<ManuallyDrop<Inputs>>,
     ring: GroupRing,
     words: [MemberKey<u32>; 4],

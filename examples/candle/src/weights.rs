@@ -127,8 +127,8 @@ fn load(
         parts.push(Part { source: entry.source, bytes: entry.bytes.clone(), to });
         storages.push(storage);
     }
-    // SAFETY: each storage has the bytes of its entry, on the device of the loader's stream, and lives
-    // beyond the call. It was allocated on this stream, and nothing else uses it.
+    // SAFETY: each storage has the bytes of its entry, on the device of the loader's stream, and
+    // lives beyond the call. It was allocated on this stream, and nothing else uses it.
     unsafe { loader.load(&sources, parts, |_| {}) }?;
     for source in &sources {
         if let Some(reason) = source.refused() {
