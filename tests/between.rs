@@ -838,3 +838,65 @@ fn both_buffers_keep_the_owner_of_a_borrowed_stream() {
         assert_eq!(drops.load(Ordering::SeqCst), 1, "{name}");
     }
 }
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_copy_between_device_sides_that_another_threads_capture_swallows_is_refused() {
+    let test = test_name!();
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if !common::is_simulated() {
+        return common::left_out(test, "calls are held on the simulated runtime alone");
+    }
+    let stream = Stream::new(device).unwrap();
+    let (mut from, mut to) = (buffer(1024, device, 7, 7), Buffer::new(1024, device).unwrap());
+    let held = common::sim::Held::next(c"cudaMemcpyAsync");
+    let answer = std::thread::scope(|scope| {
+        let copy = scope.spawn(|| to.copy_gpu_from(0, &mut from, .., &stream));
+        held.wait();
+        common::begin_capture(&stream);
+        drop(held);
+        copy.join().unwrap()
+    });
+    common::end_capture(&stream);
+    assert_eq!(answer, Err(Error::StreamCapturing));
+    // The device side counts as never written.
+    to.copy_to_cpu(.., &stream).unwrap();
+    all(to.cpu().unwrap(), 0);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn uploads_of_one_host_side_on_streams_that_come_and_go_keep_few_of_them() {
+    let test = test_name!();
+    let Some((device, _turn)) = common::cuda(test) else { return };
+    if !common::is_simulated() {
+        return common::left_out(test, "streams are counted on the simulated runtime alone");
+    }
+    let main = Stream::new(device).unwrap();
+    let mut from = buffer(1024, device, NEW, NEW);
+    let mut round = || {
+        let own = Stream::new(device).unwrap();
+        let mut to = Buffer::new(1024, device).unwrap();
+        to.copy_to_gpu_from(0, &mut from, .., &own).unwrap();
+        to.copy_to_cpu(.., &main).unwrap();
+        // So the upload has finished, and nobody asked its stream.
+        all(to.cpu().unwrap(), NEW);
+    };
+    (0..3).for_each(|_| round());
+    let before = common::sim::live();
+    (0..50).for_each(|_| round());
+    assert_eq!(common::sim::live()[2..4], before[2..4]);
+}
+
+#[test]
+fn rows_whose_numbers_overflow_are_out_of_range_or_none() {
+    let stream = Stream::new(Device::Cpu).unwrap();
+    let new = || CpuGpuBuffer::<u32>::new([0, usize::MAX], Device::Cpu).unwrap();
+    let (mut to, mut from) = (new(), new());
+    to.copy_to_gpu_from(0, &mut from, .., &stream).unwrap();
+    let new = || CpuGpuBuffer::<()>::new(usize::MAX, Device::Cpu).unwrap();
+    let (mut to, mut from) = (new(), new());
+    let (start, rows) = (10, usize::MAX);
+    let beyond = Error::OutOfRange { start, end: usize::MAX, rows, member: None };
+    assert_eq!(to.copy_to_gpu_from(10, &mut from, .., &stream), Err(beyond));
+}

@@ -132,6 +132,8 @@ impl Storage {
         // SAFETY: the caller vouches for the ranges. `from` is initialized. The device uses keep
         // both sides until the copy has finished, and order other work on them.
         unsafe { calls::copy::memcpy_on_devices(to, device, range.len(), entered.raw()) }?;
+        // A capture that began meanwhile may have taken the copy.
+        entered.refuse_capture()?;
         self.device_side.mark_initialized();
         Ok(())
     }

@@ -227,6 +227,10 @@ impl<T: Pod> CpuGpuBuffer<T> {
     ///   [below](#truncated-files).
     /// - **Registration:** nothing else registers or unregisters any of them. Memory that other code
     ///   has registered already stays registered.
+    /// - **Sharing:** if two buffers adopt some of the same bytes, both are
+    ///   [pinned](Self::is_pinned), or both are made with
+    ///   [`Pinning::Never`](crate::Pinning::Never). Otherwise the registration of the one may begin
+    ///   or end under a copy of the other, which then fails or races.
     ///
     /// # Truncated files
     ///

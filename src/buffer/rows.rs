@@ -234,8 +234,12 @@ impl<T: Pod> CpuGpuBuffer<T> {
             });
         }
         let rows = select(rows.bounds(), from_shape.rows(), None)?;
-        select((at..at.saturating_add(rows.len())).bounds(), shape.rows(), None)?;
-        let bytes = row * size_of::<T>();
+        let beyond =
+            Error::OutOfRange { start: at, end: usize::MAX, rows: shape.rows(), member: None };
+        let end = at.checked_add(rows.len()).ok_or(beyond)?;
+        select((at..end).bounds(), shape.rows(), None)?;
+        // Only a shape without rows has rows of so many bytes, and its ranges are empty.
+        let bytes = row.saturating_mul(size_of::<T>());
         Ok((at * bytes, rows.start * bytes..rows.end * bytes))
     }
 }

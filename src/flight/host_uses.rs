@@ -41,7 +41,9 @@ impl HostUses {
         let uploads = &self.records[UPLOADS..];
         let same_stream = uploads.iter().position(|upload| upload.is_on(stream));
         let reusable = || uploads.iter().position(Record::is_known_finished);
-        let index = match same_stream.or_else(reusable) {
+        // Streams that come and go are asked, so that their records do not pile up.
+        let finished = || uploads.iter().position(|upload| upload.is_finished() == Ok(true));
+        let index = match same_stream.or_else(reusable).or_else(finished) {
             Some(index) => UPLOADS + index,
             None => {
                 reserve(&mut self.records, 1, stream.device())?;
